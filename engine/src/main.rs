@@ -1,0 +1,2 @@
+//! `edgellm`.
+fn main() {}

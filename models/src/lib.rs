@@ -1,0 +1,7 @@
+//! Models as pure data: file formats, weight formats, architectures and their recipes.
+//!
+//! No device, no threads, no network: bytes in, typed tables out.
+
+pub mod arch;
+pub mod quant;
+pub mod recipe;
