@@ -1,0 +1,116 @@
+//! The backend seam: a [`Backend`] compiles a model's recipe once, at load, and then moves tokens.
+
+use models::quant::Weight;
+use models::recipe::Recipe;
+
+use crate::Error;
+
+/// A model in memory: what every backend is built from.
+#[derive(Debug)]
+pub struct LoadedModel {
+    /// Forward pass.
+    pub recipe: Recipe,
+    /// Decoded tensors, indexed by [`WeightId`](models::recipe::WeightId).
+    pub weights: Vec<Weight>,
+}
+
+impl LoadedModel {
+    /// Weight bytes that one decoded token reads: every matrix and vector once, of a table that
+    /// is only looked up one row.
+    pub fn bytes_per_token(&self) -> u64 {
+        use models::recipe::Step;
+        let mut whole = vec![false; self.weights.len()];
+        let mut row = vec![false; self.weights.len()];
+        for step in &self.recipe.steps {
+            match step {
+                Step::Embed { table, .. } => row[*table] = true,
+                Step::RmsNorm { weight, .. } => whole[*weight] = true,
+                Step::Linear { weight, bias, .. } => {
+                    whole[*weight] = true;
+                    if let Some(bias) = bias {
+                        whole[*bias] = true;
+                    }
+                }
+                Step::Logits { table, .. } => whole[*table] = true,
+                Step::Rope { .. }
+                | Step::KvAppend { .. }
+                | Step::Attention { .. }
+                | Step::SwiGlu { .. }
+                | Step::Add { .. } => {}
+            }
+        }
+        let bytes_and_rows = |weight: &Weight| match weight {
+            Weight::Int4(m) => {
+                let halves = m.scales.len() + m.mins.as_ref().map_or(0, Vec::len);
+                (m.quants.len() + 2 * halves, m.rows)
+            }
+            Weight::Int8(m) => (m.quants.len() + 2 * m.scales.len(), m.rows),
+            Weight::Vector(v) => (4 * v.len(), 1),
+        };
+        self.weights
+            .iter()
+            .enumerate()
+            .map(|(id, weight)| {
+                let (bytes, rows) = bytes_and_rows(weight);
+                match (whole[id], row[id]) {
+                    (true, _) => bytes as u64,
+                    (false, true) => (bytes / rows.max(1)) as u64,
+                    (false, false) => 0,
+                }
+            })
+            .sum()
+    }
+}
+
+/// What runs the model and why it was chosen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackendInfo {
+    /// `cpu` or `cuda`.
+    pub name: &'static str,
+    /// Instruction tier in use: `sm_90`, `avx512`, …
+    pub tier: String,
+    /// Device name as the driver or the system gives it.
+    pub device: String,
+    /// Why this backend was chosen.
+    pub reason: String,
+    /// Weight bytes read for one decoded token.
+    pub bytes_per_token: u64,
+}
+
+/// Moves tokens through one model. The KV cache belongs to the backend; its capacity is the
+/// `context` given to the constructor.
+pub trait Backend {
+    /// What this backend is.
+    fn info(&self) -> &BackendInfo;
+
+    /// Appends `tokens` to the cache; the logits of the last one are then available.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if `tokens` is empty, holds an id outside the vocabulary, or does not fit
+    /// in the context.
+    fn prefill(&mut self, tokens: &[u32]) -> Result<(), Error>;
+
+    /// Appends one token.
+    ///
+    /// # Errors
+    /// As [`Backend::prefill`].
+    fn decode(&mut self, token: u32) -> Result<(), Error>;
+
+    /// Greedy token of the last logits, chosen on the device: the lowest index wins a tie.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if nothing was appended yet or the device fails.
+    fn argmax(&mut self) -> Result<u32, Error>;
+
+    /// `(V,)` logits of the last token.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if nothing was appended yet or the device fails.
+    fn logits(&mut self) -> Result<Vec<f32>, Error>;
+
+    /// Tokens in the cache.
+    fn position(&self) -> usize;
+
+    /// Empties the cache.
+    fn reset(&mut self);
+}
