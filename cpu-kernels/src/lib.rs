@@ -1,1 +1,17 @@
-//! Placeholder header, replaced as the crate is written.
+//! The operations of a forward pass on the CPU, one a file.
+//!
+//! Every operation has a `reference`: plain loops that accumulate in f64 wherever they sum, the
+//! truth that each fast variant, on a CPU or a GPU, is tested against. Letters in shapes: `t` tokens,
+//! `n` rows, `k` columns, `d` model width, `h` query heads, `kv` key/value heads, `dh` head width,
+//! `s` context capacity.
+
+pub mod add;
+pub mod attention;
+pub mod embed;
+pub mod kv_append;
+pub mod linear;
+pub mod logits;
+pub mod rmsnorm;
+pub mod rope;
+pub mod sample;
+pub mod swiglu;
