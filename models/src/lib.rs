@@ -3,5 +3,12 @@
 //! No device, no threads, no network: bytes in, typed tables out.
 
 pub mod arch;
+pub mod catalog;
+mod error;
+pub mod file;
 pub mod quant;
 pub mod recipe;
+pub mod synthetic;
+pub mod weights;
+
+pub use error::Error;

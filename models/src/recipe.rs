@@ -189,6 +189,9 @@ pub struct Recipe {
     pub weights: Vec<WeightRef>,
     /// Steps in order.
     pub steps: Vec<Step>,
+    /// `(head_dim / 2,)` numbers that divide the rotary frequencies, for models whose context was
+    /// stretched (Llama 3.x, linear scaling); all finite and positive.
+    pub rope_divisors: Option<Vec<f32>>,
 }
 
 impl Recipe {
@@ -205,11 +208,18 @@ impl Recipe {
     }
 
     /// `(head_dim / 2,)` inverse frequencies in radians a position: `theta^(-2i / head_dim)`
-    /// (RoFormer, <https://arxiv.org/abs/2104.09864>).
+    /// (RoFormer, <https://arxiv.org/abs/2104.09864>), each divided by its entry of
+    /// [`Recipe::rope_divisors`] where there is one.
     pub fn rope_inverse_frequencies(&self) -> Vec<f64> {
         let c = &self.config;
         (0..c.head_dim / 2)
-            .map(|i| (c.rope_theta as f64).powf(-2.0 * i as f64 / c.head_dim as f64))
+            .map(|i| {
+                let frequency = (c.rope_theta as f64).powf(-2.0 * i as f64 / c.head_dim as f64);
+                match &self.rope_divisors {
+                    Some(divisors) => frequency / divisors[i] as f64,
+                    None => frequency,
+                }
+            })
             .collect()
     }
 

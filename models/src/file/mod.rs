@@ -1,1 +1,3 @@
+//! Model file formats: bytes -> metadata and a tensor table. Every length is checked before use.
 
+pub mod gguf;

@@ -18,11 +18,16 @@
 
 use half::f16;
 
+use super::{check_finite, check_len, check_shape};
+use crate::Error;
+
 /// Weights a 16-byte cell.
 pub const CELL_WEIGHTS: usize = 32;
 /// Bytes a cell.
 pub const CELL_BYTES: usize = 16;
 const _: () = assert!(CELL_WEIGHTS == 2 * CELL_BYTES);
+
+const FORMAT: &str = "INT4";
 
 /// An `(rows, cols)` matrix in INT4.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,4 +44,208 @@ pub struct Int4Matrix {
     pub scales: Vec<f16>,
     /// `(rows, ceil(cols/group))`, absent for the symmetric form.
     pub mins: Option<Vec<f16>>,
+}
+
+/// Which values the 16 levels of a group stand for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Int4Form {
+    /// `w = scale * (q - 8)`.
+    Symmetric,
+    /// `w = scale * q + min`.
+    Asymmetric,
+}
+
+impl Int4Matrix {
+    /// Puts a matrix together from its parts.
+    ///
+    /// # Errors
+    /// A group that is not 32, 64 or 128, `cols` that is zero or no multiple of 32, parts of the
+    /// wrong length, or a scale or minimum that is not finite.
+    pub fn new(
+        rows: usize,
+        cols: usize,
+        group: usize,
+        quants: Vec<u8>,
+        scales: Vec<f16>,
+        mins: Option<Vec<f16>>,
+    ) -> Result<Self, Error> {
+        let groups = check_group(rows, cols, group)?;
+        check_len(FORMAT, "quants", quants.len(), rows * cols / 2)?;
+        check_len(FORMAT, "scales", scales.len(), groups)?;
+        check_finite(FORMAT, "scale", &scales)?;
+        if let Some(mins) = &mins {
+            check_len(FORMAT, "mins", mins.len(), groups)?;
+            check_finite(FORMAT, "minimum", mins)?;
+        }
+        Ok(Int4Matrix {
+            rows,
+            cols,
+            group,
+            quants,
+            scales,
+            mins,
+        })
+    }
+
+    /// Rounds `(rows, cols)` float weights to the nearest of the 16 levels of their group.
+    ///
+    /// The levels span the group's range: from its minimum to its maximum in the asymmetric form;
+    /// in the symmetric form the weight of largest magnitude becomes level 0 exactly, up to the
+    /// rounding of its scale to f16.
+    ///
+    /// # Errors
+    /// As [`Int4Matrix::new`]; also weights of the wrong count, not finite, or beyond f16.
+    pub fn encode(
+        rows: usize,
+        cols: usize,
+        group: usize,
+        form: Int4Form,
+        weights: &[f32],
+    ) -> Result<Self, Error> {
+        let groups = check_group(rows, cols, group)?;
+        check_len(FORMAT, "weights", weights.len(), rows * cols)?;
+        let mut quants = vec![0u8; rows * cols / 2];
+        let mut scales = Vec::with_capacity(groups);
+        let mut mins = (form == Int4Form::Asymmetric).then(|| Vec::with_capacity(groups));
+        let mut levels = vec![0u8; group];
+        for (row, packed) in weights
+            .chunks_exact(cols)
+            .zip(quants.chunks_exact_mut(cols / 2))
+        {
+            for (chunk, cells) in row.chunks(group).zip(packed.chunks_mut(group / 2)) {
+                let levels = &mut levels[..chunk.len()];
+                match &mut mins {
+                    None => scales.push(encode_symmetric(chunk, levels)),
+                    Some(mins) => {
+                        let (scale, min) = encode_asymmetric(chunk, levels);
+                        scales.push(scale);
+                        mins.push(min);
+                    }
+                }
+                pack(levels, cells);
+            }
+        }
+        // A weight that is not finite, or too large for f16, shows in its scale or minimum.
+        Self::new(rows, cols, group, quants, scales, mins)
+    }
+
+    /// Groups a row.
+    pub fn groups_per_row(&self) -> usize {
+        self.cols.div_ceil(self.group)
+    }
+
+    /// `(cols/2,)` cells of row `i`.
+    pub fn row_quants(&self, i: usize) -> &[u8] {
+        &self.quants[i * self.cols / 2..(i + 1) * self.cols / 2]
+    }
+
+    /// `(ceil(cols/group),)` scales of row `i`.
+    pub fn row_scales(&self, i: usize) -> &[f16] {
+        let groups = self.groups_per_row();
+        &self.scales[i * groups..(i + 1) * groups]
+    }
+
+    /// `(ceil(cols/group),)` minima of row `i`; `None` in the symmetric form.
+    pub fn row_mins(&self, i: usize) -> Option<&[f16]> {
+        let groups = self.groups_per_row();
+        self.mins
+            .as_ref()
+            .map(|mins| &mins[i * groups..(i + 1) * groups])
+    }
+
+    /// Writes row `i` as floats to `out`, which holds `cols` of them.
+    pub fn dequantize_row(&self, i: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.cols, "a row has `cols` weights");
+        let cells_per_group = self.group / CELL_WEIGHTS;
+        let (scales, mins) = (self.row_scales(i), self.row_mins(i));
+        let cells = self.row_quants(i).chunks_exact(CELL_BYTES);
+        for (c, (cell, out)) in cells.zip(out.chunks_exact_mut(CELL_WEIGHTS)).enumerate() {
+            let g = c / cells_per_group;
+            let scale = scales[g].to_f32();
+            let (offset, min) = match mins {
+                Some(mins) => (0.0, mins[g].to_f32()),
+                None => (8.0, 0.0),
+            };
+            let (low, high) = out.split_at_mut(CELL_BYTES);
+            for ((byte, low), high) in cell.iter().zip(low).zip(high) {
+                *low = scale * (f32::from(byte & 15) - offset) + min;
+                *high = scale * (f32::from(byte >> 4) - offset) + min;
+            }
+        }
+    }
+
+    /// Bytes that reading the whole matrix moves.
+    pub fn bytes(&self) -> u64 {
+        let floats = self.scales.len() + self.mins.as_ref().map_or(0, Vec::len);
+        (self.quants.len() + floats * size_of::<f16>()) as u64
+    }
+}
+
+/// Checks the shape and gives the number of groups of the whole matrix.
+fn check_group(rows: usize, cols: usize, group: usize) -> Result<usize, Error> {
+    if !matches!(group, 32 | 64 | 128) {
+        return Err(Error::Matrix {
+            format: FORMAT,
+            reason: format!("group is {group}, it is 32, 64 or 128"),
+        });
+    }
+    check_shape(FORMAT, rows, cols, group)
+}
+
+/// Scale of a group in the symmetric form; fills in the levels.
+fn encode_symmetric(weights: &[f32], levels: &mut [u8]) -> f16 {
+    let extreme = weights
+        .iter()
+        .fold(0.0f32, |m, &w| if w.abs() > m.abs() { w } else { m });
+    let sum: f32 = weights.iter().sum();
+    // A NaN never wins a comparison; it survives in the sum.
+    let scale = f16::from_f32(if sum.is_finite() {
+        extreme / -8.0
+    } else {
+        f32::NAN
+    });
+    let inverse = inverse(scale);
+    for (level, w) in levels.iter_mut().zip(weights) {
+        *level = (w * inverse + 8.0).round().clamp(0.0, 15.0) as u8;
+    }
+    scale
+}
+
+/// Scale and minimum of a group in the asymmetric form; fills in the levels.
+fn encode_asymmetric(weights: &[f32], levels: &mut [u8]) -> (f16, f16) {
+    let (low, high) = weights
+        .iter()
+        .fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), &w| {
+            (low.min(w), high.max(w))
+        });
+    let sum: f32 = weights.iter().sum();
+    let min = f16::from_f32(if sum.is_finite() { low } else { f32::NAN });
+    let scale = f16::from_f32((high - min.to_f32()).max(0.0) / 15.0);
+    let inverse = inverse(scale);
+    for (level, w) in levels.iter_mut().zip(weights) {
+        *level = ((w - min.to_f32()) * inverse).round().clamp(0.0, 15.0) as u8;
+    }
+    (scale, min)
+}
+
+/// `1 / scale`, or 0 where the group has no extent.
+fn inverse(scale: f16) -> f32 {
+    if scale == f16::ZERO {
+        0.0
+    } else {
+        1.0 / scale.to_f32()
+    }
+}
+
+/// Packs levels into cells.
+fn pack(levels: &[u8], cells: &mut [u8]) {
+    for (levels, cell) in levels
+        .chunks_exact(CELL_WEIGHTS)
+        .zip(cells.chunks_exact_mut(CELL_BYTES))
+    {
+        let (low, high) = levels.split_at(CELL_BYTES);
+        for ((byte, low), high) in cell.iter_mut().zip(low).zip(high) {
+            *byte = low | high << 4;
+        }
+    }
 }

@@ -3,8 +3,12 @@
 pub mod int4;
 pub mod int8;
 
-pub use int4::Int4Matrix;
+pub use int4::{Int4Form, Int4Matrix};
 pub use int8::Int8Matrix;
+
+use half::f16;
+
+use crate::Error;
 
 /// A decoded tensor in the form that kernels read.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,4 +19,64 @@ pub enum Weight {
     Int8(Int8Matrix),
     /// Float vector.
     Vector(Vec<f32>),
+}
+
+impl Weight {
+    /// Bytes that reading the whole tensor moves.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Weight::Int4(matrix) => matrix.bytes(),
+            Weight::Int8(matrix) => matrix.bytes(),
+            Weight::Vector(values) => size_of_val(values.as_slice()) as u64,
+        }
+    }
+}
+
+/// Checks dimensions and gives the number of groups of the whole matrix.
+fn check_shape(
+    format: &'static str,
+    rows: usize,
+    cols: usize,
+    group: usize,
+) -> Result<usize, Error> {
+    if rows == 0 || cols == 0 || !cols.is_multiple_of(32) {
+        return Err(Error::Matrix {
+            format,
+            reason: format!(
+                "{rows} rows of {cols} columns: rows are 1 or more, columns a multiple of 32"
+            ),
+        });
+    }
+    if rows.checked_mul(cols).is_none() {
+        return Err(Error::Matrix {
+            format,
+            reason: format!("{rows} x {cols} overflows"),
+        });
+    }
+    Ok(rows * cols.div_ceil(group))
+}
+
+fn check_len(
+    format: &'static str,
+    part: &'static str,
+    have: usize,
+    need: usize,
+) -> Result<(), Error> {
+    if have == need {
+        return Ok(());
+    }
+    Err(Error::Matrix {
+        format,
+        reason: format!("{part} hold {have} values, the shape needs {need}"),
+    })
+}
+
+fn check_finite(format: &'static str, part: &'static str, values: &[f16]) -> Result<(), Error> {
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(i) => Err(Error::Matrix {
+            format,
+            reason: format!("{part} {i} is {}", values[i]),
+        }),
+    }
 }

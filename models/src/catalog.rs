@@ -1,0 +1,200 @@
+//! Known models: where to get them, their size, hash and licence. Data from `catalog.toml`.
+
+use serde::Deserialize;
+
+use crate::Error;
+use crate::error::shown;
+
+/// The catalog as it was when this crate was built.
+const BUILTIN: &str = include_str!("../catalog.toml");
+
+/// Models by name; the first is the default.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Catalog {
+    /// The entries in file order.
+    #[serde(rename = "model")]
+    pub models: Vec<Model>,
+}
+
+/// One known model.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// Unique name: lower-case letters, digits, `.` and `-`.
+    pub name: String,
+    /// Other names for it.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+    /// File name under which it is kept; no path.
+    pub file: String,
+    /// Exact size.
+    pub bytes: u64,
+    /// Hash of the file, 64 lower-case hexadecimal digits.
+    pub sha256: String,
+    /// SPDX licence id.
+    pub licence: String,
+    /// Architecture, as `general.architecture` spells it.
+    pub architecture: String,
+    /// Where it comes from.
+    pub source: Source,
+}
+
+/// Where a model file comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Source {
+    /// A file inside a wheel of the Python package index.
+    Pypi {
+        /// Package.
+        package: String,
+        /// Exact version.
+        version: String,
+        /// Path inside the wheel.
+        path: String,
+    },
+}
+
+impl Catalog {
+    /// The catalog that was built in.
+    ///
+    /// # Errors
+    /// A malformed `catalog.toml`.
+    pub fn builtin() -> Result<Catalog, Error> {
+        Self::parse(BUILTIN)
+    }
+
+    /// Parses and checks a catalog.
+    ///
+    /// # Errors
+    /// Malformed TOML, no models, a name or alias used twice, a file name with a path in it, or a
+    /// hash that is not 64 hexadecimal digits.
+    pub fn parse(text: &str) -> Result<Catalog, Error> {
+        let fail = |reason: String| Error::Catalog { reason };
+        let catalog: Catalog = toml::from_str(text).map_err(|error| {
+            let line = error
+                .span()
+                .map_or(0, |span| text[..span.start].matches('\n').count() + 1);
+            fail(format!(
+                "line {line}: {}",
+                error.message().replace('\n', " ")
+            ))
+        })?;
+        if catalog.models.is_empty() {
+            return Err(fail("it has no models".to_owned()));
+        }
+        let mut names: Vec<&str> = catalog.models.iter().flat_map(Model::names).collect();
+        names.sort_unstable();
+        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(fail(format!("{} names two models", shown(pair[0]))));
+        }
+        for model in &catalog.models {
+            if model.file.is_empty() || model.file.contains(['/', '\\']) || model.file == ".." {
+                return Err(fail(format!(
+                    "file {} is not a plain file name",
+                    shown(&model.file)
+                )));
+            }
+            let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+            if model.sha256.len() != 64 || !model.sha256.bytes().all(is_hex) {
+                return Err(fail(format!(
+                    "sha256 of {} is malformed",
+                    shown(&model.name)
+                )));
+            }
+        }
+        Ok(catalog)
+    }
+
+    /// The model that runs when none is named.
+    pub fn default_model(&self) -> &Model {
+        // Parsing refuses an empty catalog.
+        &self.models[0]
+    }
+
+    /// Finds a model by name or alias, whatever the case.
+    ///
+    /// # Errors
+    /// An unknown name; the message lists the known ones.
+    pub fn find(&self, name: &str) -> Result<&Model, Error> {
+        let is_named = |model: &&Model| model.names().any(|n| n.eq_ignore_ascii_case(name));
+        self.models
+            .iter()
+            .find(is_named)
+            .ok_or_else(|| Error::UnknownName {
+                what: "model",
+                found: shown(name),
+                known: self
+                    .models
+                    .iter()
+                    .map(|m| m.name.as_str())
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            })
+    }
+}
+
+impl Model {
+    fn names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(&self.name)
+            .chain(&self.aliases)
+            .map(String::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn builtin_names_the_default_model() {
+        let catalog = Catalog::builtin().unwrap();
+        let model = catalog.find("SmolLM2-135M-Instruct").unwrap();
+        assert_eq!(catalog.default_model(), model);
+        assert_eq!(
+            (model.bytes, model.architecture.as_str()),
+            (98_362_432, "llama")
+        );
+        for model in &catalog.models {
+            let known = crate::arch::ARCHITECTURES
+                .iter()
+                .any(|a| a.name == model.architecture);
+            assert!(known, "{} has no recipe", model.architecture);
+        }
+    }
+
+    #[test]
+    fn unknown_names_list_the_known() {
+        let error = Catalog::builtin()
+            .unwrap()
+            .find("gpt-5\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("unknown model `gpt-5\\n`: known are smollm2"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn malformed_catalogs_are_refused() {
+        for (from, to, expect) in [
+            ("bytes = ", "byte = ", "unknown field `byte`"),
+            ("file = \"", "file = \"../", "not a plain file name"),
+            ("sha256 = \"b", "sha256 = \"", "sha256"),
+            ("kind = \"pypi\"", "kind = \"ftp\"", "unknown variant `ftp`"),
+            (
+                "aliases = [",
+                "aliases = [\"smollm2-135m-instruct\", ",
+                "names two models",
+            ),
+        ] {
+            assert!(BUILTIN.contains(from), "{from}");
+            let error = Catalog::parse(&BUILTIN.replacen(from, to, 1))
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(expect) && !error.contains('\n'), "{error}");
+        }
+        assert!(Catalog::parse("model = []").is_err());
+    }
+}
