@@ -1,6 +1,7 @@
 //! Appends keys or values to the cache: f32 `(t, kv, dh)` to f16 `(kv, s, dh)`.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 /// Writes token `i` of `k` to cache position `position + i` of each head, rounded to f16.
 ///
@@ -44,4 +45,57 @@ fn check(
         "kv_append: position {position} + {} tokens, the capacity is {capacity}",
         k / token
     );
+}
+
+/// As [`reference`], by the conversion instructions of this CPU.
+///
+/// # Panics
+/// As [`reference`].
+pub fn forward(
+    k: &[f32],
+    cache: &mut [f16],
+    kv_heads: usize,
+    capacity: usize,
+    head_dim: usize,
+    position: usize,
+) {
+    check(k.len(), cache.len(), kv_heads, capacity, head_dim, position);
+    for (i, token) in k.chunks_exact(kv_heads * head_dim).enumerate() {
+        for (head, values) in token.chunks_exact(head_dim).enumerate() {
+            let start = (head * capacity + position + i) * head_dim;
+            part(values, &mut cache[start..start + head_dim]);
+        }
+    }
+}
+
+/// Rounds one head `(dh,)` into its place in the cache.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn part(values: &[f32], cache: &mut [f16]) {
+    cache.convert_from_f32_slice(values);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Random;
+
+    #[test]
+    fn equals_the_reference_and_touches_nothing_else() {
+        let mut random = Random::new(4);
+        for (tokens, kv, dh, capacity, position) in
+            [(1, 3, 64, 20, 19), (3, 2, 20, 9, 0), (17, 1, 6, 40, 13)]
+        {
+            let k = random.floats(tokens * kv * dh, 9.0);
+            let marker = f16::from_f32(-77.0);
+            let mut expected = vec![marker; kv * capacity * dh];
+            let mut got = expected.clone();
+            reference(&k, &mut expected, kv, capacity, dh, position);
+            forward(&k, &mut got, kv, capacity, dh, position);
+            assert_eq!(got, expected);
+            let untouched = got.iter().filter(|&&v| v == marker).count();
+            assert_eq!(untouched, kv * (capacity - tokens) * dh);
+        }
+    }
 }

@@ -7,11 +7,17 @@
 
 pub mod add;
 pub mod attention;
+pub mod buffer;
 pub mod embed;
+pub mod isa;
 pub mod kv_append;
+mod lanes;
 pub mod linear;
 pub mod logits;
 pub mod rmsnorm;
 pub mod rope;
 pub mod sample;
 pub mod swiglu;
+pub mod team;
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,212 @@
+//! Causal grouped-query attention over the f16 cache.
+//!
+//! Query head `i` reads key/value head `i / (h / kv)`. The token at position `p` sees positions
+//! `0..=p`; keys and values of all tokens of the call are in the cache already.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod plain;
+
+use half::f16;
+use rayon::prelude::*;
+
+use crate::isa::{Isa, Kind, per_isa};
+use crate::lanes::{exp, max, sum};
+
+/// Dimensions of one attention call.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// H: query heads.
+    pub heads: usize,
+    /// KV: key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Dh: head width.
+    pub head_dim: usize,
+    /// S: positions that the cache holds.
+    pub capacity: usize,
+    /// Position of the first token of the call.
+    pub position: usize,
+    /// Multiplies the scores: `1 / sqrt(dh)`.
+    pub scale: f32,
+}
+
+impl AttentionShape {
+    /// Tokens of a call whose query holds `q` elements.
+    ///
+    /// # Panics
+    /// If a length does not fit the shape.
+    pub fn tokens(&self, q: usize, k_cache: usize, v_cache: usize, out: usize) -> usize {
+        let width = self.heads * self.head_dim;
+        assert!(
+            self.kv_heads > 0 && width > 0 && self.heads.is_multiple_of(self.kv_heads),
+            "attention: {} heads over {} key/value heads",
+            self.heads,
+            self.kv_heads
+        );
+        assert!(
+            q.is_multiple_of(width) && out == q,
+            "attention: q and out are (t, h, dh)"
+        );
+        let cache = self.kv_heads * self.capacity * self.head_dim;
+        assert!(
+            k_cache == cache && v_cache == cache,
+            "attention: caches are (kv, s, dh)"
+        );
+        assert!(
+            self.position + q / width <= self.capacity,
+            "attention: the last position is beyond the capacity {}",
+            self.capacity
+        );
+        q / width
+    }
+}
+
+/// Computes `out = softmax(scale * q · kᵀ) · v` for `q` `(t, h, dh)` over the caches `(kv, s, dh)`
+/// into `out` `(t, h, dh)`.
+///
+/// # Panics
+/// If a length does not fit `shape`.
+pub fn reference(
+    q: &[f32],
+    k_cache: &[f16],
+    v_cache: &[f16],
+    out: &mut [f32],
+    shape: &AttentionShape,
+) {
+    let tokens = shape.tokens(q.len(), k_cache.len(), v_cache.len(), out.len());
+    let (heads, dh) = (shape.heads, shape.head_dim);
+    let heads_per_kv = heads / shape.kv_heads;
+    for t in 0..tokens {
+        let seen = shape.position + t + 1;
+        for head in 0..heads {
+            let q = &q[(t * heads + head) * dh..][..dh];
+            let cache = head / heads_per_kv * shape.capacity * dh;
+            let scores: Vec<f64> = (0..seen)
+                .map(|p| {
+                    let k = &k_cache[cache + p * dh..][..dh];
+                    let dot: f64 = q.iter().zip(k).map(|(&q, k)| q as f64 * k.to_f64()).sum();
+                    dot * shape.scale as f64
+                })
+                .collect();
+            let greatest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|s| (s - greatest).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            for j in 0..dh {
+                let sum: f64 = (0..seen)
+                    .map(|p| weights[p] * v_cache[cache + p * dh + j].to_f64())
+                    .sum();
+                out[(t * heads + head) * dh + j] = (sum / total) as f32;
+            }
+        }
+    }
+}
+
+/// As [`reference`], by the fastest instructions of this CPU, heads over rayon's current pool.
+///
+/// # Panics
+/// If a length does not fit `shape`.
+pub fn forward(
+    q: &[f32],
+    k_cache: &[f16],
+    v_cache: &[f16],
+    out: &mut [f32],
+    shape: &AttentionShape,
+) {
+    let isa = Isa::selected();
+    let tokens = shape.tokens(q.len(), k_cache.len(), v_cache.len(), out.len());
+    let units = q
+        .par_chunks_exact(shape.head_dim)
+        .zip(out.par_chunks_exact_mut(shape.head_dim));
+    let min_len = (VALUES_PER_TASK / (shape.head_dim * (shape.position + tokens))).max(1);
+    units.enumerate().with_min_len(min_len).for_each_init(
+        || vec![0.0; shape.position + tokens],
+        |scores, (unit, (q, out))| {
+            let (token, head) = (unit / shape.heads, unit % shape.heads);
+            part(isa, q, k_cache, v_cache, out, shape, token, head, scores);
+        },
+    );
+}
+
+/// Cached values that are worth a task of their own.
+const VALUES_PER_TASK: usize = 64 * 1024;
+
+/// Attention of one head of one token: `q` and `out` are `(dh,)`; `scores` is scratch memory for at
+/// least `position + token + 1` floats.
+///
+/// # Panics
+/// If a length does not fit `shape`.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "operands, then which part of the work"
+)]
+pub fn part(
+    isa: Isa,
+    q: &[f32],
+    k_cache: &[f16],
+    v_cache: &[f16],
+    out: &mut [f32],
+    shape: &AttentionShape,
+    token: usize,
+    head: usize,
+    scores: &mut [f32],
+) {
+    let dh = shape.head_dim;
+    assert!(
+        q.len() == dh && out.len() == dh && head < shape.heads,
+        "attention: one head"
+    );
+    let seen = shape.position + token + 1;
+    let start = head / (shape.heads / shape.kv_heads) * shape.capacity * dh;
+    let (keys, values) = (
+        &k_cache[start..start + seen * dh],
+        &v_cache[start..start + seen * dh],
+    );
+    let scores = &mut scores[..seen];
+    match isa.0 {
+        // SAFETY: an `Isa` only exists for a CPU that has its features; `keys` holds `seen` rows as
+        // long as `q`, `values` as many as long as `out`.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => unsafe {
+            avx2::dot(q, keys, scores);
+            softmax(isa, scores, shape.scale);
+            avx2::blend(scores, values, out);
+        },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 => unsafe {
+            avx512::dot(q, keys, scores);
+            softmax(isa, scores, shape.scale);
+            avx512::blend(scores, values, out);
+        },
+        _ => {
+            plain::dot(q, keys, scores);
+            softmax(isa, scores, shape.scale);
+            plain::blend(scores, values, out);
+        }
+    }
+}
+
+per_isa! {
+    /// Turns dot products into weights that sum to 1.
+    fn softmax(scores: &mut [f32], scale: f32) = softmax_body
+}
+
+#[inline(always)]
+fn softmax_body<const FMA: bool>(scores: &mut [f32], scale: f32) {
+    for score in scores.iter_mut() {
+        *score *= scale;
+    }
+    let greatest = max(scores);
+    for score in scores.iter_mut() {
+        *score = exp::<FMA>(*score - greatest);
+    }
+    let factor = 1.0 / sum(scores, |v| v);
+    for score in scores.iter_mut() {
+        *score *= factor;
+    }
+}
+
+#[cfg(test)]
+mod tests;

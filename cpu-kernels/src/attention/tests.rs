@@ -1,0 +1,125 @@
+//! Every variant against the reference, at several positions and chunk lengths.
+
+use super::*;
+use crate::testing::{Random, assert_close};
+
+fn shape(heads: usize, kv_heads: usize, head_dim: usize, capacity: usize) -> AttentionShape {
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    AttentionShape {
+        heads,
+        kv_heads,
+        head_dim,
+        capacity,
+        position: 0,
+        scale,
+    }
+}
+
+fn caches(random: &mut Random, shape: &AttentionShape) -> (Vec<f16>, Vec<f16>) {
+    let len = shape.kv_heads * shape.capacity * shape.head_dim;
+    let mut cache = |range| {
+        random
+            .floats(len, range)
+            .into_iter()
+            .map(f16::from_f32)
+            .collect()
+    };
+    (cache(3.0), cache(1.0))
+}
+
+fn by_parts(isa: Isa, q: &[f32], k: &[f16], v: &[f16], shape: &AttentionShape) -> Vec<f32> {
+    let dh = shape.head_dim;
+    let mut out = vec![f32::NAN; q.len()];
+    let mut scores = vec![f32::NAN; shape.capacity];
+    for (unit, (q, out)) in q.chunks_exact(dh).zip(out.chunks_exact_mut(dh)).enumerate() {
+        let (token, head) = (unit / shape.heads, unit % shape.heads);
+        part(isa, q, k, v, out, shape, token, head, &mut scores);
+    }
+    out
+}
+
+#[test]
+fn every_variant_is_close_to_the_reference() {
+    let mut random = Random::new(20);
+    for mut shape in [
+        shape(9, 3, 64, 70),
+        shape(4, 2, 20, 41),
+        shape(2, 2, 134, 33),
+        shape(14, 2, 80, 65),
+    ] {
+        let (k, v) = caches(&mut random, &shape);
+        for (position, tokens) in [(0, 1), (0, 17), (5, 3), (shape.capacity - 1, 1), (13, 17)] {
+            shape.position = position;
+            let q = random.floats(tokens * shape.heads * shape.head_dim, 3.0);
+            let mut expected = vec![0.0; q.len()];
+            reference(&q, &k, &v, &mut expected, &shape);
+            let mut out = vec![f32::NAN; q.len()];
+            forward(&q, &k, &v, &mut out, &shape);
+            assert_close(&out, &expected, 3e-6, "forward");
+            for isa in Isa::available() {
+                let what = format!("{isa} {shape:?} t={tokens}");
+                assert_close(&by_parts(isa, &q, &k, &v, &shape), &expected, 3e-6, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_chunk_equals_token_by_token() {
+    let mut random = Random::new(21);
+    let mut shape = shape(6, 2, 48, 64);
+    let (k, v) = caches(&mut random, &shape);
+    let width = shape.heads * shape.head_dim;
+    let q = random.floats(17 * width, 3.0);
+    for isa in Isa::available() {
+        shape.position = 11;
+        let chunk = by_parts(isa, &q, &k, &v, &shape);
+        for (i, (q, expected)) in q
+            .chunks_exact(width)
+            .zip(chunk.chunks_exact(width))
+            .enumerate()
+        {
+            shape.position = 11 + i;
+            assert_eq!(
+                by_parts(isa, q, &k, &v, &shape),
+                expected,
+                "{isa} token {i}"
+            );
+        }
+    }
+}
+
+#[test]
+fn large_scores_do_not_overflow() {
+    let shape = shape(1, 1, 16, 3);
+    let k: Vec<f16> = (0..48)
+        .map(|i| f16::from_f32((i / 16) as f32 * 300.0))
+        .collect();
+    let v: Vec<f16> = (0..48).map(|i| f16::from_f32(i as f32)).collect();
+    let shape = AttentionShape {
+        position: 2,
+        ..shape
+    };
+    let mut expected = [0.0; 16];
+    reference(&[200.0; 16], &k, &v, &mut expected, &shape);
+    assert_eq!(expected[0], 32.0);
+    for isa in Isa::available() {
+        assert_close(
+            &by_parts(isa, &[200.0; 16], &k, &v, &shape),
+            &expected,
+            1e-6,
+            isa.name(),
+        );
+    }
+}
+
+#[test]
+#[should_panic(expected = "beyond the capacity")]
+fn tokens_beyond_the_capacity_are_refused() {
+    let shape = AttentionShape {
+        position: 3,
+        ..shape(1, 1, 16, 3)
+    };
+    let cache = vec![f16::ZERO; 48];
+    forward(&[0.0; 16], &cache, &cache, &mut [0.0; 16], &shape);
+}
