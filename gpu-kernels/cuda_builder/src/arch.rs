@@ -1,0 +1,94 @@
+//! The GPU generations that kernels are compiled for.
+
+use std::fmt;
+
+/// A compute capability, the unit in which PTX is specialised.
+///
+/// PTX of a lower capability also runs on a newer GPU: the driver compiles it for the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum NvvmArch {
+    /// Turing: T4, RTX 20.
+    Compute75,
+    /// Ampere: A100.
+    Compute80,
+    /// Ampere: A10, RTX 30.
+    Compute86,
+    /// Ada: L4, RTX 40.
+    Compute89,
+    /// Hopper: H100, H200.
+    Compute90,
+}
+
+/// The tiers that the engine embeds. A device loads the highest one that it supports.
+pub const TIERS: [NvvmArch; 3] = [
+    NvvmArch::Compute75,
+    NvvmArch::Compute80,
+    NvvmArch::Compute90,
+];
+
+impl NvvmArch {
+    /// Every capability known here, lowest first.
+    pub const ALL: [NvvmArch; 5] = [
+        NvvmArch::Compute75,
+        NvvmArch::Compute80,
+        NvvmArch::Compute86,
+        NvvmArch::Compute89,
+        NvvmArch::Compute90,
+    ];
+
+    /// Compute capability times ten: 75, 80, 90.
+    pub const fn capability(self) -> u32 {
+        match self {
+            NvvmArch::Compute75 => 75,
+            NvvmArch::Compute80 => 80,
+            NvvmArch::Compute86 => 86,
+            NvvmArch::Compute89 => 89,
+            NvvmArch::Compute90 => 90,
+        }
+    }
+
+    /// PTX version times ten.
+    ///
+    /// The lowest that has what the kernels use, so that old drivers load it: 7.4 (CUDA 11.4) brings
+    /// the cache hints of `ld.global.nc`, 7.8 (CUDA 11.8) is the first that knows sm_89 and sm_90.
+    pub const fn ptx_version(self) -> u32 {
+        match self {
+            NvvmArch::Compute75 | NvvmArch::Compute80 | NvvmArch::Compute86 => 74,
+            NvvmArch::Compute89 | NvvmArch::Compute90 => 78,
+        }
+    }
+
+    /// The capability written as `sm_75` or `75`.
+    pub fn parse(text: &str) -> Option<NvvmArch> {
+        let digits = text.strip_prefix("sm_").unwrap_or(text);
+        NvvmArch::ALL
+            .into_iter()
+            .find(|arch| arch.capability().to_string() == digits)
+    }
+}
+
+impl fmt::Display for NvvmArch {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "sm_{}", self.capability())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for arch in NvvmArch::ALL {
+            assert_eq!(NvvmArch::parse(&arch.to_string()), Some(arch));
+        }
+        assert_eq!(NvvmArch::parse("90"), Some(NvvmArch::Compute90));
+        assert_eq!(NvvmArch::parse("sm_61"), None);
+    }
+
+    #[test]
+    fn tiers_rise() {
+        assert!(TIERS.is_sorted_by(|low, high| low < high));
+    }
+}
