@@ -32,3 +32,28 @@ impl Error {
         }
     }
 }
+
+impl From<models::Error> for Error {
+    /// A model file that cannot be used is the caller's input.
+    fn from(error: models::Error) -> Self {
+        Error::input(error)
+    }
+}
+
+/// Text from a file or a flag as messages repeat it: control characters escaped, 80 characters.
+pub(crate) fn shown(text: &str) -> String {
+    const SHOWN_CHARS: usize = 80;
+    let mut out = String::new();
+    for (i, c) in text.chars().enumerate() {
+        if i == SHOWN_CHARS {
+            out.push('…');
+            break;
+        }
+        if c.is_control() {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}

@@ -2,6 +2,11 @@
 //! binary, tokens move through a [`backend::Backend`], text goes out.
 
 pub mod backend;
+pub mod chat;
 mod error;
+pub mod generate;
+pub mod sampler;
+pub mod tokenizer;
+pub mod weights;
 
 pub use error::Error;
