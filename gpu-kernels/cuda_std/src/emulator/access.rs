@@ -1,0 +1,68 @@
+//! Memory accesses of a kernel under the emulator: what the host twins of the accessors call.
+//!
+//! Each checks the access and ends the launch with a fault, at the line of the kernel, if it is not
+//! allowed; nothing is accessed then. Outside of a launch they panic.
+
+use super::machine::{current, raise, with_run};
+use super::memory::{Coherence, MEMORY, Value};
+use std::panic::Location;
+
+/// `ld.global`: the value at `p`.
+#[track_caller]
+#[inline]
+pub fn load_global<T: Value>(p: *const T) -> T {
+    load(p, Coherence::Coherent)
+}
+
+/// `ld.global.nc`: the value at `p`, which this launch must not have written.
+#[track_caller]
+#[inline]
+pub fn load_global_nc<T: Value>(p: *const T) -> T {
+    load(p, Coherence::NonCoherent)
+}
+
+#[track_caller]
+#[inline(always)]
+fn load<T: Value>(p: *const T, coherence: Coherence) -> T {
+    // The check that a launch runs comes first: outside of one there is nobody to report to.
+    current();
+    match MEMORY.with_borrow_mut(|memory| memory.load(p.addr() as u64, coherence)) {
+        Ok(value) => value,
+        Err(problem) => raise(problem),
+    }
+}
+
+/// `st.global`: stores at `p`.
+#[track_caller]
+#[inline]
+pub fn store_global<T: Value>(p: *mut T, value: T) {
+    current();
+    match MEMORY.with_borrow_mut(|memory| memory.store(p.addr() as u64, value)) {
+        Ok(()) => {}
+        Err(problem) => raise(problem),
+    }
+}
+
+/// `ld.shared`: the value at an address of the shared window.
+#[track_caller]
+#[inline]
+pub fn load_shared<T: Value>(address: u32) -> T {
+    let location = Location::caller();
+    with_run(|run, current| {
+        run.shared(current)
+            .load(address, current.rank as u16, location)
+            .map_err(|problem| run.fault_of(current, Some(location), problem))
+    })
+}
+
+/// `st.shared`: stores at an address of the shared window.
+#[track_caller]
+#[inline]
+pub fn store_shared<T: Value>(address: u32, value: T) {
+    let location = Location::caller();
+    with_run(|run, current| {
+        run.shared(current)
+            .store(address, value, current.rank as u16, location)
+            .map_err(|problem| run.fault_of(current, Some(location), problem))
+    });
+}

@@ -1,0 +1,395 @@
+//! Emulated shared memory of one block, and the detection of races on it.
+//!
+//! Two accesses of one word by different threads, at least one of them a store, have to be ordered:
+//! by a block barrier (the block's *epoch* counts those), or, within a warp, by warp barriers that
+//! lead from one lane to the other (each warp keeps vector clocks of its lanes for that).
+
+use super::fault::{FaultKind, Problem, line};
+use super::memory::Value;
+use std::panic::Location;
+
+/// Address of the first byte: not 0, so that an address made from nothing is out of bounds.
+pub const BASE: u32 = 1024;
+
+const LANES: usize = 32;
+const WORD: usize = 4;
+
+/// The last access of a kind to a word. Epoch 0: none.
+#[derive(Clone, Copy)]
+struct Store {
+    epoch: u32,
+    time: u32,
+    rank: u16,
+    location: Option<&'static Location<'static>>,
+}
+
+/// The loads of a word in an epoch.
+#[derive(Clone, Copy)]
+struct Loads {
+    epoch: u32,
+    /// Time of the latest one in `warp`.
+    time: u32,
+    /// Lanes of `warp` that loaded and are not ordered before one that loaded later.
+    lanes: u32,
+    warp: u16,
+    /// A thread of another warp that loaded, if any.
+    other: Option<u16>,
+    location: Option<&'static Location<'static>>,
+}
+
+#[derive(Clone, Copy)]
+struct Word {
+    store: Store,
+    loads: Loads,
+}
+
+const UNTOUCHED: Word = Word {
+    store: Store {
+        epoch: 0,
+        time: 0,
+        rank: 0,
+        location: None,
+    },
+    loads: Loads {
+        epoch: 0,
+        time: 0,
+        lanes: 0,
+        warp: 0,
+        other: None,
+        location: None,
+    },
+};
+
+/// How the lanes of a warp are ordered by its warp barriers.
+#[derive(Clone)]
+struct Clocks {
+    /// Now; advances with each warp barrier.
+    time: u32,
+    /// `seen[a][b]`: accesses of lane b up to this time are ordered before what lane a does next.
+    seen: [[u32; LANES]; LANES],
+}
+
+/// Shared memory of one block.
+pub struct Shared {
+    bytes: Vec<u8>,
+    words: Vec<Word>,
+    epoch: u32,
+    clocks: Vec<Clocks>,
+    block: [u32; 3],
+}
+
+impl Shared {
+    /// `bytes` of memory for a block of these dimensions.
+    pub fn new(bytes: u32, block: [u32; 3]) -> Shared {
+        let bytes = bytes as usize;
+        let threads = block.iter().product::<u32>() as usize;
+        let warps = if bytes == 0 {
+            0
+        } else {
+            threads.div_ceil(LANES)
+        };
+        Shared {
+            bytes: vec![0xcd; bytes],
+            words: vec![UNTOUCHED; bytes.div_ceil(WORD)],
+            epoch: 1,
+            clocks: vec![
+                Clocks {
+                    time: 1,
+                    seen: [[0; LANES]; LANES]
+                };
+                warps
+            ],
+            block,
+        }
+    }
+
+    /// As fresh, for the next block.
+    pub fn reset(&mut self) {
+        self.words.fill(UNTOUCHED);
+        self.epoch = 1;
+        for clocks in &mut self.clocks {
+            *clocks = Clocks {
+                time: 1,
+                seen: [[0; LANES]; LANES],
+            };
+        }
+    }
+
+    /// All threads of the block have met.
+    pub fn sync_block(&mut self) {
+        self.epoch += 1;
+    }
+
+    /// The lanes of `mask` in `warp` have met.
+    pub fn sync_warp(&mut self, warp: usize, mask: u32) {
+        let Some(clocks) = self.clocks.get_mut(warp) else {
+            return;
+        };
+        let mut joined = [0; LANES];
+        for lane in lanes(mask) {
+            for (joined, &seen) in joined.iter_mut().zip(&clocks.seen[lane]) {
+                *joined = seen.max(*joined);
+            }
+        }
+        for lane in lanes(mask) {
+            joined[lane] = clocks.time;
+        }
+        for lane in lanes(mask) {
+            clocks.seen[lane] = joined;
+        }
+        clocks.time += 1;
+    }
+
+    fn range(&self, address: u32, bytes: usize, what: &str) -> Result<usize, Problem> {
+        let offset = i64::from(address) - i64::from(BASE);
+        if let Ok(start) = usize::try_from(offset)
+            && start + bytes <= self.bytes.len()
+        {
+            if start.is_multiple_of(bytes) {
+                return Ok(start);
+            }
+            return Err(Problem::new(
+                FaultKind::Misaligned,
+                format!(
+                    "{what} of {bytes} bytes at byte {offset} of shared memory: not a multiple of {bytes}"
+                ),
+            ));
+        }
+        Err(Problem::new(
+            FaultKind::OutOfBounds,
+            format!(
+                "{what} of {bytes} bytes at byte {offset} of {} bytes of shared memory",
+                self.bytes.len()
+            ),
+        ))
+    }
+
+    /// `ld.shared` by the thread of this rank.
+    pub fn load<T: Value>(
+        &mut self,
+        address: u32,
+        rank: u16,
+        location: &'static Location<'static>,
+    ) -> Result<T, Problem> {
+        let start = self.range(address, T::BYTES, "load")?;
+        for word in start / WORD..(start + T::BYTES).div_ceil(WORD) {
+            self.mark_load(word, rank, location)?;
+        }
+        Ok(T::read(&self.bytes[start..start + T::BYTES]))
+    }
+
+    /// `st.shared` by the thread of this rank.
+    pub fn store<T: Value>(
+        &mut self,
+        address: u32,
+        value: T,
+        rank: u16,
+        location: &'static Location<'static>,
+    ) -> Result<(), Problem> {
+        let start = self.range(address, T::BYTES, "store")?;
+        for word in start / WORD..(start + T::BYTES).div_ceil(WORD) {
+            self.mark_store(word, rank, location)?;
+        }
+        value.write(&mut self.bytes[start..start + T::BYTES]);
+        Ok(())
+    }
+
+    /// Whether what `before` did at `time` of its warp is ordered before what `after` does now,
+    /// both in this epoch.
+    fn ordered(&self, before: u16, time: u32, after: u16) -> bool {
+        let (a, b) = (usize::from(before), usize::from(after));
+        a == b
+            || a / LANES == b / LANES && self.clocks[a / LANES].seen[b % LANES][a % LANES] >= time
+    }
+
+    fn mark_load(
+        &mut self,
+        index: usize,
+        rank: u16,
+        location: &'static Location<'static>,
+    ) -> Result<(), Problem> {
+        let Word { store, loads } = self.words[index];
+        if store.epoch == 0 {
+            return Err(Problem::new(
+                FaultKind::Uninitialised,
+                format!(
+                    "load of byte {} of shared memory: nothing wrote it",
+                    index * WORD
+                ),
+            ));
+        }
+        if store.epoch == self.epoch && !self.ordered(store.rank, store.time, rank) {
+            return Err(self.race(index, "loads", store.rank, "stored", store.location));
+        }
+        let warp = rank / LANES as u16;
+        let bit = 1 << (usize::from(rank) % LANES);
+        let time = self.clocks[usize::from(warp)].time;
+        let loads = if loads.epoch != self.epoch {
+            Loads {
+                epoch: self.epoch,
+                time,
+                lanes: bit,
+                warp,
+                other: None,
+                location: Some(location),
+            }
+        } else if loads.warp != warp {
+            Loads {
+                other: Some(rank),
+                ..loads
+            }
+        } else if loads.time == time {
+            Loads {
+                lanes: loads.lanes | bit,
+                location: Some(location),
+                ..loads
+            }
+        } else {
+            // A lane ordered before this one need not be kept: whoever is ordered after this load
+            // is ordered after that one too.
+            let kept = lanes(loads.lanes)
+                .filter(|&lane| !self.ordered(warp * LANES as u16 + lane as u16, loads.time, rank))
+                .fold(0, |kept, lane| kept | 1 << lane);
+            Loads {
+                time,
+                lanes: kept | bit,
+                location: Some(location),
+                ..loads
+            }
+        };
+        self.words[index].loads = loads;
+        Ok(())
+    }
+
+    fn mark_store(
+        &mut self,
+        index: usize,
+        rank: u16,
+        location: &'static Location<'static>,
+    ) -> Result<(), Problem> {
+        let Word { store, loads } = self.words[index];
+        if store.epoch == self.epoch && !self.ordered(store.rank, store.time, rank) {
+            return Err(self.race(index, "stores", store.rank, "stored", store.location));
+        }
+        if loads.epoch == self.epoch {
+            let other = loads
+                .other
+                .filter(|other| other / LANES as u16 != rank / LANES as u16);
+            let reader = other.or_else(|| {
+                lanes(loads.lanes)
+                    .map(|lane| loads.warp * LANES as u16 + lane as u16)
+                    .find(|&reader| !self.ordered(reader, loads.time, rank))
+            });
+            if let Some(reader) = reader {
+                return Err(self.race(index, "stores", reader, "loaded", loads.location));
+            }
+        }
+        let time = self.clocks[usize::from(rank) / LANES].time;
+        self.words[index].store = Store {
+            epoch: self.epoch,
+            time,
+            rank,
+            location: Some(location),
+        };
+        Ok(())
+    }
+
+    #[cold]
+    fn race(
+        &self,
+        index: usize,
+        does: &str,
+        other: u16,
+        did: &str,
+        location: Option<&'static Location<'static>>,
+    ) -> Problem {
+        let [x, y, z] = thread_index(u32::from(other), self.block);
+        let line = location.map_or_else(String::new, |location| format!(" at {}", line(location)));
+        Problem::new(
+            FaultKind::Race,
+            format!(
+                "{does} byte {} of shared memory, which thread ({x}, {y}, {z}) {did}{line}, with no barrier between",
+                index * WORD
+            ),
+        )
+    }
+}
+
+/// The lanes of a mask, in order.
+pub fn lanes(mask: u32) -> impl Iterator<Item = usize> {
+    (0..LANES).filter(move |&lane| mask >> lane & 1 == 1)
+}
+
+/// Thread index (x, y, z) of a rank.
+pub fn thread_index(rank: u32, block: [u32; 3]) -> [u32; 3] {
+    [
+        rank % block[0],
+        rank / block[0] % block[1],
+        rank / (block[0] * block[1]),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory(threads: u32) -> Shared {
+        Shared::new(64, [threads, 1, 1])
+    }
+
+    fn here() -> &'static Location<'static> {
+        Location::caller()
+    }
+
+    fn race(result: Result<impl Sized, Problem>) {
+        assert_eq!(result.err().expect("a race").kind, FaultKind::Race);
+    }
+
+    #[test]
+    fn a_block_barrier_orders_everything() {
+        let mut memory = memory(64);
+        memory.store(BASE, 1u32, 0, here()).unwrap();
+        race(memory.load::<u32>(BASE, 63, here()));
+        memory.sync_block();
+        for rank in 0..64 {
+            assert_eq!(memory.load::<u32>(BASE, rank, here()).unwrap(), 1);
+        }
+        race(memory.store(BASE, 2u32, 0, here()));
+        memory.sync_block();
+        memory.store(BASE, 2u32, 0, here()).unwrap();
+    }
+
+    #[test]
+    fn a_warp_barrier_orders_its_lanes_only() {
+        let mut memory = memory(64);
+        memory.store(BASE, 1u32, 3, here()).unwrap();
+        memory.sync_warp(0, 0x0000_ffff);
+        memory.load::<u32>(BASE, 4, here()).unwrap();
+        race(memory.load::<u32>(BASE, 20, here()));
+        race(memory.load::<u32>(BASE, 35, here()));
+        // Lane 4 hands the order on to lane 20.
+        memory.sync_warp(0, 1 << 4 | 1 << 20);
+        memory.load::<u32>(BASE, 20, here()).unwrap();
+        race(memory.store(BASE, 2u32, 5, here()));
+        memory.sync_warp(0, u32::MAX);
+        memory.store(BASE, 2u32, 5, here()).unwrap();
+    }
+
+    #[test]
+    fn a_thread_is_ordered_with_itself() {
+        let mut memory = memory(32);
+        memory.store(BASE + 8, 1u32, 7, here()).unwrap();
+        memory.load::<u32>(BASE + 8, 7, here()).unwrap();
+        memory.store(BASE + 8, 2u32, 7, here()).unwrap();
+        race(memory.store(BASE, [0.0f32; 4], 8, here()));
+    }
+
+    #[test]
+    fn contents_do_not_outlive_the_block() {
+        let mut memory = memory(32);
+        memory.store(BASE, 1u32, 0, here()).unwrap();
+        memory.reset();
+        let problem = memory.load::<u32>(BASE, 0, here()).unwrap_err();
+        assert_eq!(problem.kind, FaultKind::Uninitialised);
+    }
+}

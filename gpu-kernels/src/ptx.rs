@@ -1,0 +1,489 @@
+//! One function an instruction: the only file of this crate with `asm!`, and the only way in which
+//! kernels touch memory.
+//!
+//! The name says space, width and cache hint. On the device each function is the instruction that
+//! its documentation names; on the host it is a twin with the documented semantics, and every
+//! memory access goes through the emulator, which reports the kernel line that made it
+//! (`#[track_caller]`) if it is out of bounds, misaligned, or reads what nothing wrote.
+//!
+//! | prefix | instruction | for |
+//! |---|---|---|
+//! | `ld_global_*` | `ld.global` | data that this launch may have written |
+//! | `ld_global_nc_*` | `ld.global.nc` | data that is constant during the launch: inputs |
+//! | `ld_global_nc_v4_*` | `ld.global.nc.L1::no_allocate` | weights: read once, kept out of L1 |
+//! | `st_global_*`, `ld_shared_*`, `st_shared_*` | `st.global`, `ld.shared`, `st.shared` | |
+//!
+//! Addresses have to be multiples of the access width: 16 bytes for `v4` of 32-bit values.
+//! Loads are `pure, readonly` to the compiler: it may merge two of the same address, but not move
+//! them across a store or a barrier.
+
+#[cfg(target_arch = "nvptx64")]
+use core::arch::asm;
+#[cfg(not(target_arch = "nvptx64"))]
+use cuda_std::emulator::access;
+use cuda_std::shared::Shared;
+
+cuda_std::declare_dynamic_shared_memory!();
+
+/// Loads of one value from global memory.
+macro_rules! load_global {
+    ($($(#[$doc:meta])* $name:ident: $ty:ty = $instruction:literal, $class:ident, $register:ty, $twin:ident;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// `p` is aligned, in bounds, initialised global memory; for `nc`, constant during the
+        /// launch.
+        #[inline(always)]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+        pub unsafe fn $name(p: *const $ty) -> $ty {
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let value: $register;
+                // SAFETY: the caller vouches for `p`.
+                unsafe {
+                    asm!(concat!($instruction, " {}, [{}];"), out($class) value, in(reg64) p,
+                        options(pure, readonly, nostack));
+                }
+                value as $ty
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            access::$twin(p)
+        }
+    )*};
+}
+
+load_global! {
+    /// `ld.global.u8`
+    ld_global_u8: u8 = "ld.global.u8", reg32, u32, load_global;
+    /// `ld.global.s8`
+    ld_global_i8: i8 = "ld.global.s8", reg32, i32, load_global;
+    /// `ld.global.u16`: also a half, see [`f16_to_f32`].
+    ld_global_u16: u16 = "ld.global.u16", reg16, u16, load_global;
+    /// `ld.global.u32`
+    ld_global_u32: u32 = "ld.global.u32", reg32, u32, load_global;
+    /// `ld.global.f32`
+    ld_global_f32: f32 = "ld.global.f32", reg32, f32, load_global;
+    /// `ld.global.nc.u8`
+    ld_global_nc_u8: u8 = "ld.global.nc.u8", reg32, u32, load_global_nc;
+    /// `ld.global.nc.s8`
+    ld_global_nc_i8: i8 = "ld.global.nc.s8", reg32, i32, load_global_nc;
+    /// `ld.global.nc.u16`: also a half, see [`f16_to_f32`].
+    ld_global_nc_u16: u16 = "ld.global.nc.u16", reg16, u16, load_global_nc;
+    /// `ld.global.nc.u32`
+    ld_global_nc_u32: u32 = "ld.global.nc.u32", reg32, u32, load_global_nc;
+    /// `ld.global.nc.f32`
+    ld_global_nc_f32: f32 = "ld.global.nc.f32", reg32, f32, load_global_nc;
+}
+
+/// Loads of two values next to each other from global memory.
+macro_rules! load_global_v2 {
+    ($($(#[$doc:meta])* $name:ident: $ty:ty = $instruction:literal, $twin:ident;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// `p` is a multiple of 8 bytes.
+        ///
+        /// # Safety
+        /// The 8 bytes at `p` are aligned, in bounds, initialised global memory; for `nc`, constant
+        /// during the launch.
+        #[inline(always)]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+        pub unsafe fn $name(p: *const $ty) -> [$ty; 2] {
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let (a, b);
+                // SAFETY: the caller vouches for `p`.
+                unsafe {
+                    asm!(concat!($instruction, " {{{}, {}}}, [{}];"),
+                        out(reg32) a, out(reg32) b, in(reg64) p,
+                        options(pure, readonly, nostack));
+                }
+                [a, b]
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            access::$twin(p.cast::<[$ty; 2]>())
+        }
+    )*};
+}
+
+/// Loads of four values next to each other from global memory.
+macro_rules! load_global_v4 {
+    ($($(#[$doc:meta])* $name:ident: $ty:ty = $instruction:literal, $twin:ident;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// `p` is a multiple of 16 bytes.
+        ///
+        /// # Safety
+        /// The 16 bytes at `p` are aligned, in bounds, initialised global memory; for `nc`,
+        /// constant during the launch.
+        #[inline(always)]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+        pub unsafe fn $name(p: *const $ty) -> [$ty; 4] {
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let (a, b, c, d);
+                // SAFETY: the caller vouches for `p`.
+                unsafe {
+                    asm!(concat!($instruction, " {{{}, {}, {}, {}}}, [{}];"),
+                        out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) p,
+                        options(pure, readonly, nostack));
+                }
+                [a, b, c, d]
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            access::$twin(p.cast::<[$ty; 4]>())
+        }
+    )*};
+}
+
+load_global_v2! {
+    /// `ld.global.nc.v2.u32`
+    ld_global_nc_v2_u32: u32 = "ld.global.nc.v2.u32", load_global_nc;
+}
+
+load_global_v4! {
+    /// `ld.global.v4.u32`
+    ld_global_v4_u32: u32 = "ld.global.v4.u32", load_global;
+    /// `ld.global.v4.f32`
+    ld_global_v4_f32: f32 = "ld.global.v4.f32", load_global;
+    /// `ld.global.nc.L1::no_allocate.v4.u32`
+    ld_global_nc_v4_u32: u32 = "ld.global.nc.L1::no_allocate.v4.u32", load_global_nc;
+    /// `ld.global.nc.L1::no_allocate.v4.f32`
+    ld_global_nc_v4_f32: f32 = "ld.global.nc.L1::no_allocate.v4.f32", load_global_nc;
+}
+
+/// Stores of one value to global memory.
+macro_rules! store_global {
+    ($($(#[$doc:meta])* $name:ident: $ty:ty = $instruction:literal, $class:ident;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// `p` is aligned, in bounds global memory.
+        #[inline(always)]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+        pub unsafe fn $name(p: *mut $ty, value: $ty) {
+            // SAFETY: the caller vouches for `p`; the block is a memory clobber.
+            #[cfg(target_arch = "nvptx64")]
+            unsafe {
+                asm!(concat!($instruction, " [{}], {};"), in(reg64) p, in($class) value,
+                    options(nostack));
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            access::store_global(p, value);
+        }
+    )*};
+}
+
+store_global! {
+    /// `st.global.u16`
+    st_global_u16: u16 = "st.global.u16", reg16;
+    /// `st.global.u32`
+    st_global_u32: u32 = "st.global.u32", reg32;
+    /// `st.global.f32`
+    st_global_f32: f32 = "st.global.f32", reg32;
+}
+
+/// `st.global.v4.f32`: four values next to each other. `p` is a multiple of 16 bytes.
+///
+/// # Safety
+/// The 16 bytes at `p` are aligned, in bounds global memory.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn st_global_v4_f32(p: *mut f32, value: [f32; 4]) {
+    // SAFETY: the caller vouches for `p`; the block is a memory clobber.
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("st.global.v4.f32 [{}], {{{}, {}, {}, {}}};", in(reg64) p,
+            in(reg32) value[0], in(reg32) value[1], in(reg32) value[2], in(reg32) value[3],
+            options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    access::store_global(p.cast::<[f32; 4]>(), value);
+}
+
+/// Loads and stores of one value in shared memory.
+macro_rules! shared {
+    ($($ty:ty: $load:ident = $ld:literal, $store:ident = $st:literal;)*) => {$(
+        #[doc = concat!("`", $ld, "`: the value at `base` + `offset_bytes`.")]
+        ///
+        /// # Safety
+        /// The address is aligned, inside the block's shared memory, and written before; what
+        /// another thread wrote is separated by a barrier.
+        #[inline(always)]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+        pub unsafe fn $load(base: Shared, offset_bytes: u32) -> $ty {
+            let address = base.offset_bytes(offset_bytes).address();
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let value: $ty;
+                // SAFETY: the caller vouches for the address.
+                unsafe {
+                    asm!(concat!($ld, " {}, [{}];"), out(reg32) value, in(reg32) address,
+                        options(pure, readonly, nostack));
+                }
+                value
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            access::load_shared(address)
+        }
+
+        #[doc = concat!("`", $st, "`: stores at `base` + `offset_bytes`.")]
+        ///
+        /// # Safety
+        /// The address is aligned and inside the block's shared memory; other threads' accesses to
+        /// it are separated by a barrier.
+        #[inline(always)]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+        pub unsafe fn $store(base: Shared, offset_bytes: u32, value: $ty) {
+            let address = base.offset_bytes(offset_bytes).address();
+            // SAFETY: the caller vouches for the address; the block is a memory clobber.
+            #[cfg(target_arch = "nvptx64")]
+            unsafe {
+                asm!(concat!($st, " [{}], {};"), in(reg32) address, in(reg32) value,
+                    options(nostack));
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            access::store_shared(address, value);
+        }
+    )*};
+}
+
+shared! {
+    u32: ld_shared_u32 = "ld.shared.u32", st_shared_u32 = "st.shared.u32";
+    f32: ld_shared_f32 = "ld.shared.f32", st_shared_f32 = "st.shared.f32";
+}
+
+/// `ld.shared.v4.f32`: four values at `base` + `offset_bytes`, a multiple of 16.
+///
+/// # Safety
+/// As [`ld_shared_f32`], for 16 bytes.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn ld_shared_v4_f32(base: Shared, offset_bytes: u32) -> [f32; 4] {
+    let address = base.offset_bytes(offset_bytes).address();
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let (a, b, c, d);
+        // SAFETY: the caller vouches for the address.
+        unsafe {
+            asm!("ld.shared.v4.f32 {{{}, {}, {}, {}}}, [{}];",
+                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) address,
+                options(pure, readonly, nostack));
+        }
+        [a, b, c, d]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    access::load_shared(address)
+}
+
+/// `st.shared.v4.f32`: four values at `base` + `offset_bytes`, a multiple of 16.
+///
+/// # Safety
+/// As [`st_shared_f32`], for 16 bytes.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn st_shared_v4_f32(base: Shared, offset_bytes: u32, value: [f32; 4]) {
+    let address = base.offset_bytes(offset_bytes).address();
+    // SAFETY: the caller vouches for the address; the block is a memory clobber.
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("st.shared.v4.f32 [{}], {{{}, {}, {}, {}}};", in(reg32) address,
+            in(reg32) value[0], in(reg32) value[1], in(reg32) value[2], in(reg32) value[3],
+            options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    access::store_shared(address, value);
+}
+
+/// Instructions on registers: `asm!` on the device, an expression on the host.
+macro_rules! arithmetic {
+    ($($(#[$doc:meta])* $name:ident($($argument:ident: $ty:ty, $class:ident);*) -> $result:ty, $out:ident = $instruction:literal, $twin:expr;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name($($argument: $ty),*) -> $result {
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let value: $result;
+                // SAFETY: registers only.
+                unsafe {
+                    asm!($instruction, out($out) value, $(in($class) $argument),*,
+                        options(pure, nomem, nostack));
+                }
+                value
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            $twin
+        }
+    )*};
+}
+
+arithmetic! {
+    /// `cvt.f32.f16`: a half, given as its bits, to single precision. Exact; subnormals are kept.
+    f16_to_f32(bits: u16, reg16) -> f32, reg32 = "cvt.f32.f16 {}, {};", twin::f16_to_f32(bits);
+
+    /// `cvt.rn.f16.f32`: to the nearest half, ties to even, as bits. Past the largest half (65504
+    /// plus half a unit) infinity; subnormal halves are kept; NaN becomes 0x7fff.
+    f32_to_f16(value: f32, reg32) -> u16, reg16 = "cvt.rn.f16.f32 {}, {};", twin::f32_to_f16(value);
+
+    /// `fma.rn.f32`: `a * b + c` rounded once. Subnormals are kept. Same bits on the host.
+    fma(a: f32, reg32; b: f32, reg32; c: f32, reg32) -> f32, reg32
+        = "fma.rn.f32 {}, {}, {}, {};", a.mul_add(b, c);
+
+    /// `ex2.approx.ftz.f32`: 2^x. Subnormal inputs count as zero, subnormal results become zero.
+    /// The device's relative error is at most 2^-22; the host twin is correctly rounded.
+    exp2(x: f32, reg32) -> f32, reg32 = "ex2.approx.ftz.f32 {}, {};", twin::exp2(x);
+
+    /// `rsqrt.approx.f32`: 1 / sqrt(x). +0 gives +inf, -0 gives -inf, +inf gives 0, a negative
+    /// number NaN. The device's relative error is at most 2^-22.9; the host twin is correctly
+    /// rounded.
+    rsqrt(x: f32, reg32) -> f32, reg32 = "rsqrt.approx.f32 {}, {};", twin::rsqrt(x);
+
+    /// `rcp.approx.f32`: 1 / x. A zero gives an infinity of its sign, an infinity a zero of its
+    /// sign. The device is at most one unit in the last place off; the host twin is correctly
+    /// rounded.
+    rcp(x: f32, reg32) -> f32, reg32 = "rcp.approx.f32 {}, {};", 1.0 / x;
+
+    /// `dp4a.s32.s32`: the four signed bytes of `a` times those of `b`, summed onto `c`, wrapping.
+    dp4a(a: u32, reg32; b: u32, reg32; c: i32, reg32) -> i32, reg32
+        = "dp4a.s32.s32 {}, {}, {}, {};", twin::dp4a(a, b, c);
+
+    /// `dp4a.u32.s32`: the four unsigned bytes of `a` times the signed bytes of `b`, summed onto
+    /// `c`, wrapping.
+    dp4a_u8_i8(a: u32, reg32; b: u32, reg32; c: i32, reg32) -> i32, reg32
+        = "dp4a.u32.s32 {}, {}, {}, {};", twin::dp4a_u8_i8(a, b, c);
+}
+
+/// e^x as 2^(x log2 e): a multiplication and [`exp2`].
+///
+/// The rounding of the product adds a relative error of up to |x| 2^-24 ln 2 to that of [`exp2`].
+/// Below about -87.3 the result is zero, above about 88.7 infinity.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    exp2(x * core::f32::consts::LOG2_E)
+}
+
+/// What the register instructions compute, in plain Rust.
+#[cfg(not(target_arch = "nvptx64"))]
+mod twin {
+    use half::f16;
+
+    pub fn f16_to_f32(bits: u16) -> f32 {
+        f16::from_bits(bits).to_f32()
+    }
+
+    pub fn f32_to_f16(value: f32) -> u16 {
+        if value.is_nan() { 0x7fff } else { f16::from_f32(value).to_bits() }
+    }
+
+    /// The value with a subnormal replaced by the zero of its sign.
+    fn flush(value: f32) -> f32 {
+        if value.is_subnormal() { 0.0f32.copysign(value) } else { value }
+    }
+
+    pub fn exp2(x: f32) -> f32 {
+        flush(f64::from(flush(x)).exp2() as f32)
+    }
+
+    pub fn rsqrt(x: f32) -> f32 {
+        if x == 0.0 {
+            return f32::INFINITY.copysign(x);
+        }
+        (1.0 / f64::from(x).sqrt()) as f32
+    }
+
+    pub fn dp4a(a: u32, b: u32, c: i32) -> i32 {
+        let products = a.to_le_bytes().into_iter().zip(b.to_le_bytes());
+        products.fold(c, |sum, (a, b)| {
+            sum.wrapping_add(i32::from(a.cast_signed()) * i32::from(b.cast_signed()))
+        })
+    }
+
+    pub fn dp4a_u8_i8(a: u32, b: u32, c: i32) -> i32 {
+        let products = a.to_le_bytes().into_iter().zip(b.to_le_bytes());
+        products
+            .fold(c, |sum, (a, b)| sum.wrapping_add(i32::from(a) * i32::from(b.cast_signed())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_conversions_round_to_nearest_even() {
+        assert_eq!(f32_to_f16(1.0), 0x3c00);
+        // 1 + 2^-11 lies halfway between 1 and 1 + 2^-10: to the even one.
+        assert_eq!(f32_to_f16(1.0 + 2f32.powi(-11)), 0x3c00);
+        assert_eq!(f32_to_f16(1.0 + 3.0 * 2f32.powi(-11)), 0x3c02);
+        assert_eq!(f32_to_f16(65519.0), 0x7bff);
+        assert_eq!(f32_to_f16(65520.0), 0x7c00);
+        assert_eq!(f32_to_f16(2f32.powi(-24)), 1, "the smallest subnormal half");
+        assert_eq!(f32_to_f16(2f32.powi(-25)), 0, "halfway to zero goes to the even one");
+        assert_eq!(f32_to_f16(-0.0), 0x8000);
+        assert_eq!(f32_to_f16(-f32::NAN), 0x7fff);
+        assert_eq!(f16_to_f32(1), 2f32.powi(-24));
+        assert_eq!(f16_to_f32(0xfc00), f32::NEG_INFINITY);
+        for bits in 0..=u16::MAX {
+            let value = f16_to_f32(bits);
+            if !value.is_nan() {
+                assert_eq!(f32_to_f16(value), bits);
+            }
+        }
+    }
+
+    #[test]
+    fn fma_rounds_once() {
+        let a = 1.0 + f32::EPSILON;
+        // a*a = 1 + 2e + e^2: the e^2 survives only without an intermediate rounding.
+        assert_eq!(fma(a, a, -(1.0 + 2.0 * f32::EPSILON)), f32::EPSILON * f32::EPSILON);
+        assert_eq!(a * a - (1.0 + 2.0 * f32::EPSILON), 0.0);
+    }
+
+    #[test]
+    fn exp2_flushes_subnormals() {
+        assert_eq!(exp2(3.0), 8.0);
+        assert_eq!(exp2(-126.0), f32::MIN_POSITIVE);
+        assert_eq!(exp2(-126.5), 0.0, "a subnormal result");
+        assert_eq!(exp2(f32::from_bits(1)), 1.0, "a subnormal input");
+        assert_eq!(exp2(128.0), f32::INFINITY);
+        assert_eq!(exp2(f32::NEG_INFINITY), 0.0);
+        assert!(exp2(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn exp_is_close_to_e_to_the_x() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-88.0), 0.0);
+        assert_eq!(exp(89.0), f32::INFINITY);
+        for i in -800..=800 {
+            let x = i as f32 / 10.0;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            let bound = f64::from(x.abs()) * 2f64.powi(-24) * 1.5 + 2f64.powi(-23);
+            assert!(error <= bound, "exp({x}): relative error {error:e}");
+        }
+    }
+
+    #[test]
+    fn rsqrt_and_rcp_at_their_edges() {
+        assert_eq!(rsqrt(4.0), 0.5);
+        assert_eq!(rsqrt(0.0), f32::INFINITY);
+        assert_eq!(rsqrt(-0.0), f32::NEG_INFINITY);
+        assert_eq!(rsqrt(f32::INFINITY), 0.0);
+        assert!(rsqrt(-1.0).is_nan());
+        assert_eq!(rsqrt(2f32.powi(-140)), 2f32.powi(70), "a subnormal input is not flushed");
+        assert_eq!(rcp(4.0), 0.25);
+        assert_eq!(rcp(-0.0), f32::NEG_INFINITY);
+        assert_eq!(rcp(f32::NEG_INFINITY).to_bits(), (-0.0f32).to_bits());
+    }
+
+    #[test]
+    fn dp4a_signs_and_wraps() {
+        let bytes = |b: [i8; 4]| u32::from_le_bytes(b.map(i8::cast_unsigned));
+        assert_eq!(dp4a(bytes([1, -2, 3, -4]), bytes([5, 6, -7, -8]), 10), 10 + 5 - 12 - 21 + 32);
+        assert_eq!(dp4a(bytes([-128; 4]), bytes([-128; 4]), 0), 65536);
+        assert_eq!(dp4a(bytes([1, 0, 0, 0]), bytes([1, 0, 0, 0]), i32::MAX), i32::MIN);
+        assert_eq!(dp4a_u8_i8(0xff, bytes([-1, 0, 0, 0]), 0), -255);
+        assert_eq!(dp4a(0xff, bytes([-1, 0, 0, 0]), 0), 1);
+    }
+}
