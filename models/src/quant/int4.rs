@@ -249,3 +249,127 @@ fn pack(levels: &[u8], cells: &mut [u8]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A row of `cols` weights that no scale divides evenly.
+    fn wave(cols: usize) -> Vec<f32> {
+        (0..cols)
+            .map(|i| (i as f32 * 0.37).sin() * (1.0 + i as f32 * 0.01))
+            .collect()
+    }
+
+    #[test]
+    fn cell_order_and_both_forms() {
+        // Cell bytes 0x10, 0x32, ...: low nibbles are weights 0.., high nibbles weights 16...
+        let mut quants = vec![0u8; 16];
+        quants[0] = 0x1f;
+        quants[15] = 0xa2;
+        let half = f16::from_f32(0.5);
+        let mut row = [0f32; 32];
+
+        let symmetric = Int4Matrix::new(1, 32, 32, quants.clone(), vec![half], None).unwrap();
+        symmetric.dequantize_row(0, &mut row);
+        assert_eq!(
+            [row[0], row[16], row[15], row[31], row[1]],
+            [3.5, -3.5, -3.0, 1.0, -4.0]
+        );
+        assert_eq!(symmetric.bytes(), 18);
+
+        let mins = Some(vec![f16::from_f32(-2.0)]);
+        let asymmetric = Int4Matrix::new(1, 32, 32, quants, vec![half], mins).unwrap();
+        asymmetric.dequantize_row(0, &mut row);
+        assert_eq!(
+            [row[0], row[16], row[15], row[31], row[1]],
+            [5.5, -1.5, -1.0, 3.0, -2.0]
+        );
+        assert_eq!(asymmetric.bytes(), 20);
+    }
+
+    #[test]
+    fn encode_rounds_to_the_nearest_level() {
+        // 160 columns: at group 64 and 128 the last group is short.
+        for (group, form) in [32, 64, 128]
+            .into_iter()
+            .flat_map(|g| [(g, Int4Form::Symmetric), (g, Int4Form::Asymmetric)])
+        {
+            let weights: Vec<f32> =
+                [wave(160), wave(160).iter().map(|w| -w * 3.0).collect()].concat();
+            let matrix = Int4Matrix::encode(2, 160, group, form, &weights).unwrap();
+            assert_eq!(matrix.groups_per_row(), 160usize.div_ceil(group));
+            let mut row = vec![0f32; 160];
+            for i in 0..2 {
+                matrix.dequantize_row(i, &mut row);
+                for (c, (got, want)) in row.iter().zip(&weights[i * 160..]).enumerate() {
+                    let scale = matrix.row_scales(i)[c / group].to_f32().abs();
+                    // The symmetric form has no level for the side opposite to its extreme.
+                    let bound = if form == Int4Form::Symmetric {
+                        1.0
+                    } else {
+                        0.51
+                    };
+                    assert!(
+                        (got - want).abs() <= bound * scale,
+                        "{group} {form:?} {c}: {got} {want}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn encoding_what_was_decoded_changes_nothing() {
+        // Levels that reach both ends of the range make the scale recoverable.
+        let quants: Vec<u8> = (0..32)
+            .map(|j| if j % 16 == 0 { 0xf0 } else { j * 7 })
+            .collect();
+        let scales = vec![f16::from_f32(0.25), f16::from_f32(-0.125)];
+        let matrix = Int4Matrix::new(1, 64, 32, quants, scales, None).unwrap();
+        let mut row = vec![0f32; 64];
+        matrix.dequantize_row(0, &mut row);
+        assert_eq!(
+            Int4Matrix::encode(1, 64, 32, Int4Form::Symmetric, &row).unwrap(),
+            matrix
+        );
+    }
+
+    #[test]
+    fn flat_and_zero_groups_are_exact() {
+        for value in [0.0f32, 1.5, -0.75] {
+            let weights = [value; 32];
+            let matrix = Int4Matrix::encode(1, 32, 32, Int4Form::Asymmetric, &weights).unwrap();
+            let mut row = [9f32; 32];
+            matrix.dequantize_row(0, &mut row);
+            assert_eq!(row, weights);
+        }
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_are_refused() {
+        let one = vec![f16::ONE];
+        let error = |matrix: Result<Int4Matrix, Error>| matrix.unwrap_err().to_string();
+        let part = |n: usize| vec![0u8; n];
+        assert!(error(Int4Matrix::new(1, 32, 48, part(16), one.clone(), None)).contains("group"));
+        assert!(error(Int4Matrix::new(1, 40, 32, part(20), one.clone(), None)).contains("40"));
+        assert!(error(Int4Matrix::new(0, 32, 32, part(0), vec![], None)).contains("0 rows"));
+        assert!(error(Int4Matrix::new(1, 32, 32, part(15), one.clone(), None)).contains("quants"));
+        assert!(error(Int4Matrix::new(1, 32, 32, part(16), vec![], None)).contains("scales"));
+        let none = Some(Vec::new());
+        assert!(error(Int4Matrix::new(1, 32, 32, part(16), one.clone(), none)).contains("mins"));
+        let nan = vec![f16::NAN];
+        assert!(error(Int4Matrix::new(1, 32, 32, part(16), nan, None)).contains("NaN"));
+        assert!(Int4Matrix::new(usize::MAX / 32, 64, 32, part(16), one, None).is_err());
+        for bad in [f32::NAN, f32::INFINITY, 1e9] {
+            let mut weights = [0.5f32; 32];
+            weights[3] = bad;
+            for form in [Int4Form::Symmetric, Int4Form::Asymmetric] {
+                assert!(
+                    Int4Matrix::encode(1, 32, 32, form, &weights).is_err(),
+                    "{bad} {form:?}"
+                );
+            }
+        }
+    }
+}

@@ -149,3 +149,82 @@ pub(crate) fn encode_group(weights: &[f32], levels: &mut [i8]) -> f16 {
     }
     scale
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_apply_to_their_columns() {
+        let quants: Vec<i8> = (0..96).map(|i| i as i8 - 40).collect();
+        let scales = [0.5, 2.0].map(f16::from_f32).to_vec();
+        let matrix = Int8Matrix::new(1, 96, 64, quants, scales).unwrap();
+        let mut row = [0f32; 96];
+        matrix.dequantize_row(0, &mut row);
+        assert_eq!(
+            [row[0], row[63], row[64], row[95]],
+            [-20.0, 11.5, 48.0, 110.0]
+        );
+        assert_eq!(matrix.bytes(), 96 + 4);
+    }
+
+    #[test]
+    fn encode_rounds_to_the_nearest_level() {
+        let weights: Vec<f32> = (0..2 * 160)
+            .map(|i| (i as f32 * 0.73).sin() * 0.02)
+            .collect();
+        for group in [32, 64, 128, 160] {
+            let matrix = Int8Matrix::encode(2, 160, group, &weights).unwrap();
+            let mut row = [0f32; 160];
+            for i in 0..2 {
+                matrix.dequantize_row(i, &mut row);
+                for (c, (got, want)) in row.iter().zip(&weights[i * 160..]).enumerate() {
+                    let scale = matrix.row_scales(i)[c / group].to_f32();
+                    // Half a level, and the rounding of the scale at the extreme.
+                    assert!(
+                        (got - want).abs() <= 0.57 * scale,
+                        "{group} {c}: {got} {want}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn weights_too_small_for_a_normal_scale_keep_their_size() {
+        for extreme in [1e-5f32, 4e-6, 1e-6] {
+            let mut weights = [0f32; 32];
+            weights[5] = extreme;
+            weights[6] = -extreme;
+            let matrix = Int8Matrix::encode(1, 32, 32, &weights).unwrap();
+            let mut row = [0f32; 32];
+            matrix.dequantize_row(0, &mut row);
+            let error = (row[5] - extreme).abs();
+            assert!(
+                error <= matrix.scales[0].to_f32() / 2.0,
+                "{extreme}: {}",
+                row[5]
+            );
+            assert_eq!(row[5], -row[6]);
+        }
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_are_refused() {
+        let error = |matrix: Result<Int8Matrix, Error>| matrix.unwrap_err().to_string();
+        let part = |n: usize| vec![0i8; n];
+        let one = vec![f16::ONE];
+        assert!(error(Int8Matrix::new(1, 32, 0, part(32), one.clone())).contains("group"));
+        assert!(error(Int8Matrix::new(1, 32, 64, part(32), one.clone())).contains("group"));
+        assert!(error(Int8Matrix::new(1, 33, 32, part(33), one.clone())).contains("33"));
+        assert!(error(Int8Matrix::new(1, 32, 32, part(31), one)).contains("quants"));
+        assert!(error(Int8Matrix::new(1, 64, 32, part(64), vec![f16::ONE])).contains("scales"));
+        let infinite = vec![f16::INFINITY];
+        assert!(error(Int8Matrix::new(1, 32, 32, part(32), infinite)).contains("inf"));
+        for bad in [f32::NAN, f32::NEG_INFINITY, 1e8] {
+            let mut weights = [0.5f32; 32];
+            weights[30] = bad;
+            assert!(Int8Matrix::encode(1, 32, 32, &weights).is_err(), "{bad}");
+        }
+    }
+}

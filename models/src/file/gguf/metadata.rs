@@ -188,6 +188,11 @@ impl<'a> Array<'a> {
         self.len == 0
     }
 
+    /// The elements as the file stores them.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
     /// The elements in order.
     pub fn iter(&self) -> Elements<'a> {
         Elements {

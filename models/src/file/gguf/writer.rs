@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::io::Write;
 
-use super::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, DType, MAGIC, MAX_DIMS, ValueType};
+use super::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, DType, MAGIC, MAX_DIMS, Value, ValueType};
 use crate::Error;
 use crate::error::shown;
 
@@ -119,6 +119,34 @@ impl Writer {
         let mut bytes = array_header(ValueType::F32, values.len());
         bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
         self.entry(key, ValueType::Array, &bytes)
+    }
+
+    /// Adds a value of any type, for copying entries from one file to another.
+    pub fn value(&mut self, key: &str, value: &Value<'_>) -> &mut Self {
+        let bytes = match value {
+            Value::U8(v) => v.to_le_bytes().to_vec(),
+            Value::I8(v) => v.to_le_bytes().to_vec(),
+            Value::U16(v) => v.to_le_bytes().to_vec(),
+            Value::I16(v) => v.to_le_bytes().to_vec(),
+            Value::U32(v) => v.to_le_bytes().to_vec(),
+            Value::I32(v) => v.to_le_bytes().to_vec(),
+            Value::F32(v) => v.to_le_bytes().to_vec(),
+            Value::Bool(v) => vec![u8::from(*v)],
+            Value::String(v) => {
+                let mut bytes = Vec::new();
+                put_string(&mut bytes, v);
+                bytes
+            }
+            Value::Array(v) => {
+                let mut bytes = array_header(v.element(), v.len());
+                bytes.extend_from_slice(v.bytes());
+                bytes
+            }
+            Value::U64(v) => v.to_le_bytes().to_vec(),
+            Value::I64(v) => v.to_le_bytes().to_vec(),
+            Value::F64(v) => v.to_le_bytes().to_vec(),
+        };
+        self.entry(key, value.value_type(), &bytes)
     }
 
     /// Declares a tensor with dimensions fastest first; its bytes follow in declaration order.
