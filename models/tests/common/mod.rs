@@ -22,9 +22,9 @@ pub fn synthetic_bytes(shape: &str) -> Vec<u8> {
 }
 
 /// A copy of a file with its metadata and tensors edited.
-pub fn edited(
-    bytes: &[u8],
-    metadata: impl FnOnce(&mut Vec<(String, Value<'_>)>),
+pub fn edited<'a>(
+    bytes: &'a [u8],
+    metadata: impl FnOnce(&mut Vec<(String, Value<'a>)>),
     tensors: impl FnOnce(&mut Vec<Tensor>),
 ) -> Vec<u8> {
     let gguf = Gguf::parse(bytes).unwrap();
