@@ -17,7 +17,10 @@ pub struct DeviceSlice {
 
 impl DeviceSlice {
     /// An absent optional operand: a null pointer on the device.
-    pub const NONE: DeviceSlice = DeviceSlice { address: 0, bytes: 0 };
+    pub const NONE: DeviceSlice = DeviceSlice {
+        address: 0,
+        bytes: 0,
+    };
 }
 
 /// What a plan needs to know of the device.
@@ -33,8 +36,11 @@ pub struct DeviceInfo {
 
 impl DeviceInfo {
     /// A T4: the smallest device supported; plans that fit it fit all.
-    pub const T4: DeviceInfo =
-        DeviceInfo { multiprocessors: 40, shared_bytes_per_block: 48 * 1024, compute_capability: 75 };
+    pub const T4: DeviceInfo = DeviceInfo {
+        multiprocessors: 40,
+        shared_bytes_per_block: 48 * 1024,
+        compute_capability: 75,
+    };
 }
 
 /// Grid, block and shared memory of one launch.
@@ -46,6 +52,17 @@ pub struct Launch {
     pub block: [u32; 3],
     /// Dynamic shared memory a block, bytes.
     pub shared_bytes: u32,
+}
+
+impl Launch {
+    /// A one-dimensional launch.
+    pub const fn linear(blocks: u32, threads: u32, shared_bytes: u32) -> Launch {
+        Launch {
+            grid: [blocks, 1, 1],
+            block: [threads, 1, 1],
+            shared_bytes,
+        }
+    }
 }
 
 /// One kernel invocation.
@@ -74,6 +91,18 @@ pub enum ShapeError {
         /// Bytes needed.
         need: u64,
     },
+    /// A buffer does not start where the kernel's widest load may start.
+    #[error("{kernel}: buffer `{buffer}` starts at {address:#x}, not a multiple of {align}")]
+    Misaligned {
+        /// Kernel.
+        kernel: &'static str,
+        /// Parameter name.
+        buffer: &'static str,
+        /// Address given.
+        address: u64,
+        /// Alignment needed, bytes.
+        align: u64,
+    },
     /// A dimension that the kernel cannot take.
     #[error("{kernel}: {what} is {value}, {rule}")]
     Unsupported {
@@ -86,4 +115,212 @@ pub enum ShapeError {
         /// What it has to be.
         rule: &'static str,
     },
+}
+
+/// Bytes of a dense tensor. Saturates, so an absurd shape becomes a [`ShapeError::ShortBuffer`].
+pub fn tensor_bytes(dims: &[usize], elem_bytes: u64) -> u64 {
+    dims.iter()
+        .fold(elem_bytes, |bytes, &d| bytes.saturating_mul(d as u64))
+}
+
+/// Collects the parameters of a call in the kernel's order and checks each as it is added.
+#[derive(Debug)]
+pub struct CallBuilder {
+    kernel: &'static str,
+    args: Vec<u64>,
+}
+
+impl CallBuilder {
+    /// Starts a call of the kernel with this entry name.
+    pub fn new(kernel: &'static str) -> CallBuilder {
+        CallBuilder {
+            kernel,
+            args: Vec::with_capacity(12),
+        }
+    }
+
+    /// Fails with [`ShapeError::Unsupported`] unless `holds`.
+    pub fn require(
+        &self,
+        holds: bool,
+        what: &'static str,
+        value: usize,
+        rule: &'static str,
+    ) -> Result<(), ShapeError> {
+        if holds {
+            return Ok(());
+        }
+        Err(ShapeError::Unsupported {
+            kernel: self.kernel,
+            what,
+            value: value as u64,
+            rule,
+        })
+    }
+
+    /// Adds a pointer to at least `need` bytes, aligned to `align`.
+    pub fn tensor(
+        &mut self,
+        buffer: &'static str,
+        slice: DeviceSlice,
+        need: u64,
+        align: u64,
+    ) -> Result<(), ShapeError> {
+        let kernel = self.kernel;
+        if slice.address == 0 || slice.bytes < need {
+            let have = if slice.address == 0 { 0 } else { slice.bytes };
+            return Err(ShapeError::ShortBuffer {
+                kernel,
+                buffer,
+                have,
+                need,
+            });
+        }
+        if !slice.address.is_multiple_of(align) {
+            return Err(ShapeError::Misaligned {
+                kernel,
+                buffer,
+                address: slice.address,
+                align,
+            });
+        }
+        self.args.push(slice.address);
+        Ok(())
+    }
+
+    /// Adds a pointer that may be [`DeviceSlice::NONE`], a null pointer on the device.
+    pub fn optional(
+        &mut self,
+        buffer: &'static str,
+        slice: DeviceSlice,
+        need: u64,
+        align: u64,
+    ) -> Result<(), ShapeError> {
+        if slice == DeviceSlice::NONE {
+            self.args.push(0);
+            return Ok(());
+        }
+        self.tensor(buffer, slice, need, align)
+    }
+
+    /// Adds a dimension, which must be positive and fit 31 bits: kernels index with `u32` and a
+    /// step past the end must not wrap.
+    pub fn dim(&mut self, what: &'static str, value: usize) -> Result<u32, ShapeError> {
+        let fits = value > 0 && value <= i32::MAX as usize;
+        self.require(fits, what, value, "it must be in 1..2^31")?;
+        self.args.push(value as u64);
+        Ok(value as u32)
+    }
+
+    /// Adds a number that is already known to be in range.
+    pub fn u32(&mut self, value: u32) {
+        self.args.push(u64::from(value));
+    }
+
+    /// Adds a float.
+    pub fn f32(&mut self, value: f32) {
+        self.args.push(u64::from(value.to_bits()));
+    }
+
+    /// The finished call, if the device can launch it.
+    pub fn build(self, device: &DeviceInfo, launch: Launch) -> Result<Call, ShapeError> {
+        let threads: u32 = launch.block.iter().product();
+        self.require(
+            threads <= 1024,
+            "block",
+            threads as usize,
+            "a block has at most 1024 threads",
+        )?;
+        let [_, y, z] = launch.grid;
+        self.require(
+            y.max(z) <= 65_535,
+            "grid",
+            y.max(z) as usize,
+            "y and z are at most 65535",
+        )?;
+        let shared = launch.shared_bytes;
+        self.require(
+            shared <= device.shared_bytes_per_block,
+            "shared memory",
+            shared as usize,
+            "it must fit a block's shared memory",
+        )?;
+        Ok(Call {
+            kernel: self.kernel,
+            launch,
+            args: self.args,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const X: DeviceSlice = DeviceSlice {
+        address: 0x1000,
+        bytes: 64,
+    };
+
+    #[test]
+    fn a_short_buffer_is_named() {
+        let error = CallBuilder::new("k").tensor("x", X, 65, 16).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "k: buffer `x` holds 64 bytes, the shape needs 65"
+        );
+        assert!(
+            CallBuilder::new("k")
+                .tensor("x", DeviceSlice::NONE, 0, 1)
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn a_misaligned_buffer_is_named() {
+        let x = DeviceSlice {
+            address: 0x1008,
+            bytes: 64,
+        };
+        let error = CallBuilder::new("k").tensor("x", x, 64, 16).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "k: buffer `x` starts at 0x1008, not a multiple of 16"
+        );
+    }
+
+    #[test]
+    fn absurd_shapes_saturate() {
+        assert_eq!(tensor_bytes(&[usize::MAX, 3], 4), u64::MAX);
+        assert_eq!(tensor_bytes(&[3, 5], 2), 30);
+    }
+
+    #[test]
+    fn dimensions_are_positive_and_fit() {
+        assert!(CallBuilder::new("k").dim("rows", 0).is_err());
+        assert!(CallBuilder::new("k").dim("rows", 1 << 31).is_err());
+        assert_eq!(CallBuilder::new("k").dim("rows", 7), Ok(7));
+    }
+
+    #[test]
+    fn slots_keep_the_order() {
+        let mut call = CallBuilder::new("k");
+        call.tensor("x", X, 64, 16).unwrap();
+        call.optional("bias", DeviceSlice::NONE, 64, 16).unwrap();
+        call.dim("rows", 7).unwrap();
+        call.f32(1.0);
+        let call = call
+            .build(&DeviceInfo::T4, Launch::linear(1, 32, 0))
+            .unwrap();
+        assert_eq!(call.args, [0x1000, 0, 7, 0x3f80_0000]);
+    }
+
+    #[test]
+    fn shared_memory_must_fit() {
+        let call = CallBuilder::new("k");
+        assert!(
+            call.build(&DeviceInfo::T4, Launch::linear(1, 32, 49_153))
+                .is_err()
+        );
+    }
 }

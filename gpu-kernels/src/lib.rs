@@ -1,1 +1,52 @@
-//! Placeholder header, replaced as the crate is written.
+//! The GPU kernels of one forward pass, in Rust. One source, two builds: PTX for the device, host
+//! code under the emulator of `cuda_std`.
+//!
+//! One file an operation, named as its reference in `cpu-kernels`. Each file holds the kernel, the
+//! `plan` that checks a call of it on the host, and its index helpers. Kernels touch memory only
+//! through `ptx`, whose function names say space, width and cache hint.
+//!
+//! Position and tokens live in device memory (`state`, `tokens`), so the launches of one decode
+//! step are the same at every position and can be replayed from a graph.
+
+#![cfg_attr(target_arch = "nvptx64", no_std)]
+#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, f16))]
+// A kernel's parameters are its PTX signature: they cannot be gathered in a struct.
+#![allow(clippy::too_many_arguments)]
+
+pub mod add;
+pub mod attention;
+pub mod embed;
+pub mod kv_append;
+pub mod linear;
+pub mod logits;
+pub mod ptx;
+mod reduce;
+pub mod rmsnorm;
+pub mod rope;
+pub mod sample;
+pub mod swiglu;
+
+#[cfg(all(feature = "cases", not(target_arch = "nvptx64")))]
+pub mod cases;
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod launch;
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod variant;
+
+/// Every kernel, for the emulator.
+#[cfg(not(target_arch = "nvptx64"))]
+pub static ENTRIES: [&cuda_std::emulator::Entry; 13] = [
+    &embed::EMBED_INT8_ENTRY,
+    &rmsnorm::RMSNORM_F32_ENTRY,
+    &linear::gemv_int4::LINEAR_GEMV_INT4_BASELINE_ENTRY,
+    &linear::gemv_int4::LINEAR_GEMV_INT4_MULTIROW_ENTRY,
+    &linear::gemv_int8::LINEAR_GEMV_INT8_MULTIROW_ENTRY,
+    &rope::ROPE_F32_ENTRY,
+    &kv_append::KV_APPEND_F16_ENTRY,
+    &attention::ATTENTION_DECODE_F16_ENTRY,
+    &swiglu::SWIGLU_F32_ENTRY,
+    &add::RESIDUAL_ADD_F32_ENTRY,
+    &logits::LOGITS_INT8_ENTRY,
+    &sample::ARGMAX_F32_ENTRY,
+    &sample::ADVANCE_POSITION_ENTRY,
+];

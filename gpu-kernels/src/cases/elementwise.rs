@@ -1,0 +1,244 @@
+//! Embedding, normalisation, rotation, cache append, activation, residual.
+
+use half::f16;
+
+use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within};
+use crate::{add, embed, kv_append, rmsnorm, rope, swiglu};
+
+/// One rounding per element and one approximate instruction.
+const ROUNDING: f64 = 1e-6;
+/// Nothing is rounded.
+const EXACT: f64 = 0.0;
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (vocab, width, group, position) in [
+        (11, 576, 32, 0),
+        (193, 160, 160, 5),
+        (7, 1120, 128, 2),
+        (1, 32, 32, 1),
+    ] {
+        let shape = format!("V={vocab} D={width} group={group} position={position}");
+        cases.push(Case::new("embed_int8", shape, move |device| {
+            embed(device, vocab, width, group, position)
+        }));
+    }
+    for (tokens, width) in [(1, 576), (3, 160), (1, 1120), (2, 4), (1, 5120)] {
+        let shape = format!("T={tokens} D={width}");
+        cases.push(Case::new("rmsnorm_f32", shape, move |device| {
+            rmsnorm(device, tokens, width, false)
+        }));
+    }
+    cases.push(Case::new(
+        "rmsnorm_f32",
+        "T=3 D=576 in place".into(),
+        |device| rmsnorm(device, 3, 576, true),
+    ));
+    for (heads, head_dim, position) in [
+        (9, 64, 0),
+        (3, 80, 37),
+        (1, 96, 300),
+        (7, 128, 1),
+        (2, 34, 5),
+        (1, 320, 3),
+    ] {
+        let shape = format!("heads={heads} Dh={head_dim} position={position}");
+        cases.push(Case::new("rope_f32", shape, move |device| {
+            rope(device, heads, head_dim, position)
+        }));
+    }
+    for (kv_heads, head_dim, context, position) in [
+        (3, 64, 40, 37),
+        (1, 80, 1, 0),
+        (2, 34, 9, 8),
+        (5, 288, 7, 2),
+    ] {
+        let shape = format!("KV={kv_heads} Dh={head_dim} S={context} position={position}");
+        cases.push(Case::new("kv_append_f16", shape, move |device| {
+            kv_append(device, kv_heads, head_dim, context, position)
+        }));
+    }
+    for elems in [1, 7, 193, 576, 1537] {
+        let shape = format!("elems={elems}");
+        cases.push(Case::new("swiglu_f32", shape.clone(), move |device| {
+            swiglu(device, elems)
+        }));
+        cases.push(Case::new("residual_add_f32", shape, move |device| {
+            add(device, elems)
+        }));
+    }
+    cases
+}
+
+fn embed(
+    device: &mut dyn Device,
+    vocab: usize,
+    width: usize,
+    group: usize,
+    position: usize,
+) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(1);
+    let table = inputs.int8(vocab, width, group);
+    let context = position + 3;
+    let tokens: Vec<u32> = (0..=context)
+        .map(|_| (inputs.u64() % vocab as u64) as u32)
+        .collect();
+    let got = same_twice(device, |device| {
+        let ops = embed::Operands {
+            quants: device.put_i8(&table.quants)?,
+            scales: device.put_f16(&table.scales)?,
+            tokens: device.put_u32(&tokens)?,
+            state: device.put_u32(&[position as u32])?,
+            out: device.uninit(width as u64 * 4)?,
+        };
+        let shape = embed::Shape {
+            vocab,
+            width,
+            group,
+            context,
+        };
+        device.run(&embed::plan(&device.info(), &shape, &ops)?)?;
+        Ok(device.take_f32(ops.out)?)
+    })?;
+    let mut want = vec![0.0; width];
+    cpu_kernels::embed::reference(&table, &tokens[position..=position], &mut want);
+    within(&got, &want, EXACT)
+}
+
+fn rmsnorm(
+    device: &mut dyn Device,
+    tokens: usize,
+    width: usize,
+    in_place: bool,
+) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(2);
+    let x = inputs.floats(tokens * width, 3.0);
+    let weight = inputs.floats(width, 1.0);
+    let eps = 1e-5;
+    let got = same_twice(device, |device| {
+        let x = device.put_f32(&x)?;
+        let ops = rmsnorm::Operands {
+            x,
+            weight: device.put_f32(&weight)?,
+            out: if in_place { x } else { device.uninit(x.bytes)? },
+        };
+        let shape = rmsnorm::Shape { tokens, width, eps };
+        device.run(&rmsnorm::plan(&device.info(), &shape, &ops)?)?;
+        Ok(device.take_f32(ops.out)?)
+    })?;
+    let mut want = vec![0.0; x.len()];
+    cpu_kernels::rmsnorm::reference(&x, &weight, eps, &mut want);
+    within(&got, &want, ROUNDING)
+}
+
+fn rope(
+    device: &mut dyn Device,
+    heads: usize,
+    head_dim: usize,
+    position: usize,
+) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(3);
+    let x = inputs.floats(heads * head_dim, 1.0);
+    let context = position + 2;
+    let angles: Vec<f32> = (0..context * (head_dim / 2))
+        .map(|_| 4.0 * inputs.unit())
+        .collect();
+    let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+    let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+    let got = same_twice(device, |device| {
+        let ops = rope::Operands {
+            x: device.put_f32(&x)?,
+            cos: device.put_f32(&cos)?,
+            sin: device.put_f32(&sin)?,
+            state: device.put_u32(&[position as u32])?,
+        };
+        let shape = rope::Shape {
+            heads,
+            head_dim,
+            context,
+        };
+        device.run(&rope::plan(&device.info(), &shape, &ops)?)?;
+        Ok(device.take_f32(ops.x)?)
+    })?;
+    let mut want = x.clone();
+    cpu_kernels::rope::reference(&mut want, heads, head_dim, &cos, &sin, position);
+    within(&got, &want, ROUNDING)
+}
+
+/// Both whole caches are compared, so a write beside the row shows.
+fn kv_append(
+    device: &mut dyn Device,
+    kv_heads: usize,
+    head_dim: usize,
+    context: usize,
+    position: usize,
+) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(4);
+    let (k, v) = (
+        inputs.floats(kv_heads * head_dim, 1.0),
+        inputs.floats(kv_heads * head_dim, 1.0),
+    );
+    let elems = kv_heads * context * head_dim;
+    let (k_cache, v_cache) = (inputs.halves(elems, 1.0), inputs.halves(elems, 1.0));
+    let got = same_twice(device, |device| {
+        let ops = kv_append::Operands {
+            k: device.put_f32(&k)?,
+            v: device.put_f32(&v)?,
+            k_cache: device.put_f16(&k_cache)?,
+            v_cache: device.put_f16(&v_cache)?,
+            state: device.put_u32(&[position as u32])?,
+        };
+        let shape = kv_append::Shape {
+            kv_heads,
+            head_dim,
+            context,
+        };
+        device.run(&kv_append::plan(&device.info(), &shape, &ops)?)?;
+        let mut caches = device.take_f16(ops.k_cache)?;
+        caches.extend(device.take_f16(ops.v_cache)?);
+        Ok(caches.into_iter().map(f16::to_f32).collect())
+    })?;
+    let (mut want, mut want_v) = (k_cache.clone(), v_cache.clone());
+    cpu_kernels::kv_append::reference(&k, &mut want, kv_heads, context, head_dim, position);
+    cpu_kernels::kv_append::reference(&v, &mut want_v, kv_heads, context, head_dim, position);
+    want.extend(want_v);
+    let want: Vec<f32> = want.into_iter().map(f16::to_f32).collect();
+    within(&got, &want, EXACT)
+}
+
+fn swiglu(device: &mut dyn Device, elems: usize) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(5);
+    let (gate, up) = (inputs.floats(elems, 5.0), inputs.floats(elems, 1.0));
+    let got = same_twice(device, |device| {
+        let ops = swiglu::Operands {
+            gate: device.put_f32(&gate)?,
+            up: device.put_f32(&up)?,
+            out: device.uninit(elems as u64 * 4)?,
+        };
+        device.run(&swiglu::plan(
+            &device.info(),
+            &swiglu::Shape { elems },
+            &ops,
+        )?)?;
+        Ok(device.take_f32(ops.out)?)
+    })?;
+    let mut want = vec![0.0; elems];
+    cpu_kernels::swiglu::reference(&gate, &up, &mut want);
+    within(&got, &want, ROUNDING)
+}
+
+fn add(device: &mut dyn Device, elems: usize) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(6);
+    let (x, y) = (inputs.floats(elems, 1.0), inputs.floats(elems, 10.0));
+    let got = same_twice(device, |device| {
+        let ops = add::Operands {
+            x: device.put_f32(&x)?,
+            y: device.put_f32(&y)?,
+        };
+        device.run(&add::plan(&device.info(), &add::Shape { elems }, &ops)?)?;
+        Ok(device.take_f32(ops.y)?)
+    })?;
+    let mut want = y.clone();
+    cpu_kernels::add::reference(&x, &mut want);
+    within(&got, &want, EXACT)
+}
