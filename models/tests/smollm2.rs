@@ -24,7 +24,7 @@ fn model_file() -> Option<Vec<u8>> {
 }
 
 /// Row `i` of a decoded matrix.
-fn row(gguf: &Gguf<'_>, recipe: &Recipe, name: &str, i: usize) -> Vec<f32> {
+fn row(gguf: &Gguf<'_>, recipe: &Recipe, name: &str, i: usize) -> Vec<f64> {
     let weight = recipe.weights.iter().find(|w| w.name == name).unwrap();
     let mut out = vec![0f32; weight.cols];
     match decode(gguf, weight).unwrap() {
@@ -32,7 +32,7 @@ fn row(gguf: &Gguf<'_>, recipe: &Recipe, name: &str, i: usize) -> Vec<f32> {
         Weight::Int8(matrix) => matrix.dequantize_row(i, &mut out),
         Weight::Vector(values) => out = values,
     }
-    out
+    out.into_iter().map(f64::from).collect()
 }
 
 #[test]
@@ -93,17 +93,22 @@ fn values_match_the_reference_reader() {
     let table = row(&gguf, &recipe, "token_embd.weight", 1);
     assert_eq!(
         table[..4],
-        [-0.023_803_71, -0.015_869_14, -0.039_672_85, 0.015_869_14]
+        [
+            -0.0238037109375,
+            -0.015869140625,
+            -0.0396728515625,
+            0.015869140625
+        ]
     );
     let table = row(&gguf, &recipe, "token_embd.weight", 49_151);
-    assert_eq!(table[574..], [-0.119_894_03, -0.041_702_27]);
+    assert_eq!(table[574..], [-0.11989402770996094, -0.0417022705078125]);
     // Stored rows 0, 2 and 1 of the first head are rows 0, 1 and 32 in half-split order; stored
     // row 3 of the second head is row 64 + 33.
     for (i, expected) in [
-        (0, [-0.096_313_48, 0.157_348_63, -0.096_313_48]),
-        (32, [-0.117_309_57, -0.117_309_57, -0.192_810_06]),
-        (1, [-0.159_179_69, 0.397_949_22, -0.019_897_461]),
-        (97, [-0.004_882_812_5, 0.047_729_492, -0.057_495_117]),
+        (0, [-0.0963134765625, 0.1573486328125, -0.0963134765625]),
+        (32, [-0.1173095703125, -0.1173095703125, -0.19281005859375]),
+        (1, [-0.1591796875, 0.39794921875, -0.0198974609375]),
+        (97, [-0.0048828125, 0.0477294921875, -0.0574951171875]),
     ] {
         assert_eq!(
             row(&gguf, &recipe, "blk.0.attn_q.weight", i)[..3],
@@ -112,9 +117,9 @@ fn values_match_the_reference_reader() {
         );
     }
     let down = row(&gguf, &recipe, "blk.29.ffn_down.weight", 575);
-    assert_eq!(down[1533..], [0.203_125, -0.089_843_75, 0.056_640_625]);
+    assert_eq!(down[1533..], [0.203125, -0.08984375, 0.056640625]);
     let norm = row(&gguf, &recipe, "output_norm.weight", 0);
-    assert_eq!(norm[..3], [1.757_812_5, 1.820_312_5, 1.781_25]);
+    assert_eq!(norm[..3], [1.7578125, 1.8203125, 1.78125]);
 }
 
 #[test]
