@@ -307,10 +307,10 @@ pub fn write<W: Write>(shape: &Shape, options: &Options, out: W) -> Result<W, Er
     data.finish()
 }
 
-/// [`write`] into memory.
+/// [`write()`] into memory.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn to_vec(shape: &Shape, options: &Options) -> Result<Vec<u8>, Error> {
     write(shape, options, Vec::new())
 }

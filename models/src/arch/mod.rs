@@ -1,4 +1,4 @@
-//! Architectures: model configuration -> [`Recipe`](crate::recipe::Recipe). One file each.
+//! Architectures: model configuration -> [`Recipe`]. One file each.
 
 mod decoder;
 pub mod llama;
