@@ -47,6 +47,20 @@ impl<'a, T> SharedSlice<'a, T> {
         self.len == 0
     }
 
+    /// The elements of `range`, still shared.
+    ///
+    /// # Panics
+    /// If `range` is outside the slice.
+    pub fn part(&self, range: Range<usize>) -> SharedSlice<'a, T> {
+        self.check(&range);
+        SharedSlice {
+            // No overflow: inside the borrowed slice.
+            start: self.start.wrapping_add(range.start),
+            len: range.len(),
+            borrow: PhantomData,
+        }
+    }
+
     fn check(&self, range: &Range<usize>) {
         assert!(
             range.start <= range.end && range.end <= self.len,

@@ -162,19 +162,16 @@ fn int8_rows(w: &Int8Matrix, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
         for group in 0..groups {
             let start = group * w.group;
             let end = (start + w.group).min(w.cols);
-            let mut partial = [_mm256_setzero_ps(); TILE_ROWS];
+            let scales = tile.map(|r| splat_f16(w.scales[r * groups + group]));
             for k in (start..end).step_by(LANES) {
                 // SAFETY: 8 columns of `x` and of each row.
                 unsafe {
                     let x = _mm256_loadu_ps(x.as_ptr().add(k));
                     for i in 0..TILE_ROWS {
-                        partial[i] = _mm256_fmadd_ps(int8_weights(quants[i].add(k)), x, partial[i]);
+                        let weights = _mm256_mul_ps(int8_weights(quants[i].add(k)), scales[i]);
+                        sums[i] = _mm256_fmadd_ps(weights, x, sums[i]);
                     }
                 }
-            }
-            for i in 0..TILE_ROWS {
-                let scale = splat_f16(w.scales[tile[i] * groups + group]);
-                sums[i] = _mm256_fmadd_ps(scale, partial[i], sums[i]);
             }
         }
         store(sums, y);

@@ -5,7 +5,7 @@
 //! shift by four. Seven instructions make 32 multiplications with floats, and no weight is rounded
 //! more than once.
 //!
-//! INT8: one conversion and one multiplication a register of 16, the scale once a group.
+//! INT8: 16 bytes are widened, converted and scaled, then meet `x`.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -206,20 +206,17 @@ fn int8_rows(w: &Int8Matrix, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
             let starts = (first * w.group..w.cols).step_by(w.group).take(count);
             for (group, start) in starts.enumerate() {
                 let end = (start + w.group).min(w.cols);
-                let mut partial = [_mm512_setzero_ps(); TILE_ROWS];
+                let scales: [__m512; TILE_ROWS] =
+                    std::array::from_fn(|i| _mm512_set1_ps(scales[i][group]));
                 for k in (start..end).step_by(LANES) {
                     // SAFETY: 16 columns of `x` and of each row.
                     unsafe {
                         let x = _mm512_loadu_ps(x.as_ptr().add(k));
                         for i in 0..TILE_ROWS {
-                            partial[i] =
-                                _mm512_fmadd_ps(int8_weights(quants[i].add(k)), x, partial[i]);
+                            let weights = _mm512_mul_ps(int8_weights(quants[i].add(k)), scales[i]);
+                            sums[i] = _mm512_fmadd_ps(weights, x, sums[i]);
                         }
                     }
-                }
-                for i in 0..TILE_ROWS {
-                    let scale = _mm512_set1_ps(scales[i][group]);
-                    sums[i] = _mm512_fmadd_ps(scale, partial[i], sums[i]);
                 }
             }
         }

@@ -7,7 +7,8 @@
 //! * several tokens (a prompt): four rows become floats in a small buffer once, then meet every token
 //!   of the call in register tiles of four rows by a few tokens.
 //!
-//! In both a row is summed in the same order, lane `i` taking columns `i, i + lanes, …`.
+//! In both a weight is rounded to the same float and a row is summed in the same order, lane `i`
+//! taking columns `i, i + lanes, …`: a prompt gives the same bits in one call as token by token.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

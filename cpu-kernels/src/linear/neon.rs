@@ -151,22 +151,18 @@ fn int8_rows(w: &Int8Matrix, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
         for group in 0..groups {
             let start = group * w.group;
             let end = (start + w.group).min(w.cols);
-            let mut partial = [vdupq_n_f32(0.0); TILE_ROWS];
+            let scales = tile.map(|r| vdupq_n_f32(w.scales[r * groups + group].to_f32()));
             for k in (start..end).step_by(2 * LANES) {
                 // SAFETY: 8 columns of `x` and of each row.
                 unsafe {
                     let x = x.as_ptr().add(k);
-                    let (low, high) = (vld1q_f32(x), vld1q_f32(x.add(LANES)));
+                    let x = [vld1q_f32(x), vld1q_f32(x.add(LANES))];
                     for i in 0..TILE_ROWS {
-                        let weights = int8_weights(quants[i].add(k));
-                        partial[i] = vfmaq_f32(partial[i], weights[0], low);
-                        partial[i] = vfmaq_f32(partial[i], weights[1], high);
+                        for (q, x) in int8_weights(quants[i].add(k)).into_iter().zip(x) {
+                            sums[i] = vfmaq_f32(sums[i], vmulq_f32(q, scales[i]), x);
+                        }
                     }
                 }
-            }
-            for i in 0..TILE_ROWS {
-                let scale = vdupq_n_f32(w.scales[tile[i] * groups + group].to_f32());
-                sums[i] = vfmaq_f32(sums[i], scale, partial[i]);
             }
         }
         store(sums, y);

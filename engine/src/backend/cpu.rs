@@ -1,0 +1,480 @@
+//! The CPU backend: a recipe as a list of calls that a fixed team of threads runs together.
+//!
+//! All threads walk the same list and each takes its share of every call; they wait for each other
+//! only where a call needs what another thread's share produced ([`program`] decides where, once, at
+//! load). Waking threads happens once a token, not once a matrix. Every buffer exists before the
+//! first token: a step allocates nothing.
+
+mod program;
+mod team;
+
+use std::sync::Arc;
+
+use cpu_kernels::attention::{self, AttentionShape};
+use cpu_kernels::buffer::AlignedBuffer;
+use cpu_kernels::isa::{Isa, OVERRIDE};
+use cpu_kernels::linear::{self, TILE_ROWS};
+use cpu_kernels::team::{SharedSlice, split};
+use cpu_kernels::{add, embed, kv_append, rmsnorm, rope, sample, swiglu};
+use half::f16;
+use half::slice::HalfBitsSliceExt;
+use models::quant::Weight;
+use models::recipe::{Buffer, Step, WeightId};
+
+use self::program::Program;
+use self::team::Team;
+use super::{Backend, BackendInfo, LoadedModel};
+use crate::Error;
+
+/// Tokens of a prompt that go through the list together: enough that turning weights into floats
+/// is lost in the multiplications, few enough that their activations stay in the second-level cache.
+pub const CHUNK_TOKENS: usize = 32;
+
+/// Runs a model on the CPU.
+pub struct CpuBackend {
+    info: BackendInfo,
+    model: Arc<LoadedModel>,
+    program: Program,
+    isa: Isa,
+    team: Team,
+    /// Tokens that the cache holds at most.
+    context: usize,
+    /// `(context, dh/2)`.
+    cos: Vec<f32>,
+    /// `(context, dh/2)`.
+    sin: Vec<f32>,
+    /// All activation buffers, each where the program says.
+    activations: AlignedBuffer,
+    /// `(layers, 2, kv, s, dh)` as bits of f16: keys, then values of each layer.
+    cache: Vec<u16>,
+    /// A scratch area for each thread: see [`Scratch`].
+    scratch: AlignedBuffer,
+    position: usize,
+}
+
+impl CpuBackend {
+    /// Compiles `model` for this CPU, with room for `context` tokens. Takes the instruction set that
+    /// `EDGELLM_CPU` names, else the fastest, and as many threads as `RAYON_NUM_THREADS` says, else
+    /// as the CPU has cores.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the recipe and its weights do not fit each other, `context` is 0, or
+    /// `EDGELLM_CPU` names an instruction set that this CPU lacks; [`Error::Machine`] if the cache
+    /// does not fit in memory or threads cannot be started.
+    pub fn new(model: Arc<LoadedModel>, context: usize) -> Result<CpuBackend, Error> {
+        let isa = Isa::from_environment().map_err(Error::Input)?;
+        let why = match std::env::var_os(OVERRIDE) {
+            Some(_) => format!("set by {OVERRIDE}"),
+            None => "the fastest instruction set of this CPU".to_owned(),
+        };
+        CpuBackend::with(model, context, isa, team::default_threads()?, why)
+    }
+
+    fn with(
+        model: Arc<LoadedModel>,
+        context: usize,
+        isa: Isa,
+        threads: usize,
+        why: String,
+    ) -> Result<CpuBackend, Error> {
+        if context == 0 {
+            return Err(Error::input("a context of 0 tokens holds nothing"));
+        }
+        let program = Program::compile(&model, CHUNK_TOKENS)?;
+        let team = Team::new(threads)?;
+        let c = &model.recipe.config;
+        // First: where it fits, the tables do.
+        let cache = [2, c.layers, c.kv_heads, c.head_dim]
+            .into_iter()
+            .try_fold(context, |elems, factor| elems.checked_mul(factor))
+            .and_then(zeroed)
+            .ok_or_else(|| {
+                Error::machine(format!(
+                    "no memory for a cache of {context} tokens: lower --context"
+                ))
+            })?;
+        let (cos, sin) = model.recipe.rope_tables(context);
+        let scratch = Scratch::elems(&program, context) * threads;
+        let info = BackendInfo {
+            name: "cpu",
+            tier: isa.name().to_owned(),
+            device: format!("{}, {threads} threads", team::cpu_name()),
+            reason: format!("{isa}, {why}"),
+            bytes_per_token: model.bytes_per_token(),
+        };
+        Ok(CpuBackend {
+            info,
+            activations: AlignedBuffer::zeroed(program.activation_elems),
+            scratch: AlignedBuffer::zeroed(scratch),
+            model,
+            program,
+            isa,
+            team,
+            context,
+            cos,
+            sin,
+            cache,
+            position: 0,
+        })
+    }
+
+    /// Tokens are usable and fit.
+    fn check(&self, tokens: &[u32]) -> Result<(), Error> {
+        let vocab = self.model.recipe.config.vocab;
+        if tokens.is_empty() {
+            return Err(Error::input("no tokens to append"));
+        }
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
+            return Err(Error::input(format!(
+                "token {token} is outside the vocabulary of {vocab}"
+            )));
+        }
+        if tokens.len() > self.context - self.position {
+            return Err(Error::input(format!(
+                "{} tokens after {} do not fit in the context of {}",
+                tokens.len(),
+                self.position,
+                self.context
+            )));
+        }
+        Ok(())
+    }
+
+    /// Runs the list for at most [`CHUNK_TOKENS`] checked tokens.
+    fn run(&mut self, tokens: &[u32], logits: bool) {
+        let scratch_elems = Scratch::elems(&self.program, self.context);
+        let job = Job {
+            program: &self.program,
+            weights: &self.model.weights,
+            isa: self.isa,
+            tokens,
+            logits,
+            position: self.position,
+            context: self.context,
+            shape: AttentionShape {
+                heads: self.model.recipe.config.heads,
+                kv_heads: self.model.recipe.config.kv_heads,
+                head_dim: self.model.recipe.config.head_dim,
+                capacity: self.context,
+                position: self.position,
+                scale: 1.0,
+            },
+            cos: &self.cos,
+            sin: &self.sin,
+            activations: SharedSlice::new(&mut self.activations),
+            cache: SharedSlice::new(self.cache.reinterpret_cast_mut::<f16>()),
+        };
+        let scratch = SharedSlice::new(&mut self.scratch);
+        self.team.run(|part, parts, barrier| {
+            // SAFETY: each thread of the team takes the area of its own number.
+            let scratch =
+                unsafe { scratch.slice_mut(part * scratch_elems..(part + 1) * scratch_elems) };
+            let (matrix, scores) = scratch.split_at_mut(job.program.matrix_scratch_elems);
+            let mut scratch = Scratch { matrix, scores };
+            for call in &job.program.calls {
+                if call.barrier {
+                    barrier.wait();
+                }
+                // SAFETY: the threads of a team make the same calls with the same job, and the
+                // program put a barrier before each call that needs one.
+                unsafe { job.call(&call.step, part, parts, &mut scratch) };
+            }
+        });
+        self.position += tokens.len();
+    }
+
+    fn last_logits(&self) -> Result<&[f32], Error> {
+        if self.position == 0 {
+            return Err(Error::machine(
+                "no token was appended yet: there are no logits",
+            ));
+        }
+        Ok(&self.activations[self.program.buffer(Buffer::Logits, 1)])
+    }
+}
+
+impl Backend for CpuBackend {
+    fn info(&self) -> &BackendInfo {
+        &self.info
+    }
+
+    fn prefill(&mut self, tokens: &[u32]) -> Result<(), Error> {
+        self.check(tokens)?;
+        let chunks = tokens.len().div_ceil(CHUNK_TOKENS);
+        for (i, chunk) in tokens.chunks(CHUNK_TOKENS).enumerate() {
+            self.run(chunk, i + 1 == chunks);
+        }
+        Ok(())
+    }
+
+    fn decode(&mut self, token: u32) -> Result<(), Error> {
+        self.check(&[token])?;
+        self.run(&[token], true);
+        Ok(())
+    }
+
+    fn argmax(&mut self) -> Result<u32, Error> {
+        Ok(sample::part(self.isa, self.last_logits()?).map_or(0, |(token, _)| token))
+    }
+
+    fn logits(&mut self) -> Result<Vec<f32>, Error> {
+        Ok(self.last_logits()?.to_vec())
+    }
+
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn reset(&mut self) {
+        self.position = 0;
+    }
+}
+
+/// `elems` zeros that the system hands out as they are first touched; `None` if it has not that
+/// much memory to give.
+fn zeroed(elems: usize) -> Option<Vec<u16>> {
+    // The vector below would end the process where this one only fails.
+    Vec::<u16>::new().try_reserve_exact(elems).ok()?;
+    Some(vec![0; elems])
+}
+
+/// Memory of one thread for the length of a call.
+struct Scratch<'a> {
+    /// For [`linear::part`].
+    matrix: &'a mut [f32],
+    /// For [`attention::part`].
+    scores: &'a mut [f32],
+}
+
+impl Scratch<'_> {
+    /// Floats of one thread, a whole number of cache lines.
+    fn elems(program: &Program, context: usize) -> usize {
+        (program.matrix_scratch_elems + context).next_multiple_of(16)
+    }
+}
+
+/// What the threads of a team share while they run the list once.
+struct Job<'a> {
+    program: &'a Program,
+    weights: &'a [Weight],
+    isa: Isa,
+    tokens: &'a [u32],
+    /// Whether logits are wanted.
+    logits: bool,
+    position: usize,
+    context: usize,
+    shape: AttentionShape,
+    cos: &'a [f32],
+    sin: &'a [f32],
+    activations: SharedSlice<'a, f32>,
+    cache: SharedSlice<'a, f16>,
+}
+
+impl Job<'_> {
+    /// One buffer of all tokens of the job.
+    fn buffer(&self, buffer: Buffer) -> SharedSlice<'_, f32> {
+        self.activations
+            .part(self.program.buffer(buffer, self.tokens.len()))
+    }
+
+    /// # Safety
+    /// No thread writes the buffer until the next barrier.
+    unsafe fn read(&self, buffer: Buffer) -> &[f32] {
+        let buffer = self.buffer(buffer);
+        // SAFETY: the caller excludes writers.
+        unsafe { buffer.slice(0..buffer.len()) }
+    }
+
+    /// Keys (0) or values (1) of a layer.
+    fn layer_cache(&self, layer: usize, which: usize) -> SharedSlice<'_, f16> {
+        let elems = self.shape.kv_heads * self.context * self.shape.head_dim;
+        let start = (2 * layer + which) * elems;
+        self.cache.part(start..start + elems)
+    }
+
+    fn vector(&self, id: WeightId) -> &[f32] {
+        match &self.weights[id] {
+            Weight::Vector(vector) => vector,
+            _ => unreachable!("the program was compiled with a vector here"),
+        }
+    }
+
+    /// Share `part` of `parts` of one step.
+    ///
+    /// # Safety
+    /// All threads of the team make this call with equal `parts` and `part`s of their own; whatever
+    /// another thread wrote that this share reads, or reads that this share writes, lies before a
+    /// barrier. [`program`] knows for every step which share touches which elements.
+    unsafe fn call(&self, step: &Step, part: usize, parts: usize, scratch: &mut Scratch<'_>) {
+        let (isa, tokens) = (self.isa, self.tokens.len());
+        match *step {
+            Step::Embed { table, dst } => {
+                let own = split(tokens, 1, part, parts);
+                let dst = self.buffer(dst);
+                let width = dst.len() / tokens;
+                // SAFETY: the rows of this thread's tokens.
+                let dst = unsafe { dst.slice_mut(own.start * width..own.end * width) };
+                match &self.weights[table] {
+                    Weight::Int8(table) => embed::part(isa, table, &self.tokens[own], dst),
+                    _ => unreachable!("the program was compiled with an INT8 table"),
+                }
+            }
+            Step::RmsNorm {
+                weight,
+                eps,
+                src,
+                dst,
+            } => {
+                let own = split(tokens, 1, part, parts);
+                let weight = self.vector(weight);
+                let own = own.start * weight.len()..own.end * weight.len();
+                // SAFETY: the rows of this thread's tokens.
+                let (src, dst) = unsafe {
+                    (
+                        self.buffer(src).slice(own.clone()),
+                        self.buffer(dst).slice_mut(own),
+                    )
+                };
+                rmsnorm::part(isa, src, weight, eps, dst);
+            }
+            Step::Linear {
+                weight,
+                bias,
+                src,
+                dst,
+            } => {
+                let bias = bias.map(|bias| self.vector(bias));
+                // SAFETY: `src` was complete at the last barrier.
+                let src = unsafe { self.read(src) };
+                let dst = self.buffer(dst);
+                let own = split(dst.len() / tokens, TILE_ROWS, part, parts);
+                // SAFETY: this thread's columns of `dst`.
+                unsafe { self.linear(weight, bias, src, dst, own, scratch) };
+            }
+            Step::Logits { table, src, dst } => {
+                if !self.logits {
+                    return;
+                }
+                // SAFETY: `src` was complete at the last barrier.
+                let src = unsafe { self.read(src) };
+                let width = src.len() / tokens;
+                let dst = self.activations.part(self.program.buffer(dst, 1));
+                let own = split(dst.len(), TILE_ROWS, part, parts);
+                let last = &src[(tokens - 1) * width..];
+                // SAFETY: this thread's elements of `dst`.
+                unsafe { self.linear(table, None, last, dst, own, scratch) };
+            }
+            Step::Rope { buffer, heads } => {
+                let (dh, half) = (self.shape.head_dim, self.shape.head_dim / 2);
+                let buffer = self.buffer(buffer);
+                for unit in split(tokens * heads, 1, part, parts) {
+                    let angles = (self.position + unit / heads) * half;
+                    let angles = angles..angles + half;
+                    // SAFETY: a head of this thread.
+                    let head = unsafe { buffer.slice_mut(unit * dh..(unit + 1) * dh) };
+                    rope::part(isa, head, &self.cos[angles.clone()], &self.sin[angles]);
+                }
+            }
+            Step::KvAppend { layer, key, value } => {
+                let (dh, heads) = (self.shape.head_dim, self.shape.kv_heads);
+                for (which, buffer) in [key, value].into_iter().enumerate() {
+                    let (cache, buffer) = (self.layer_cache(layer, which), self.buffer(buffer));
+                    for unit in split(tokens * heads, 1, part, parts) {
+                        let (token, head) = (unit / heads, unit % heads);
+                        let place = (head * self.context + self.position + token) * dh;
+                        // SAFETY: a head of this thread, and its own place in the cache.
+                        unsafe {
+                            let values = buffer.slice(unit * dh..(unit + 1) * dh);
+                            kv_append::part(values, cache.slice_mut(place..place + dh));
+                        }
+                    }
+                }
+            }
+            Step::Attention {
+                layer,
+                query,
+                dst,
+                scale,
+            } => {
+                let (dh, heads) = (self.shape.head_dim, self.shape.heads);
+                let shape = AttentionShape {
+                    scale,
+                    ..self.shape
+                };
+                let (keys, values) = (self.layer_cache(layer, 0), self.layer_cache(layer, 1));
+                // SAFETY: the cache was complete at the last barrier.
+                let (keys, values) =
+                    unsafe { (keys.slice(0..keys.len()), values.slice(0..values.len())) };
+                let (query, dst) = (self.buffer(query), self.buffer(dst));
+                for unit in split(tokens * heads, 1, part, parts) {
+                    let own = unit * dh..(unit + 1) * dh;
+                    // SAFETY: a head of this thread.
+                    let (q, out) = unsafe { (query.slice(own.clone()), dst.slice_mut(own)) };
+                    let (token, head) = (unit / heads, unit % heads);
+                    let scores = &mut *scratch.scores;
+                    attention::part(isa, q, keys, values, out, &shape, token, head, scores);
+                }
+            }
+            Step::SwiGlu { gate, up, dst } => {
+                let (gate, up, dst) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
+                for own in columns(dst.len(), tokens, part, parts) {
+                    // SAFETY: this thread's columns of all three.
+                    unsafe {
+                        let (gate, up) = (gate.slice(own.clone()), up.slice(own.clone()));
+                        swiglu::part(isa, gate, up, dst.slice_mut(own));
+                    }
+                }
+            }
+            Step::Add { src, dst } => {
+                let (src, dst) = (self.buffer(src), self.buffer(dst));
+                for own in columns(dst.len(), tokens, part, parts) {
+                    // SAFETY: this thread's columns of both.
+                    unsafe { add::part(isa, src.slice(own.clone()), dst.slice_mut(own)) };
+                }
+            }
+        }
+    }
+
+    /// Rows `own` of a matrix.
+    ///
+    /// # Safety
+    /// As [`linear::part`].
+    unsafe fn linear(
+        &self,
+        weight: WeightId,
+        bias: Option<&[f32]>,
+        src: &[f32],
+        dst: SharedSlice<'_, f32>,
+        own: std::ops::Range<usize>,
+        scratch: &mut Scratch<'_>,
+    ) {
+        let scratch = &mut *scratch.matrix;
+        match &self.weights[weight] {
+            // SAFETY: the caller keeps to the same contract.
+            Weight::Int4(w) => unsafe {
+                linear::part(self.isa, w, bias, src, dst, own, scratch);
+            },
+            // SAFETY: as above.
+            Weight::Int8(w) => unsafe {
+                linear::part(self.isa, w, bias, src, dst, own, scratch);
+            },
+            Weight::Vector(_) => unreachable!("the program was compiled with a matrix here"),
+        }
+    }
+}
+
+/// The columns of share `part` of a `(tokens, n)` buffer of `len` elements, a range for each token:
+/// the columns that the same share of a linear step writes.
+fn columns(
+    len: usize,
+    tokens: usize,
+    part: usize,
+    parts: usize,
+) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let n = len / tokens;
+    let own = split(n, TILE_ROWS, part, parts);
+    (0..tokens).map(move |token| token * n + own.start..token * n + own.end)
+}
+
+#[cfg(test)]
+mod tests;
