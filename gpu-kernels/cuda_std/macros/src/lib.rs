@@ -7,9 +7,9 @@ use syn::{Error, FnArg, Ident, ItemFn, Pat, ReturnType, parse_macro_input};
 
 /// Turns an `unsafe fn` into a kernel.
 ///
-/// For `nvptx64` the function becomes `#[unsafe(no_mangle)] pub unsafe extern "ptx-kernel" fn`, a
-/// `.visible .entry` of the PTX under its own name. On the host it stays a plain `pub unsafe fn`
-/// that runs under the emulator, and next to it appears `pub static <NAME>_ENTRY:
+/// For `nvptx64` the function becomes `#[unsafe(no_mangle)] unsafe extern "ptx-kernel" fn`, a
+/// `.visible .entry` of the PTX under its own name. On the host it stays a plain `unsafe fn` that
+/// runs under the emulator, and next to it, with its visibility, appears `static <NAME>_ENTRY:
 /// cuda_std::emulator::Entry` (the name in capitals), which calls it with arguments taken from
 /// 64-bit slots.
 ///
@@ -34,7 +34,10 @@ fn expand(attribute: TokenStream, function: &ItemFn) -> Result<TokenStream, Erro
     }
     check_signature(function)?;
     let ItemFn {
-        attrs, sig, block, ..
+        attrs,
+        vis,
+        sig,
+        block,
     } = function;
     let name = &sig.ident;
     let inputs = &sig.inputs;
@@ -53,15 +56,15 @@ fn expand(attribute: TokenStream, function: &ItemFn) -> Result<TokenStream, Erro
         #[cfg(target_arch = "nvptx64")]
         #(#attrs)*
         #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn #name(#inputs) #block
+        #vis unsafe extern "ptx-kernel" fn #name(#inputs) #block
 
         #[cfg(not(target_arch = "nvptx64"))]
         #(#attrs)*
-        pub unsafe fn #name(#inputs) #block
+        #vis unsafe fn #name(#inputs) #block
 
         #[cfg(not(target_arch = "nvptx64"))]
         #[doc = #entry_doc]
-        pub static #entry: ::cuda_std::emulator::Entry = {
+        #vis static #entry: ::cuda_std::emulator::Entry = {
             #[allow(clippy::undocumented_unsafe_blocks)]
             unsafe fn call(slots: &[u64]) {
                 // The slots hold the arguments in parameter order, as `Entry::call` demands.

@@ -122,3 +122,8 @@ impl Problem {
 pub(super) fn line(location: &Location<'_>) -> String {
     format!("{}:{}", location.file(), location.line())
 }
+
+/// Whether two locations are the same; nearly always the same constant.
+pub(super) fn same_line(a: &'static Location<'static>, b: &'static Location<'static>) -> bool {
+    std::ptr::eq(a, b) || a == b
+}

@@ -3,7 +3,7 @@
 //! The kernel's side (`instructions`, `access`) and the scheduler's side meet here. A coroutine
 //! never suspends while it holds a borrow of this state.
 
-use super::fault::{Fault, FaultKind, Place, Problem, line};
+use super::fault::{Fault, FaultKind, Place, Problem, line, same_line};
 use super::memory::MEMORY;
 use super::shared::{Shared, thread_index};
 use super::warp::{Completed, LaneProblem, Operation, Request, Warp, never_arrives};
@@ -58,6 +58,9 @@ struct Thread {
     /// Result of the last warp operation.
     result: u32,
     polls: u32,
+    resident_block: u32,
+    rank: u32,
+    index: [u32; 3],
 }
 
 struct Block {
@@ -137,27 +140,35 @@ impl Run {
             }
         }
         let count = indices.len() as u32 * self.block_threads;
-        self.threads.clear();
-        self.threads.extend((0..count).map(|_| Thread {
-            status: Status::Ready,
-            result: 0,
-            polls: 0,
-        }));
+        if self.threads.len() != count as usize {
+            let (threads, block) = (self.block_threads, self.launch.block);
+            self.threads.clear();
+            self.threads.extend((0..count).map(|thread| Thread {
+                status: Status::Ready,
+                result: 0,
+                polls: 0,
+                resident_block: thread / threads,
+                rank: thread % threads,
+                index: thread_index(thread % threads, block),
+            }));
+        }
+        for thread in &mut self.threads {
+            (thread.status, thread.polls) = (Status::Ready, 0);
+        }
         self.ready.clear();
         self.ready.extend(0..count);
     }
 
     /// What a resident thread sees of itself.
     pub fn current(&self, resident_thread: u32) -> Current {
-        let resident_block = resident_thread / self.block_threads;
-        let rank = resident_thread % self.block_threads;
+        let thread = &self.threads[resident_thread as usize];
         Current {
-            block: self.blocks[resident_block as usize].index,
-            thread: thread_index(rank, self.launch.block),
+            block: self.blocks[thread.resident_block as usize].index,
+            thread: thread.index,
             block_dim: self.launch.block,
             grid_dim: self.launch.grid,
-            rank,
-            resident_block,
+            rank: thread.rank,
+            resident_block: thread.resident_block,
             resident_thread,
             yielder: None,
         }
@@ -228,7 +239,7 @@ impl Run {
             return Err(self.fault_of(current, Some(location), refuse(detail)));
         }
         match block.barrier {
-            Some((other, rank)) if other != location => {
+            Some((other, rank)) if !same_line(other, location) => {
                 let [x, y, z] = thread_index(rank, self.launch.block);
                 let detail = format!(
                     "thread ({x}, {y}, {z}) waits in the barrier at {}: the block is divided",

@@ -182,6 +182,7 @@ impl Memory {
         }
     }
 
+    #[inline(always)]
     fn allocation(&self, slot: usize) -> &Allocation {
         self.allocations[slot]
             .as_ref()

@@ -140,6 +140,7 @@ impl Shared {
         clocks.time += 1;
     }
 
+    #[inline]
     fn range(&self, address: u32, bytes: usize, what: &str) -> Result<usize, Problem> {
         let offset = i64::from(address) - i64::from(BASE);
         if let Ok(start) = usize::try_from(offset)
@@ -165,6 +166,7 @@ impl Shared {
     }
 
     /// `ld.shared` by the thread of this rank.
+    #[inline]
     pub fn load<T: Value>(
         &mut self,
         address: u32,
@@ -179,6 +181,7 @@ impl Shared {
     }
 
     /// `st.shared` by the thread of this rank.
+    #[inline]
     pub fn store<T: Value>(
         &mut self,
         address: u32,
@@ -196,12 +199,14 @@ impl Shared {
 
     /// Whether what `before` did at `time` of its warp is ordered before what `after` does now,
     /// both in this epoch.
+    #[inline]
     fn ordered(&self, before: u16, time: u32, after: u16) -> bool {
         let (a, b) = (usize::from(before), usize::from(after));
         a == b
             || a / LANES == b / LANES && self.clocks[a / LANES].seen[b % LANES][a % LANES] >= time
     }
 
+    #[inline]
     fn mark_load(
         &mut self,
         index: usize,
@@ -261,6 +266,7 @@ impl Shared {
         Ok(())
     }
 
+    #[inline]
     fn mark_store(
         &mut self,
         index: usize,
@@ -316,8 +322,12 @@ impl Shared {
 }
 
 /// The lanes of a mask, in order.
-pub fn lanes(mask: u32) -> impl Iterator<Item = usize> {
-    (0..LANES).filter(move |&lane| mask >> lane & 1 == 1)
+pub fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let lane = mask.trailing_zeros();
+        mask &= mask.wrapping_sub(1);
+        (lane < 32).then_some(lane as usize)
+    })
 }
 
 /// Thread index (x, y, z) of a rank.

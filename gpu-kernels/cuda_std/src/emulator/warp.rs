@@ -1,6 +1,6 @@
 //! Warp operations: shuffles, votes and the warp barrier, with their rules about lanes.
 
-use super::fault::{FaultKind, Problem, line};
+use super::fault::{FaultKind, Problem, line, same_line};
 use super::shared::lanes;
 use std::panic::Location;
 
@@ -52,6 +52,25 @@ pub struct Request {
     pub location: &'static Location<'static>,
 }
 
+impl Request {
+    /// Whether another lane's request is for the same operation at the same line.
+    fn same(&self, other: &Request) -> bool {
+        self.mask == other.mask
+            && self.operation == other.operation
+            && same_line(self.location, other.location)
+    }
+
+    #[cold]
+    fn refused(&self, lane: usize, detail: String) -> LaneProblem {
+        let problem = Problem::new(self.operation.fault(), detail);
+        LaneProblem {
+            lane,
+            location: self.location,
+            problem,
+        }
+    }
+}
+
 /// A problem of the lane that it concerns.
 #[derive(Debug)]
 pub struct LaneProblem {
@@ -74,6 +93,8 @@ pub struct Completed {
 #[derive(Debug, Clone)]
 pub struct Warp {
     pending: [Option<Request>; 32],
+    /// Lanes with a request pending.
+    waiting: u32,
     /// Lanes that have returned, or that the block does not have.
     gone: u32,
 }
@@ -88,6 +109,7 @@ impl Warp {
         };
         Warp {
             pending: [None; 32],
+            waiting: 0,
             gone,
         }
     }
@@ -108,72 +130,69 @@ impl Warp {
         lane: usize,
         request: Request,
     ) -> Result<Option<Completed>, LaneProblem> {
-        let refuse = |detail| {
-            let problem = Problem::new(request.operation.fault(), detail);
-            LaneProblem {
-                lane,
-                location: request.location,
-                problem,
-            }
-        };
-        let name = request.operation.name();
         if request.mask >> lane & 1 == 0 {
-            return Err(refuse(format!(
-                "{name} by lane {lane}, which is not in its mask {:#010x}",
+            let detail = format!(
+                "{} by lane {lane}, which is not in its mask {:#010x}",
+                request.operation.name(),
                 request.mask
-            )));
-        }
-        for other in lanes(request.mask) {
-            let Some(theirs) = &self.pending[other] else {
-                continue;
-            };
-            let same = theirs.operation == request.operation
-                && theirs.mask == request.mask
-                && theirs.location == request.location;
-            if theirs.mask >> lane & 1 == 1 && !same {
-                return Err(refuse(format!(
-                    "{name} with mask {:#010x} by lane {lane}, while lane {other} waits for it in {} with mask {:#010x} at {}",
-                    request.mask,
-                    theirs.operation.name(),
-                    theirs.mask,
-                    line(theirs.location)
-                )));
-            }
+            );
+            return Err(request.refused(lane, detail));
         }
         self.pending[lane] = Some(request);
-        self.complete(&request)
+        self.waiting |= 1 << lane;
+        self.complete(lane, &request)
     }
 
     /// A lane returns; the operation that this completes, if any.
     pub fn leave(&mut self, lane: usize) -> Result<Option<Completed>, LaneProblem> {
         self.gone |= 1 << lane;
-        let waiting = self
-            .pending
-            .iter()
-            .flatten()
-            .find(|request| request.mask >> lane & 1 == 1);
-        match waiting.copied() {
-            Some(request) => self.complete(&request),
+        let waiting = lanes(self.waiting).find_map(|other| {
+            let request = self.pending[other]?;
+            (request.mask >> lane & 1 == 1).then_some((other, request))
+        });
+        match waiting {
+            Some((other, request)) => self.complete(other, &request),
             None => Ok(None),
         }
     }
 
-    fn complete(&mut self, request: &Request) -> Result<Option<Completed>, LaneProblem> {
+    /// The operation that `lane` waits in, if all lanes of its mask have reached it.
+    fn complete(
+        &mut self,
+        lane: usize,
+        request: &Request,
+    ) -> Result<Option<Completed>, LaneProblem> {
         let taking_part = request.mask & !self.gone;
-        let arrived = |lane: usize| {
-            self.pending[lane].is_some_and(|theirs| {
-                theirs.mask == request.mask && theirs.operation == request.operation
-            })
-        };
-        if !lanes(taking_part).all(arrived) {
+        if taking_part & !self.waiting != 0 {
             return Ok(None);
         }
-        let mut results = [0; 32];
+        for other in lanes(taking_part) {
+            match &self.pending[other] {
+                Some(theirs) if theirs.same(request) => {}
+                // They wait for this lane, and this lane for them.
+                Some(theirs) if theirs.mask >> lane & 1 == 1 => {
+                    let detail = format!(
+                        "{} with mask {:#010x} by lane {lane}, while lane {other} waits for it in {} with mask {:#010x} at {}",
+                        request.operation.name(),
+                        request.mask,
+                        theirs.operation.name(),
+                        theirs.mask,
+                        line(theirs.location)
+                    );
+                    return Err(request.refused(lane, detail));
+                }
+                _ => return Ok(None),
+            }
+        }
+        let values = self
+            .pending
+            .map(|request| request.map_or(0, |request| request.value));
         let votes = lanes(taking_part)
-            .filter(|&lane| self.pending[lane].is_some_and(|request| request.value != 0))
+            .filter(|&lane| values[lane] != 0)
             .fold(0, |votes, lane| votes | 1 << lane);
+        let mut results = [0; 32];
         for lane in lanes(taking_part) {
-            let Some(own) = self.pending[lane] else {
+            let Some(own) = &self.pending[lane] else {
                 continue;
             };
             let operand = own.operand as usize & 31;
@@ -188,14 +207,15 @@ impl Warp {
                     continue;
                 }
             };
-            match self.pending[source].filter(|_| taking_part >> source & 1 == 1) {
-                Some(theirs) => results[lane] = theirs.value,
-                None => return Err(self.inactive_source(lane, source, &own)),
+            if taking_part >> source & 1 == 0 {
+                return Err(self.inactive_source(lane, source, own));
             }
+            results[lane] = values[source];
         }
         for lane in lanes(taking_part) {
             self.pending[lane] = None;
         }
+        self.waiting &= !taking_part;
         Ok(Some(Completed {
             operation: request.operation,
             lanes: taking_part,
@@ -203,21 +223,18 @@ impl Warp {
         }))
     }
 
+    #[cold]
     fn inactive_source(&self, lane: usize, source: usize, request: &Request) -> LaneProblem {
         let why = if request.mask >> source & 1 == 0 {
             format!("is not in the mask {:#010x}", request.mask)
         } else {
             "has returned or does not exist".to_owned()
         };
-        let detail = format!(
-            "{} by lane {lane} reads lane {source}, which {why}",
-            request.operation.name()
-        );
-        LaneProblem {
+        let name = request.operation.name();
+        request.refused(
             lane,
-            location: request.location,
-            problem: Problem::new(FaultKind::Shuffle, detail),
-        }
+            format!("{name} by lane {lane} reads lane {source}, which {why}"),
+        )
     }
 }
 
@@ -306,11 +323,11 @@ mod tests {
     }
 
     #[test]
-    fn lanes_that_wait_for_each_other_agree_on_the_mask() {
+    fn lanes_that_wait_for_each_other_agree() {
         let mut warp = Warp::new(32);
         warp.arrive(0, request(Operation::Xor, 0b11, 0, 1)).unwrap();
         let refused = warp
-            .arrive(1, request(Operation::Xor, 0b111, 0, 1))
+            .arrive(1, request(Operation::Down, 0b11, 0, 1))
             .unwrap_err();
         assert!(
             refused.problem.detail.contains("lane 0 waits"),
