@@ -1,9 +1,14 @@
 //! The backend seam: a [`Backend`] compiles a model's recipe once, at load, and then moves tokens.
 
+pub mod cpu;
+mod select;
+
 use models::quant::Weight;
 use models::recipe::Recipe;
 
 use crate::Error;
+
+pub use select::{Choice, Selected, select};
 
 /// A model in memory: what every backend is built from.
 #[derive(Debug)]

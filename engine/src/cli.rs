@@ -1,0 +1,222 @@
+//! Flags of `edgellm` and what they start. One file a command.
+
+mod atomic_file;
+mod logits;
+mod model_path;
+mod run;
+mod synthesize;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine::Error;
+use engine::backend::Choice;
+
+/// Run large language models with kernels written in Rust.
+#[derive(Debug, Parser)]
+#[command(name = "edgellm", version, max_term_width = 100, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  edgellm run -i \"What is the capital of France?\" --greedy
+  edgellm run -m model.gguf -n 200 -i \"Explain quantum computing:\"
+  git diff | edgellm run -i - --system \"Summarise this change in one sentence.\"
+
+Exit codes: 0 done, 1 the machine cannot do it, 2 the input cannot be used, 130 interrupted.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Generate text from a prompt.
+    Run(run::RunArgs),
+    /// Write a model file of a known shape with random weights, to measure speed.
+    Synthesize(synthesize::SynthesizeArgs),
+    /// Write the logits of every position of a text, to compare with another implementation.
+    Logits(logits::LogitsArgs),
+}
+
+impl Cli {
+    /// Runs the chosen command.
+    pub fn execute(self) -> Result<ExitCode, Failure> {
+        match self.command {
+            Command::Run(args) => run::execute(args),
+            Command::Synthesize(args) => synthesize::execute(args),
+            Command::Logits(args) => logits::execute(args),
+        }
+    }
+}
+
+/// Where a model is and what runs it: shared by all commands that load one.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// GGUF file, or the name of a model in the catalogue. Without it the default model is used.
+    /// The file must not change while it is in use.
+    #[arg(short, long, value_name = "PATH")]
+    model: Option<PathBuf>,
+
+    /// What runs the model: `auto` takes CUDA where it works, the CPU otherwise.
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    backend: BackendArg,
+
+    /// Force the CUDA kernels of one tier instead of the highest that the device supports.
+    #[arg(long, value_enum)]
+    tier: Option<TierArg>,
+
+    /// Tokens that the key/value cache holds: prompt and answer together. Without it, as many as
+    /// this run can need.
+    #[arg(long, value_name = "TOKENS", value_parser = positive)]
+    context: Option<usize>,
+
+    /// CPU threads. Without it, one for each core.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+/// `--backend`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BackendArg {
+    /// CUDA where it works, the CPU otherwise.
+    Auto,
+    /// CUDA or an error.
+    Cuda,
+    /// The CPU.
+    Cpu,
+}
+
+impl From<BackendArg> for Choice {
+    fn from(arg: BackendArg) -> Choice {
+        match arg {
+            BackendArg::Auto => Choice::Auto,
+            BackendArg::Cuda => Choice::Cuda,
+            BackendArg::Cpu => Choice::Cpu,
+        }
+    }
+}
+
+/// `--tier`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TierArg {
+    /// Turing and newer.
+    #[value(name = "sm_75")]
+    Sm75,
+    /// Ampere and newer.
+    #[value(name = "sm_80")]
+    Sm80,
+    /// Hopper and newer.
+    #[value(name = "sm_90")]
+    Sm90,
+}
+
+impl From<TierArg> for u32 {
+    fn from(arg: TierArg) -> u32 {
+        match arg {
+            TierArg::Sm75 => 75,
+            TierArg::Sm80 => 80,
+            TierArg::Sm90 => 90,
+        }
+    }
+}
+
+/// A whole number of at least 1.
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".to_owned()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+/// Why a command ended without its result.
+#[derive(Debug)]
+pub enum Failure {
+    /// Something to tell the user.
+    Error(Error),
+    /// The reader of standard output went away: nobody is left to tell.
+    BrokenPipe,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure::Error(error)
+    }
+}
+
+/// A failed write to standard output.
+fn stdout_failure(error: std::io::Error) -> Failure {
+    match error.kind() {
+        std::io::ErrorKind::BrokenPipe => Failure::BrokenPipe,
+        _ => Failure::Error(Error::Machine(format!(
+            "cannot write to standard output: {error}"
+        ))),
+    }
+}
+
+/// Tells the user what went wrong, in one line, and gives the exit code.
+pub fn report(result: Result<ExitCode, Failure>) -> ExitCode {
+    match result {
+        Ok(code) => code,
+        Err(Failure::BrokenPipe) => ExitCode::SUCCESS,
+        Err(Failure::Error(error)) => {
+            let message: String = error
+                .to_string()
+                .chars()
+                .map(|c| if c.is_control() { ' ' } else { c })
+                .collect();
+            eprintln!("error: {message}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Sets how many threads decode weights and run the CPU's kernels. To be called before anything
+/// else: it changes the environment of the process.
+fn set_threads(threads: Option<u16>) {
+    if let Some(threads) = threads {
+        // SAFETY: the commands call this first, so this is the only thread and nothing else reads
+        // the environment.
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn documented_examples_parse() {
+        for line in [
+            "edgellm run -m model.gguf -n 200 -i hello",
+            "edgellm run -i hi --temperature 0.5 --top-k 3 --top-p 0.9 --seed 1 --backend auto --tier sm_75 --context 100 --json --threads 2",
+            "edgellm run -i hi --greedy --raw --ids --backend cpu",
+            "edgellm synthesize tiny out.gguf --seed 3",
+            "edgellm logits -m m.gguf --text-file t.txt --out o.bin",
+        ] {
+            Cli::try_parse_from(line.split(' ')).expect(line);
+        }
+    }
+
+    #[test]
+    fn contradictory_flags_are_refused() {
+        for line in [
+            "edgellm run",
+            "edgellm run -i hi --greedy --temperature 1",
+            "edgellm run -i hi --raw --system x",
+            "edgellm run -i hi --context 0",
+            "edgellm run -i hi -n -1",
+            "edgellm run -i hi --tier sm_60",
+            "edgellm logits -m m.gguf --out o.bin",
+        ] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+    }
+}
