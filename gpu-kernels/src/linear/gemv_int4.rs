@@ -152,23 +152,14 @@ fn sum4(x: [f32; 4]) -> f32 {
     (x[0] + x[1]) + (x[2] + x[3])
 }
 
-/// A cell's share of the row's sum.
-#[inline(always)]
-fn settle(scale: f32, min: f32, biased_dot: f32, sum_x: f32, sum: f32) -> f32 {
-    ptx::fma(
-        scale,
-        biased_dot,
-        ptx::fma(ptx::fma(-16.0, scale, min), sum_x, sum),
-    )
-}
-
 /// Where one row's weights start.
 #[derive(Clone, Copy)]
 struct Row {
     quants: *const u32,
     scales: *const u16,
-    /// Null without mins.
+    /// Anything where the format has none.
     mins: *const u16,
+    group_shift: u32,
 }
 
 impl Row {
@@ -179,56 +170,69 @@ impl Row {
         scales: *const u16,
         mins: *const u16,
         row: u32,
-        cols: u32,
-        group_shift: u32,
+        [cols, group_shift]: [u32; 2],
     ) -> Row {
         let group = row as usize * groups_per_row(cols, group_shift) as usize;
+        let quants = quants.wrapping_add(row as usize * (cols / 2) as usize);
         Row {
-            quants: quants
-                .wrapping_add(row as usize * (cols / 2) as usize)
-                .cast(),
+            quants: quants.cast(),
             scales: scales.wrapping_add(group),
-            mins: if mins.is_null() {
-                mins
-            } else {
-                mins.wrapping_add(group)
-            },
+            mins: mins.wrapping_add(group),
+            group_shift,
         }
     }
 
-    /// Scale and minimum of `group`.
+    /// Scale and, if the format has it, minimum of the group of column `column`.
     ///
     /// # Safety
-    /// `group` is a group of the row.
+    /// The column is in the row, and there are minima if `MINS` says so.
     #[inline(always)]
-    unsafe fn scale_and_min(&self, group: u32) -> (f32, f32) {
+    unsafe fn group<const MINS: bool>(&self, column: u32) -> Group {
+        let group = (column >> self.group_shift) as usize;
         // SAFETY: by the caller's promise.
         unsafe {
-            let scale = ptx::f16_to_f32(ptx::ld_global_nc_u16(
-                self.scales.wrapping_add(group as usize),
-            ));
-            let min = if self.mins.is_null() {
-                -8.0 * scale
-            } else {
-                ptx::f16_to_f32(ptx::ld_global_nc_u16(
-                    self.mins.wrapping_add(group as usize),
-                ))
-            };
-            (scale, min)
+            let scale = ptx::ld_global_nc_u16(self.scales.wrapping_add(group));
+            let mut min = 0;
+            if MINS {
+                min = ptx::ld_global_nc_u16(self.mins.wrapping_add(group));
+            }
+            Group { scale, min }
         }
     }
 
     /// # Safety
-    /// `cell` is a cell of the row.
+    /// `cell` is a cell of the row, and there are minima if `MINS` says so.
     #[inline(always)]
-    unsafe fn cell(&self, cell: u32, group_shift: u32) -> Cell {
+    unsafe fn cell<const MINS: bool>(&self, cell: u32) -> Cell {
         // SAFETY: by the caller's promise; a cell is 16 bytes and the row starts at a cell.
         unsafe {
-            let words =
-                ptx::ld_global_nc_v4_u32(self.quants.wrapping_add(cell as usize * CELL_WORDS));
-            let (scale, min) = self.scale_and_min((cell * CELL_WEIGHTS) >> group_shift);
-            Cell { words, scale, min }
+            let words = self.quants.wrapping_add(cell as usize * CELL_WORDS);
+            Cell {
+                words: ptx::ld_global_nc_v4_u32(words),
+                group: self.group::<MINS>(cell * CELL_WEIGHTS),
+            }
         }
+    }
+}
+
+/// Scale and minimum as loaded, f16: converting them waits for the load, so it is left to the use.
+#[derive(Clone, Copy)]
+struct Group {
+    scale: u16,
+    min: u16,
+}
+
+impl Group {
+    /// Adds a dot product over biased nibbles, and the sum of its columns, to the row's sum.
+    #[inline(always)]
+    fn settle<const MINS: bool>(self, biased_dot: f32, sum_x: f32, sum: f32) -> f32 {
+        let scale = ptx::f16_to_f32(self.scale);
+        let offset = if MINS {
+            ptx::fma(-16.0, scale, ptx::f16_to_f32(self.min))
+        } else {
+            -24.0 * scale
+        };
+        ptx::fma(scale, biased_dot, ptx::fma(offset, sum_x, sum))
     }
 }
 
@@ -236,17 +240,37 @@ impl Row {
 #[derive(Clone, Copy)]
 struct Cell {
     words: [u32; CELL_WORDS],
-    scale: f32,
-    min: f32,
+    group: Group,
 }
 
-impl Cell {
-    /// All weights zero.
-    const ZERO: Cell = Cell {
-        words: [0; CELL_WORDS],
-        scale: 0.0,
-        min: 0.0,
+/// A row's running dot products with one cell: low nibbles, high nibbles.
+type Dots<const R: usize> = [[f32; 2]; R];
+
+/// Adds word `I` of each row's cell to the dot products, and its columns to their sum. The word is a
+/// constant so that nothing is indexed at run time: an array that is lands in local memory.
+///
+/// # Safety
+/// The eight chunks from `first_chunk` on are staged.
+#[inline(always)]
+unsafe fn word<const I: usize, const R: usize>(
+    dots: &mut Dots<R>,
+    sum_x: f32,
+    cells: &[Cell; R],
+    tile: Shared,
+    first_chunk: u32,
+) -> f32 {
+    // SAFETY: both chunks are among the eight.
+    let (low, high) = unsafe {
+        (
+            ptx::ld_shared_v4_f32(tile, chunk_offset_bytes(first_chunk + I as u32)),
+            ptx::ld_shared_v4_f32(tile, chunk_offset_bytes(first_chunk + 4 + I as u32)),
+        )
     };
+    for r in 0..R {
+        dots[r][0] = dot4(cells[r].words[I], 0, low, dots[r][0]);
+        dots[r][1] = dot4(cells[r].words[I], 4, high, dots[r][1]);
+    }
+    sum_x + (sum4(low) + sum4(high))
 }
 
 /// Adds the cells' products with their 32 columns to the rows' sums.
@@ -254,31 +278,86 @@ impl Cell {
 /// # Safety
 /// The eight chunks from `first_chunk` on are staged.
 #[inline(always)]
-unsafe fn accumulate<const R: usize>(
+unsafe fn accumulate<const MINS: bool, const R: usize>(
     sums: &mut [f32; R],
     cells: &[Cell; R],
     tile: Shared,
     first_chunk: u32,
 ) {
-    let mut sum_x = 0.0;
-    let mut dots = [[0.0f32; 2]; R];
-    for i in 0..CELL_WORDS as u32 {
-        // SAFETY: both chunks are among the eight.
-        let (low, high) = unsafe {
-            (
-                ptx::ld_shared_v4_f32(tile, chunk_offset_bytes(first_chunk + i)),
-                ptx::ld_shared_v4_f32(tile, chunk_offset_bytes(first_chunk + 4 + i)),
-            )
-        };
-        sum_x += sum4(low) + sum4(high);
-        for r in 0..R {
-            dots[r][0] = dot4(cells[r].words[i as usize], 0, low, dots[r][0]);
-            dots[r][1] = dot4(cells[r].words[i as usize], 4, high, dots[r][1]);
-        }
-    }
+    let mut dots: Dots<R> = [[0.0; 2]; R];
+    // SAFETY: by the caller's promise.
+    let sum_x = unsafe {
+        let sum_x = word::<0, R>(&mut dots, 0.0, cells, tile, first_chunk);
+        let sum_x = word::<1, R>(&mut dots, sum_x, cells, tile, first_chunk);
+        let sum_x = word::<2, R>(&mut dots, sum_x, cells, tile, first_chunk);
+        word::<3, R>(&mut dots, sum_x, cells, tile, first_chunk)
+    };
     for r in 0..R {
-        let Cell { scale, min, .. } = cells[r];
-        sums[r] = settle(scale, min, dots[r][0] + dots[r][1], sum_x, sums[r]);
+        sums[r] = cells[r]
+            .group
+            .settle::<MINS>(dots[r][0] + dots[r][1], sum_x, sums[r]);
+    }
+}
+
+/// The body of `linear_gemv_int4_multirow`, with or without minima.
+///
+/// # Safety
+/// As the kernel, and `mins` are there if `MINS` says so.
+#[inline(always)]
+unsafe fn multirow<const MINS: bool>(
+    quants: *const u8,
+    scales: *const u16,
+    mins: *const u16,
+    bias: *const f32,
+    x: *const f32,
+    y: *mut f32,
+    [rows, cols, group_shift]: [u32; 3],
+) {
+    let lane = warp::lane_id();
+    let first_row = thread::index_1d() / warp::SIZE * ROWS_PER_WARP as u32;
+    let tile = shared::dynamic_shared_mem();
+
+    // Rows past the end are computed as the last row and not stored: every thread keeps reaching
+    // the barriers, and the loop has no row test. Likewise a lane without a next cell loads the
+    // last again: a test would be a branch, behind which the loads come too late.
+    let last_row = rows - 1;
+    let last_cell = cols / CELL_WEIGHTS - 1;
+    let row = |r: u32| {
+        let row = (first_row + r).min(last_row);
+        Row::new(quants, scales, mins, row, [cols, group_shift])
+    };
+    let row = [row(0), row(1)];
+    // SAFETY: rows and cells are clamped to the matrix, the plan checked the buffers and gave a
+    // tile of shared memory, and barriers stand before and after staging.
+    unsafe {
+        let load = |cell: u32| {
+            let cell = cell.min(last_cell);
+            [row[0].cell::<MINS>(cell), row[1].cell::<MINS>(cell)]
+        };
+        let mut sums = [0.0f32; ROWS_PER_WARP];
+        let mut next = load(lane);
+        let mut first = 0;
+        while first < cols {
+            let count = (cols - first).min(TILE_COLS);
+            if first > 0 {
+                thread::sync_threads();
+            }
+            stage_columns(x, first, count, tile);
+            thread::sync_threads();
+
+            let first_cell = first / CELL_WEIGHTS;
+            let end = first_cell + count / CELL_WEIGHTS;
+            let mut cell = first_cell + lane;
+            while cell < end {
+                let current = next;
+                next = load(cell + warp::SIZE);
+                let chunk = (cell - first_cell) * (CELL_WEIGHTS / CHUNK_ELEMS);
+                accumulate::<MINS, ROWS_PER_WARP>(&mut sums, &current, tile, chunk);
+                cell += warp::SIZE;
+            }
+            first += count;
+        }
+        super::store_rows(sums, first_row, rows, bias, y);
     }
 }
 
@@ -298,65 +377,14 @@ pub unsafe fn linear_gemv_int4_multirow(
     cols: u32,
     group_shift: u32,
 ) {
-    let lane = warp::lane_id();
-    let warp_of_grid = thread::index_1d() / warp::SIZE;
-    let first_row = warp_of_grid * ROWS_PER_WARP as u32;
-    let tile = shared::dynamic_shared_mem();
-    let cells = cols / CELL_WEIGHTS;
-
-    // Rows past the end are computed as the last row and not stored: every thread keeps reaching
-    // the barriers, and the loop has no row test.
-    let last = rows - 1;
-    // SAFETY: rows are clamped to the matrix, cells are tested against the row, the plan checked
-    // the buffers and gave a tile of shared memory, and barriers stand before and after staging.
+    let shape = [rows, cols, group_shift];
+    // SAFETY: launched as `plan` says.
     unsafe {
-        let row = [
-            Row::new(quants, scales, mins, first_row.min(last), cols, group_shift),
-            Row::new(
-                quants,
-                scales,
-                mins,
-                (first_row + 1).min(last),
-                cols,
-                group_shift,
-            ),
-        ];
-        let mut sums = [0.0f32; ROWS_PER_WARP];
-        let mut next = [Cell::ZERO; ROWS_PER_WARP];
-        if lane < cells {
-            next = [
-                row[0].cell(lane, group_shift),
-                row[1].cell(lane, group_shift),
-            ];
+        if mins.is_null() {
+            multirow::<false>(quants, scales, mins, bias, x, y, shape);
+        } else {
+            multirow::<true>(quants, scales, mins, bias, x, y, shape);
         }
-        let mut first = 0;
-        while first < cols {
-            let count = (cols - first).min(TILE_COLS);
-            if first > 0 {
-                thread::sync_threads();
-            }
-            stage_columns(x, first, count, tile);
-            thread::sync_threads();
-
-            let first_cell = first / CELL_WEIGHTS;
-            let end = first_cell + count / CELL_WEIGHTS;
-            let mut cell = first_cell + lane;
-            while cell < end {
-                let current = next;
-                let ahead = cell + warp::SIZE;
-                if ahead < cells {
-                    next = [
-                        row[0].cell(ahead, group_shift),
-                        row[1].cell(ahead, group_shift),
-                    ];
-                }
-                let chunk = (cell - first_cell) * (CELL_WEIGHTS / CHUNK_ELEMS);
-                accumulate(&mut sums, &current, tile, chunk);
-                cell = ahead;
-            }
-            first += count;
-        }
-        super::store_rows(sums, first_row, rows, bias, y);
     }
 }
 
@@ -376,23 +404,48 @@ pub unsafe fn linear_gemv_int4_baseline(
     cols: u32,
     group_shift: u32,
 ) {
+    let shape = [cols, group_shift];
+    // SAFETY: launched as `plan` says.
+    unsafe {
+        if mins.is_null() {
+            baseline::<false>(quants, scales, mins, bias, x, y, shape);
+        } else {
+            baseline::<true>(quants, scales, mins, bias, x, y, shape);
+        }
+    }
+}
+
+/// The body of `linear_gemv_int4_baseline`, with or without minima.
+///
+/// # Safety
+/// As the kernel, and `mins` are there if `MINS` says so.
+#[inline(always)]
+unsafe fn baseline<const MINS: bool>(
+    quants: *const u8,
+    scales: *const u16,
+    mins: *const u16,
+    bias: *const f32,
+    x: *const f32,
+    y: *mut f32,
+    [cols, group_shift]: [u32; 2],
+) {
     let n = thread::block_idx_x();
     let words = cols / 8;
+    let row = Row::new(quants, scales, mins, n, [cols, group_shift]);
+    let mut sum = 0.0;
+    let mut word = thread::thread_idx_x();
     // SAFETY: a block a row; a word is below K/8 and the columns of its nibbles below K, which is
     // a multiple of 32; the plan checked the buffers and gave the scratch.
     unsafe {
-        let row = Row::new(quants, scales, mins, n, cols, group_shift);
-        let mut sum = 0.0;
-        let mut word = thread::thread_idx_x();
         while word < words {
             // Word i of a cell holds its weights 4i .. 4i+4 and 16+4i .. 16+4i+4.
             let column = word / CELL_WORDS as u32 * CELL_WEIGHTS + word % CELL_WORDS as u32 * 4;
             let bits = ptx::ld_global_nc_u32(row.quants.wrapping_add(word as usize));
             let low = ptx::ld_global_v4_f32(x.wrapping_add(column as usize));
             let high = ptx::ld_global_v4_f32(x.wrapping_add(column as usize + 16));
-            let (scale, min) = row.scale_and_min(column >> group_shift);
+            let group = row.group::<MINS>(column);
             let dot = dot4(bits, 4, high, dot4(bits, 0, low, 0.0));
-            sum = settle(scale, min, dot, sum4(low) + sum4(high), sum);
+            sum = group.settle::<MINS>(dot, sum4(low) + sum4(high), sum);
             word += thread::block_dim_x();
         }
         let sum = reduce::block_sum_f32(sum, shared::dynamic_shared_mem());
@@ -431,8 +484,21 @@ mod tests {
 
     #[test]
     fn settling_takes_the_bias_out() {
-        // One weight: scale 2, min -3, q 5, x 7: (2 * 5 - 3) * 7.
-        assert_eq!(settle(2.0, -3.0, (16.0 + 5.0) * 7.0, 7.0, 1.0), 50.0);
+        // One weight: scale 2, q 5, x 7, on top of 1; with a minimum of -3, and symmetric.
+        let (two, minus_three) = (0x4000, 0xc200);
+        let group = Group {
+            scale: two,
+            min: minus_three,
+        };
+        let dot = (16.0 + 5.0) * 7.0;
+        assert_eq!(
+            group.settle::<true>(dot, 7.0, 1.0),
+            (2.0 * 5.0 - 3.0) * 7.0 + 1.0
+        );
+        assert_eq!(
+            group.settle::<false>(dot, 7.0, 1.0),
+            2.0 * (5.0 - 8.0) * 7.0 + 1.0
+        );
     }
 
     fn operands() -> Operands {

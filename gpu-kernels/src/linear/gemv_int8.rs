@@ -116,19 +116,12 @@ struct Row {
     scales: *const u16,
 }
 
-/// 16 weights of one row in registers.
+/// 16 weights of one row in registers. The scale stays as loaded, f16: converting it waits for the
+/// load, so it is left to the use.
 #[derive(Clone, Copy)]
 struct Unit {
     words: [u32; UNIT_WORDS],
-    scale: f32,
-}
-
-impl Unit {
-    /// All weights zero.
-    const ZERO: Unit = Unit {
-        words: [0; UNIT_WORDS],
-        scale: 0.0,
-    };
+    scale: u16,
 }
 
 impl Row {
@@ -146,16 +139,34 @@ impl Row {
     /// `unit` is a unit of the row.
     #[inline(always)]
     unsafe fn unit(&self, unit: u32, group_shift: u32) -> Unit {
-        let group = (unit * UNIT_WEIGHTS) >> group_shift;
+        let words = self.quants.wrapping_add(unit as usize * UNIT_WORDS);
+        let group = ((unit * UNIT_WEIGHTS) >> group_shift) as usize;
         // SAFETY: by the caller's promise; a unit is 16 bytes and the row starts at one.
         unsafe {
-            let words =
-                ptx::ld_global_nc_v4_u32(self.quants.wrapping_add(unit as usize * UNIT_WORDS));
-            let scale = ptx::f16_to_f32(ptx::ld_global_nc_u16(
-                self.scales.wrapping_add(group as usize),
-            ));
-            Unit { words, scale }
+            Unit {
+                words: ptx::ld_global_nc_v4_u32(words),
+                scale: ptx::ld_global_nc_u16(self.scales.wrapping_add(group)),
+            }
         }
+    }
+}
+
+/// Adds word `I` of each row's unit to the dot products. The word is a constant so that nothing is
+/// indexed at run time: an array that is lands in local memory.
+///
+/// # Safety
+/// The four chunks from `first_chunk` on are staged.
+#[inline(always)]
+unsafe fn word<const I: usize, const R: usize>(
+    dots: &mut [f32; R],
+    units: &[Unit; R],
+    tile: Shared,
+    first_chunk: u32,
+) {
+    // SAFETY: the chunk is among the four.
+    let x = unsafe { ptx::ld_shared_v4_f32(tile, chunk_offset_bytes(first_chunk + I as u32)) };
+    for r in 0..R {
+        dots[r] = dot4(units[r].words[I], x, dots[r]);
     }
 }
 
@@ -170,16 +181,17 @@ unsafe fn accumulate<const R: usize>(
     tile: Shared,
     first_chunk: u32,
 ) {
-    let mut dots = [[0.0f32; 2]; R];
-    for i in 0..UNIT_WORDS {
-        // SAFETY: the chunk is among the four.
-        let x = unsafe { ptx::ld_shared_v4_f32(tile, chunk_offset_bytes(first_chunk + i as u32)) };
-        for r in 0..R {
-            dots[r][i % 2] = dot4(units[r].words[i], x, dots[r][i % 2]);
-        }
+    let mut dots = [[0.0f32; R]; 2];
+    // SAFETY: by the caller's promise.
+    unsafe {
+        word::<0, R>(&mut dots[0], units, tile, first_chunk);
+        word::<1, R>(&mut dots[1], units, tile, first_chunk);
+        word::<2, R>(&mut dots[0], units, tile, first_chunk);
+        word::<3, R>(&mut dots[1], units, tile, first_chunk);
     }
     for r in 0..R {
-        sums[r] = ptx::fma(units[r].scale, dots[r][0] + dots[r][1], sums[r]);
+        let scale = ptx::f16_to_f32(units[r].scale);
+        sums[r] = ptx::fma(scale, dots[0][r] + dots[1][r], sums[r]);
     }
 }
 
@@ -199,26 +211,34 @@ pub(crate) unsafe fn multirow(
     let lane = warp::lane_id();
     let first_row = thread::index_1d() / warp::SIZE * ROWS_PER_WARP as u32;
     let tile = shared::dynamic_shared_mem();
-    let units = cols / UNIT_WEIGHTS;
 
     // Rows past the end are computed as the last row and not stored: every thread keeps reaching
-    // the barriers, and the loop has no row test.
-    let last = rows - 1;
-    // SAFETY: rows are clamped to the matrix, units are tested against the row, the plan checked
-    // the buffers and gave a tile of shared memory, and barriers stand before and after staging.
+    // the barriers, and the loop has no row test. Likewise a lane without a next unit loads the
+    // last again: a test would be a branch, behind which the loads come too late.
+    let last_row = rows - 1;
+    let last_unit = cols / UNIT_WEIGHTS - 1;
+    let row = |r: u32| {
+        Row::new(
+            quants,
+            scales,
+            (first_row + r).min(last_row),
+            cols,
+            group_shift,
+        )
+    };
+    let row = [row(0), row(1)];
+    // SAFETY: rows and units are clamped to the matrix, the plan checked the buffers and gave a
+    // tile of shared memory, and barriers stand before and after staging.
     unsafe {
-        let row = [
-            Row::new(quants, scales, first_row.min(last), cols, group_shift),
-            Row::new(quants, scales, (first_row + 1).min(last), cols, group_shift),
-        ];
+        let load = |unit: u32| {
+            let unit = unit.min(last_unit);
+            [
+                row[0].unit(unit, group_shift),
+                row[1].unit(unit, group_shift),
+            ]
+        };
         let mut sums = [0.0f32; ROWS_PER_WARP];
-        let mut next = [Unit::ZERO; ROWS_PER_WARP];
-        if lane < units {
-            next = [
-                row[0].unit(lane, group_shift),
-                row[1].unit(lane, group_shift),
-            ];
-        }
+        let mut next = load(lane);
         let mut first = 0;
         while first < cols {
             let count = (cols - first).min(TILE_COLS);
@@ -233,16 +253,10 @@ pub(crate) unsafe fn multirow(
             let mut unit = first_unit + lane;
             while unit < end {
                 let current = next;
-                let ahead = unit + warp::SIZE;
-                if ahead < units {
-                    next = [
-                        row[0].unit(ahead, group_shift),
-                        row[1].unit(ahead, group_shift),
-                    ];
-                }
+                next = load(unit + warp::SIZE);
                 let chunk = (unit - first_unit) * (UNIT_WEIGHTS / CHUNK_ELEMS);
                 accumulate(&mut sums, &current, tile, chunk);
-                unit = ahead;
+                unit += warp::SIZE;
             }
             first += count;
         }

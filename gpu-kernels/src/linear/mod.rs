@@ -108,27 +108,27 @@ pub(crate) unsafe fn store_row(sum: f32, row: u32, bias: *const f32, y: *mut f32
     }
 }
 
-/// Adds up each row's sums over the warp and writes the rows from `first_row` that are below
-/// `rows`. All lanes of the warp call it.
+/// Adds up both rows' sums over the warp and writes those of the rows `first_row`, `first_row + 1`
+/// that are below `rows`. All lanes of the warp call it.
 ///
 /// # Safety
 /// `y`, and `bias` unless null, have `rows` rows.
 #[inline(always)]
-pub(crate) unsafe fn store_rows<const R: usize>(
-    sums: [f32; R],
+pub(crate) unsafe fn store_rows(
+    sums: [f32; 2],
     first_row: u32,
     rows: u32,
     bias: *const f32,
     y: *mut f32,
 ) {
+    let sums = [warp::reduce_sum_f32(sums[0]), warp::reduce_sum_f32(sums[1])];
+    // Lane r writes row r.
     let lane = warp::lane_id();
-    for (r, sum) in sums.into_iter().enumerate() {
-        let sum = warp::reduce_sum_f32(sum);
-        let row = first_row + r as u32;
-        if lane == 0 && row < rows {
-            // SAFETY: the row is below `rows`.
-            unsafe { store_row(sum, row, bias, y) };
-        }
+    let row = first_row + lane;
+    if lane < 2 && row < rows {
+        let sum = if lane == 0 { sums[0] } else { sums[1] };
+        // SAFETY: the row is below `rows`.
+        unsafe { store_row(sum, row, bias, y) };
     }
 }
 
