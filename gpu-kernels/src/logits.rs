@@ -4,8 +4,8 @@
 //! Shapes: quants `(V, D)` i8, scales `(V, ceil(D/group))` f16, x `(D,)`, logits `(V,)`.
 //!
 //! The thread -> element diagram, bytes moved and banks are those of
-//! [`linear::gemv_int8`](crate::linear::gemv_int8), whose body this is. It has an entry of its own
-//! so that profiles and bench rows tell the two apart.
+//! [`gemv_int8`], whose body this is. It has an entry of its own so that profiles and bench rows
+//! tell the two apart.
 
 use cuda_std::kernel;
 
