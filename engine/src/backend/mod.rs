@@ -1,6 +1,8 @@
 //! The backend seam: a [`Backend`] compiles a model's recipe once, at load, and then moves tokens.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod select;
 
 use models::quant::Weight;

@@ -77,6 +77,14 @@ impl Selected {
     }
 }
 
+#[cfg(feature = "cuda")]
+fn cuda(model: &LoadedModel, context: usize, tier: Option<u32>) -> Result<Box<dyn Backend>, Error> {
+    Ok(Box::new(super::cuda::CudaBackend::new(
+        model, context, tier,
+    )?))
+}
+
+#[cfg(not(feature = "cuda"))]
 fn cuda(_: &LoadedModel, _: usize, _: Option<u32>) -> Result<Box<dyn Backend>, Error> {
     Err(Error::Machine("this binary was built without CUDA".into()))
 }

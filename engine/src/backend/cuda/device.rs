@@ -1,0 +1,361 @@
+//! The GPU: its context, the kernels of the chosen tier, and its memory.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use cust::context::{Context, CurrentContext};
+use cust::device::{Device, DeviceAttribute};
+use cust::error::CudaError;
+use cust::memory::{CopyDestination, DeviceBuffer, mem_get_info};
+use cust::stream::{Stream, StreamFlags};
+use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
+
+use super::launch::Kernels;
+use super::plan::Memory;
+use super::ptx::TIERS;
+use crate::Error;
+
+/// An error that names what was being done and what CUDA called the failure.
+pub(super) fn failed(what: &str, error: CudaError) -> Error {
+    // cust folds codes that it does not know into one; the driver crate remembers the name.
+    let name = cuda_driver::last_error().unwrap_or_else(|| format!("{error:?}"));
+    Error::machine(format!("{what} failed with {name}"))
+}
+
+fn first_device() -> Result<Device, Error> {
+    cuda_driver::driver_available().map_err(Error::machine)?;
+    Device::get_device(0).map_err(|e| failed("opening CUDA device 0", e))
+}
+
+fn attribute(device: Device, attribute: DeviceAttribute) -> Result<u32, Error> {
+    let value = device
+        .get_attribute(attribute)
+        .map_err(|e| failed("asking the CUDA device", e))?;
+    u32::try_from(value).map_err(|_| Error::machine(format!("CUDA gave {value} for {attribute:?}")))
+}
+
+fn capability_of(device: Device) -> Result<u32, Error> {
+    let major = attribute(device, DeviceAttribute::ComputeCapabilityMajor)?;
+    Ok(10 * major + attribute(device, DeviceAttribute::ComputeCapabilityMinor)?)
+}
+
+/// Compute capability of device 0, times ten: 75, 80, 90.
+///
+/// # Errors
+/// [`Error::Machine`] if there is no driver or device.
+pub fn capability() -> Result<u32, Error> {
+    capability_of(first_device()?)
+}
+
+/// One device with its stream and the kernels of one tier.
+#[derive(Debug)]
+pub struct Gpu {
+    // Fields are dropped in this order: the context last.
+    kernels: Kernels,
+    stream: Stream,
+    name: String,
+    info: DeviceInfo,
+    tier: u32,
+    context: Context,
+}
+
+impl Gpu {
+    /// Opens device 0 with the kernels of `tier` (75, 80, 90), or of the highest that it runs.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if there is no driver or device, or it cannot run the tier;
+    /// [`Error::Input`] for a tier that this program was not built with.
+    pub fn open(tier: Option<u32>) -> Result<Arc<Gpu>, Error> {
+        let device = first_device()?;
+        let name = device
+            .name()
+            .map_err(|e| failed("asking the CUDA device", e))?;
+        let capability = capability_of(device)?;
+        let built: Vec<u32> = TIERS.iter().map(|(tier, _)| *tier).collect();
+        let tier = choose_tier(&built, capability, tier, &name)?;
+        let info = DeviceInfo {
+            multiprocessors: attribute(device, DeviceAttribute::MultiprocessorCount)?,
+            shared_bytes_per_block: attribute(device, DeviceAttribute::MaxSharedMemoryPerBlock)?,
+            // Plans choose among what the loaded PTX has, which may be less than the device can.
+            compute_capability: tier,
+        };
+        let context = Context::new(device).map_err(|e| failed("creating a CUDA context", e))?;
+        let stream = Stream::new(StreamFlags::DEFAULT, None)
+            .map_err(|e| failed("creating a CUDA stream", e))?;
+        let ptx = TIERS
+            .iter()
+            .find(|(built, _)| *built == tier)
+            .map_or("", |(_, ptx)| *ptx);
+        let names = gpu_kernels::ENTRIES.iter().map(|entry| entry.name);
+        let kernels = Kernels::load(ptx, names)?;
+        Ok(Arc::new(Gpu {
+            kernels,
+            stream,
+            name,
+            info,
+            tier,
+            context,
+        }))
+    }
+
+    /// Name as the driver gives it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What plans need to know.
+    pub fn info(&self) -> DeviceInfo {
+        self.info
+    }
+
+    /// Compute capability that the loaded kernels were compiled for: 75, 80, 90.
+    pub fn tier(&self) -> u32 {
+        self.tier
+    }
+
+    /// The stream that all work goes to, in order.
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// Makes the device's context current on this thread.
+    pub(super) fn make_current(&self) -> Result<(), Error> {
+        CurrentContext::set_current(&self.context)
+            .map_err(|e| failed("switching to the CUDA context", e))
+    }
+
+    /// Queues one kernel.
+    ///
+    /// # Safety
+    /// Every pointer in `call` must be the device memory that its plan checked, alive until the
+    /// work is done (or as long as a graph that is recording it is launched).
+    ///
+    /// # Errors
+    /// [`Error::Machine`] with the kernel's name.
+    pub unsafe fn queue(&self, call: &Call) -> Result<(), Error> {
+        // SAFETY: passed on to the caller.
+        unsafe { self.kernels.launch(&self.stream, call) }
+    }
+
+    /// Waits until everything queued is done.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] with what failed on the device since the last wait.
+    pub fn synchronize(&self) -> Result<(), Error> {
+        self.stream
+            .synchronize()
+            .map_err(|e| failed("work on the GPU", e))
+    }
+
+    /// Bytes of free device memory.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if the driver does not say.
+    pub fn free_bytes(&self) -> Result<u64, Error> {
+        self.make_current()?;
+        let (free, _) = mem_get_info().map_err(|e| failed("asking for free GPU memory", e))?;
+        Ok(free as u64)
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // The module and the stream are destroyed next, in the current context.
+        let _ = CurrentContext::set_current(&self.context);
+    }
+}
+
+/// Kernels to run on a device of compute capability `capability`.
+fn choose_tier(
+    built: &[u32],
+    capability: u32,
+    forced: Option<u32>,
+    device: &str,
+) -> Result<u32, Error> {
+    let list = || {
+        built
+            .iter()
+            .map(|tier| format!("sm_{tier}"))
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    match forced {
+        Some(tier) if !built.contains(&tier) => Err(Error::input(format!(
+            "there are no sm_{tier} kernels in this program: it has {}",
+            list()
+        ))),
+        Some(tier) if tier > capability => Err(Error::machine(format!(
+            "{device} is sm_{capability}: it cannot run sm_{tier} kernels"
+        ))),
+        Some(tier) => Ok(tier),
+        None => built
+            .iter()
+            .copied()
+            .filter(|tier| *tier <= capability)
+            .max()
+            .ok_or_else(|| {
+                Error::machine(format!(
+                    "{device} is sm_{capability}: too old for the kernels in this program ({})",
+                    list()
+                ))
+            }),
+    }
+}
+
+/// Device memory, freed together.
+#[derive(Debug)]
+pub struct DeviceMemory {
+    gpu: Arc<Gpu>,
+    /// By address.
+    buffers: BTreeMap<u64, DeviceBuffer<u8>>,
+}
+
+impl DeviceMemory {
+    /// Memory of `gpu`, nothing allocated yet.
+    pub fn new(gpu: &Arc<Gpu>) -> DeviceMemory {
+        DeviceMemory {
+            gpu: Arc::clone(gpu),
+            buffers: BTreeMap::new(),
+        }
+    }
+
+    /// The part of an allocation that `slice` names.
+    fn find(&self, slice: DeviceSlice) -> Result<cust::memory::DeviceSlice<u8>, Error> {
+        let outside = || {
+            Error::machine(format!(
+                "{} bytes at {:#x} are not device memory of this model",
+                slice.bytes, slice.address
+            ))
+        };
+        let (base, buffer) = self
+            .buffers
+            .range(..=slice.address)
+            .next_back()
+            .ok_or_else(outside)?;
+        let start = (slice.address - base) as usize;
+        let end = start
+            .checked_add(slice.bytes as usize)
+            .ok_or_else(outside)?;
+        if end > buffer.len() {
+            return Err(outside());
+        }
+        Ok(buffer.index(start..end))
+    }
+
+    /// Overwrites `slice`, after the work queued so far.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if `slice` is not inside one allocation of exactly this size or the copy
+    /// fails.
+    pub fn write(&mut self, slice: DeviceSlice, bytes: &[u8]) -> Result<(), Error> {
+        self.gpu.make_current()?;
+        let mut target = self.find(slice)?;
+        if target.len() != bytes.len() {
+            return Err(Error::machine(format!(
+                "{} bytes do not fill a device buffer of {}",
+                bytes.len(),
+                target.len()
+            )));
+        }
+        target
+            .copy_from(bytes)
+            .map_err(|e| failed("copying to the GPU", e))
+    }
+
+    /// Reads `slice`, after the work queued so far.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if `slice` is not inside one allocation of exactly this size or the copy
+    /// fails.
+    pub fn read(&self, slice: DeviceSlice, bytes: &mut [u8]) -> Result<(), Error> {
+        self.gpu.make_current()?;
+        let source = self.find(slice)?;
+        if source.len() != bytes.len() {
+            return Err(Error::machine(format!(
+                "a device buffer of {} bytes does not fill {}",
+                source.len(),
+                bytes.len()
+            )));
+        }
+        source
+            .copy_to(bytes)
+            .map_err(|e| failed("copying from the GPU", e))
+    }
+
+    fn allocate(&mut self, bytes: u64) -> Result<&mut DeviceBuffer<u8>, Error> {
+        self.gpu.make_current()?;
+        // SAFETY: the memory is written before it is read: by `upload` below, or by kernels, whose
+        // plans order every read after a write.
+        let buffer = unsafe { DeviceBuffer::uninitialized(bytes as usize) }.map_err(|e| {
+            let free = self.gpu.free_bytes().map_or(0, |free| free >> 20);
+            let what = format!(
+                "allocating {} MiB of GPU memory ({free} MiB are free)",
+                bytes.div_ceil(1 << 20)
+            );
+            failed(&what, e)
+        })?;
+        let address = buffer.as_device_ptr().as_raw();
+        Ok(self.buffers.entry(address).or_insert(buffer))
+    }
+}
+
+impl Memory for DeviceMemory {
+    fn upload(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error> {
+        let buffer = self.allocate(bytes.len() as u64)?;
+        buffer
+            .copy_from(bytes)
+            .map_err(|e| failed("copying to the GPU", e))?;
+        Ok(DeviceSlice {
+            address: buffer.as_device_ptr().as_raw(),
+            bytes: bytes.len() as u64,
+        })
+    }
+
+    fn reserve(&mut self, bytes: u64) -> Result<DeviceSlice, Error> {
+        let buffer = self.allocate(bytes)?;
+        Ok(DeviceSlice {
+            address: buffer.as_device_ptr().as_raw(),
+            bytes,
+        })
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // The buffers are freed next, in the current context.
+        let _ = self.gpu.make_current();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUILT: &[u32] = &[75, 80, 90];
+
+    #[test]
+    fn the_highest_tier_that_the_device_runs() {
+        for (capability, tier) in [(75, 75), (80, 80), (86, 80), (89, 80), (90, 90), (120, 90)] {
+            assert_eq!(choose_tier(BUILT, capability, None, "gpu").ok(), Some(tier));
+        }
+        let error = choose_tier(BUILT, 70, None, "V100").unwrap_err();
+        assert_eq!(error.exit_code(), 1);
+        assert!(error.to_string().contains("V100 is sm_70"), "{error}");
+    }
+
+    #[test]
+    fn a_forced_tier_is_kept_or_refused() {
+        assert_eq!(choose_tier(BUILT, 90, Some(75), "gpu").ok(), Some(75));
+        let above = choose_tier(BUILT, 75, Some(90), "T4").unwrap_err();
+        assert_eq!(
+            (above.exit_code(), above.to_string().as_str()),
+            (1, "T4 is sm_75: it cannot run sm_90 kernels")
+        );
+        assert_eq!(
+            choose_tier(BUILT, 90, Some(77), "gpu")
+                .unwrap_err()
+                .exit_code(),
+            2
+        );
+    }
+}

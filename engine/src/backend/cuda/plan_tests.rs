@@ -1,0 +1,257 @@
+//! The plan without a GPU: its list of calls, and the same list run by the emulator against the
+//! CPU backend.
+
+use std::sync::Arc;
+
+use cuda_std::emulator::{self, Buffer as Emulated};
+use models::arch::recipe_from_gguf;
+use models::file::gguf::{DType, Gguf};
+use models::synthetic::{self, Options};
+
+use super::*;
+use crate::backend::Backend;
+use crate::backend::cpu::CpuBackend;
+
+fn model(shape: &str, linear: DType) -> LoadedModel {
+    let shape = synthetic::shape(shape).expect("a named shape");
+    let options = Options {
+        linear,
+        ..Options::default()
+    };
+    let bytes = synthetic::to_vec(shape, &options).expect("a synthetic model");
+    let gguf = Gguf::parse(&bytes).expect("a valid file");
+    let recipe = recipe_from_gguf(&gguf).expect("a known architecture");
+    let weights = recipe
+        .weights
+        .iter()
+        .map(|weight| models::weights::decode(&gguf, weight).expect("a known type"))
+        .collect();
+    LoadedModel { recipe, weights }
+}
+
+/// Device memory of the emulator, which reports every access outside of it and every read of what
+/// nothing wrote.
+#[derive(Default)]
+struct Emulator {
+    buffers: Vec<Emulated<u8>>,
+}
+
+impl Emulator {
+    fn add(&mut self, buffer: Emulated<u8>, bytes: usize) -> DeviceSlice {
+        let address = buffer.address();
+        self.buffers.push(buffer);
+        DeviceSlice {
+            address,
+            bytes: bytes as u64,
+        }
+    }
+
+    fn buffer(&self, slice: DeviceSlice) -> &Emulated<u8> {
+        self.buffers
+            .iter()
+            .find(|buffer| buffer.address() == slice.address)
+            .expect("an allocated buffer")
+    }
+
+    fn read(&self, slice: DeviceSlice) -> Vec<u8> {
+        self.buffer(slice)
+            .to_vec()
+            .unwrap_or_else(|fault| panic!("{fault}"))
+    }
+
+    fn run(&self, calls: &[Call]) {
+        for call in calls {
+            let entry = gpu_kernels::ENTRIES
+                .iter()
+                .find(|entry| entry.name == call.kernel)
+                .unwrap_or_else(|| panic!("no kernel {}", call.kernel));
+            assert_eq!(
+                call.args.len(),
+                entry.arity,
+                "{}: wrong number of arguments",
+                call.kernel
+            );
+            let launch = emulator::Launch::new(call.launch.grid, call.launch.block)
+                .with_shared_bytes(call.launch.shared_bytes);
+            if let Err(fault) = emulator::launch_entry(entry, &launch, &call.args) {
+                panic!("{fault}");
+            }
+        }
+    }
+}
+
+impl Memory for Emulator {
+    fn upload(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error> {
+        Ok(self.add(Emulated::from_slice(bytes), bytes.len()))
+    }
+
+    fn reserve(&mut self, bytes: u64) -> Result<DeviceSlice, Error> {
+        Ok(self.add(Emulated::uninit(bytes as usize), bytes as usize))
+    }
+}
+
+fn typed<T: bytemuck::AnyBitPattern>(bytes: &[u8]) -> Vec<T> {
+    bytes
+        .chunks_exact(size_of::<T>())
+        .map(bytemuck::pod_read_unaligned)
+        .collect()
+}
+
+fn relative_l2(got: &[f32], want: &[f32]) -> f64 {
+    let sum = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = sum(&mut got
+        .iter()
+        .zip(want)
+        .map(|(g, w)| f64::from(*g) - f64::from(*w)));
+    difference / sum(&mut want.iter().map(|w| f64::from(*w)))
+}
+
+/// Runs prompt and decode steps of `shape` on the emulator, from the plan's own calls, and compares
+/// the logits of every full step with the CPU backend's.
+fn emulated_logits_equal_the_cpu(shape: &str, linear: DType) {
+    const CONTEXT: usize = 12;
+    let model = model(shape, linear);
+    let mut memory = Emulator::default();
+    let plan = compile(&model, CONTEXT, &DeviceInfo::T4, &mut memory).expect("a plan");
+    let vocab = model.recipe.config.vocab;
+    let mut cpu = CpuBackend::new(Arc::new(model), CONTEXT).expect("a CPU backend");
+
+    let prompt = [5u32, 299, 17, 64];
+    let mut tokens = vec![0u32; CONTEXT + 1];
+    tokens[..prompt.len()].copy_from_slice(&prompt);
+    memory
+        .buffer(plan.tokens)
+        .write(0, bytemuck::cast_slice(&tokens));
+    for _ in 1..prompt.len() {
+        memory.run(&plan.prompt);
+    }
+    cpu.prefill(&prompt).expect("prefill");
+
+    let mut position = prompt.len();
+    for _ in 0..3 {
+        memory.run(&plan.full);
+        let logits: Vec<f32> = typed(&memory.read(plan.logits));
+        assert_eq!(logits.len(), vocab);
+        let expected = cpu.logits().expect("logits");
+        let error = relative_l2(&logits, &expected);
+        assert!(
+            error < 2e-3,
+            "{shape} at position {position}: relative error {error:.2e}"
+        );
+
+        let state: Vec<u32> = typed(&memory.read(plan.state));
+        assert_eq!(state, [position as u32]);
+        let tokens: Vec<u32> = typed(&memory.read(plan.tokens));
+        let chosen = tokens[position];
+        assert_eq!(
+            chosen,
+            cpu_kernels::sample::argmax(&logits),
+            "the device's own greedy choice"
+        );
+        cpu.decode(chosen).expect("decode");
+        position += 1;
+    }
+}
+
+#[test]
+fn a_llama_on_the_emulator() {
+    emulated_logits_equal_the_cpu("tiny", DType::Q4_1);
+}
+
+#[test]
+fn a_qwen2_on_the_emulator() {
+    emulated_logits_equal_the_cpu("tiny-qwen2", DType::Q4_0);
+}
+
+#[test]
+fn a_stretched_llama_with_8_bit_weights_on_the_emulator() {
+    emulated_logits_equal_the_cpu("tiny-llama3", DType::Q8_0);
+}
+
+#[test]
+fn a_call_for_each_step_and_no_work_that_a_prompt_token_does_not_need() {
+    let model = model("tiny-qwen2", DType::Q4_0);
+    let plan = compile(&model, 7, &DeviceInfo::T4, &mut Counter::default()).expect("a plan");
+    let steps = &model.recipe.steps;
+    assert_eq!(plan.full.len(), steps.len() + 2);
+    let names = |calls: &[Call]| calls.iter().map(|call| call.kernel).collect::<Vec<_>>();
+    let (full, prompt) = (names(&plan.full), names(&plan.prompt));
+    assert_eq!(full.first(), Some(&"embed_int8"));
+    assert_eq!(
+        full[full.len() - 3..],
+        ["logits_int8", "argmax_f32", "advance_position"]
+    );
+    // As the full step up to the last write into the cache, of the last layer.
+    let (last, same) = prompt.split_last().expect("calls");
+    assert_eq!(*last, "advance_position");
+    assert_eq!(same, &full[..same.len()]);
+    assert_eq!(same.last(), Some(&"kv_append_f16"));
+    assert!(!full[same.len()..].contains(&"kv_append_f16"));
+    let appends = full.iter().filter(|name| **name == "kv_append_f16").count();
+    assert_eq!(appends, model.recipe.config.layers);
+}
+
+#[test]
+fn the_counter_counts_weights_cache_and_buffers() {
+    let model = model("tiny", DType::Q4_0);
+    let bytes = |context| {
+        let mut counter = Counter::default();
+        compile(&model, context, &DeviceInfo::T4, &mut counter).expect("a plan");
+        counter.bytes
+    };
+    let weights: u64 = model.weights.iter().map(Weight::bytes).sum();
+    assert!(bytes(64) > weights);
+    // A cache is (KV, S, Dh) f16, keys and values, each layer; two rotary tables (S, Dh/2) f32.
+    let config = &model.recipe.config;
+    let cache = |s: usize| (4 * config.layers * config.kv_heads * s * config.head_dim) as u64;
+    let tables = |s: usize| (4 * s * config.head_dim) as u64;
+    let tokens = |s: usize| (4 * s as u64 + 4).next_multiple_of(Counter::ALIGN);
+    let grows = cache(256) - cache(64) + tables(256) - tables(64) + tokens(256) - tokens(64);
+    assert_eq!(bytes(256) - bytes(64), grows);
+}
+
+#[test]
+fn recipes_that_do_not_fit_are_errors() {
+    let refused = |change: &dyn Fn(&mut LoadedModel), context| {
+        let mut model = model("tiny", DType::Q4_0);
+        change(&mut model);
+        let error = compile(&model, context, &DeviceInfo::T4, &mut Counter::default())
+            .expect_err("a recipe that cannot run");
+        assert_eq!(error.exit_code(), 2, "{error}");
+        error.to_string()
+    };
+    assert!(refused(&|_| (), 0).contains("context of 0"));
+    let swapped = refused(
+        &|model| {
+            let vector = model
+                .weights
+                .iter()
+                .position(|w| matches!(w, Weight::Vector(_)))
+                .expect("a norm");
+            for step in &mut model.recipe.steps {
+                if let Step::Linear { weight, .. } = step {
+                    *weight = vector;
+                }
+            }
+        },
+        8,
+    );
+    assert!(swapped.contains("should be a matrix"), "{swapped}");
+    let endless = refused(&|model| drop(model.recipe.steps.pop()), 8);
+    assert!(
+        endless.contains("does not end with its logits"),
+        "{endless}"
+    );
+    let short = refused(
+        &|model| {
+            for weight in &mut model.weights {
+                if let Weight::Int4(matrix) = weight {
+                    matrix.quants.truncate(16);
+                }
+            }
+        },
+        8,
+    );
+    assert!(short.contains("quants"), "names the buffer: {short}");
+    assert!(refused(&|_| (), usize::MAX / 2).contains("2^64"));
+}
