@@ -23,7 +23,9 @@ use core::arch::asm;
 use cuda_std::emulator::access;
 use cuda_std::shared::Shared;
 
-cuda_std::declare_dynamic_shared_memory!();
+// The symbol behind `cuda_std::shared::dynamic_shared_mem`; its size is given at launch.
+#[cfg(target_arch = "nvptx64")]
+core::arch::global_asm!(".extern .shared .align 16 .b8 dyn_smem[];");
 
 /// Loads of one value from global memory.
 macro_rules! load_global {
@@ -371,12 +373,20 @@ mod twin {
     }
 
     pub fn f32_to_f16(value: f32) -> u16 {
-        if value.is_nan() { 0x7fff } else { f16::from_f32(value).to_bits() }
+        if value.is_nan() {
+            0x7fff
+        } else {
+            f16::from_f32(value).to_bits()
+        }
     }
 
     /// The value with a subnormal replaced by the zero of its sign.
     fn flush(value: f32) -> f32 {
-        if value.is_subnormal() { 0.0f32.copysign(value) } else { value }
+        if value.is_subnormal() {
+            0.0f32.copysign(value)
+        } else {
+            value
+        }
     }
 
     pub fn exp2(x: f32) -> f32 {
@@ -399,91 +409,11 @@ mod twin {
 
     pub fn dp4a_u8_i8(a: u32, b: u32, c: i32) -> i32 {
         let products = a.to_le_bytes().into_iter().zip(b.to_le_bytes());
-        products
-            .fold(c, |sum, (a, b)| sum.wrapping_add(i32::from(a) * i32::from(b.cast_signed())))
+        products.fold(c, |sum, (a, b)| {
+            sum.wrapping_add(i32::from(a) * i32::from(b.cast_signed()))
+        })
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn half_conversions_round_to_nearest_even() {
-        assert_eq!(f32_to_f16(1.0), 0x3c00);
-        // 1 + 2^-11 lies halfway between 1 and 1 + 2^-10: to the even one.
-        assert_eq!(f32_to_f16(1.0 + 2f32.powi(-11)), 0x3c00);
-        assert_eq!(f32_to_f16(1.0 + 3.0 * 2f32.powi(-11)), 0x3c02);
-        assert_eq!(f32_to_f16(65519.0), 0x7bff);
-        assert_eq!(f32_to_f16(65520.0), 0x7c00);
-        assert_eq!(f32_to_f16(2f32.powi(-24)), 1, "the smallest subnormal half");
-        assert_eq!(f32_to_f16(2f32.powi(-25)), 0, "halfway to zero goes to the even one");
-        assert_eq!(f32_to_f16(-0.0), 0x8000);
-        assert_eq!(f32_to_f16(-f32::NAN), 0x7fff);
-        assert_eq!(f16_to_f32(1), 2f32.powi(-24));
-        assert_eq!(f16_to_f32(0xfc00), f32::NEG_INFINITY);
-        for bits in 0..=u16::MAX {
-            let value = f16_to_f32(bits);
-            if !value.is_nan() {
-                assert_eq!(f32_to_f16(value), bits);
-            }
-        }
-    }
-
-    #[test]
-    fn fma_rounds_once() {
-        let a = 1.0 + f32::EPSILON;
-        // a*a = 1 + 2e + e^2: the e^2 survives only without an intermediate rounding.
-        assert_eq!(fma(a, a, -(1.0 + 2.0 * f32::EPSILON)), f32::EPSILON * f32::EPSILON);
-        assert_eq!(a * a - (1.0 + 2.0 * f32::EPSILON), 0.0);
-    }
-
-    #[test]
-    fn exp2_flushes_subnormals() {
-        assert_eq!(exp2(3.0), 8.0);
-        assert_eq!(exp2(-126.0), f32::MIN_POSITIVE);
-        assert_eq!(exp2(-126.5), 0.0, "a subnormal result");
-        assert_eq!(exp2(f32::from_bits(1)), 1.0, "a subnormal input");
-        assert_eq!(exp2(128.0), f32::INFINITY);
-        assert_eq!(exp2(f32::NEG_INFINITY), 0.0);
-        assert!(exp2(f32::NAN).is_nan());
-    }
-
-    #[test]
-    fn exp_is_close_to_e_to_the_x() {
-        assert_eq!(exp(0.0), 1.0);
-        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
-        assert_eq!(exp(-88.0), 0.0);
-        assert_eq!(exp(89.0), f32::INFINITY);
-        for i in -800..=800 {
-            let x = i as f32 / 10.0;
-            let exact = f64::from(x).exp();
-            let error = (f64::from(exp(x)) - exact).abs() / exact;
-            let bound = f64::from(x.abs()) * 2f64.powi(-24) * 1.5 + 2f64.powi(-23);
-            assert!(error <= bound, "exp({x}): relative error {error:e}");
-        }
-    }
-
-    #[test]
-    fn rsqrt_and_rcp_at_their_edges() {
-        assert_eq!(rsqrt(4.0), 0.5);
-        assert_eq!(rsqrt(0.0), f32::INFINITY);
-        assert_eq!(rsqrt(-0.0), f32::NEG_INFINITY);
-        assert_eq!(rsqrt(f32::INFINITY), 0.0);
-        assert!(rsqrt(-1.0).is_nan());
-        assert_eq!(rsqrt(2f32.powi(-140)), 2f32.powi(70), "a subnormal input is not flushed");
-        assert_eq!(rcp(4.0), 0.25);
-        assert_eq!(rcp(-0.0), f32::NEG_INFINITY);
-        assert_eq!(rcp(f32::NEG_INFINITY).to_bits(), (-0.0f32).to_bits());
-    }
-
-    #[test]
-    fn dp4a_signs_and_wraps() {
-        let bytes = |b: [i8; 4]| u32::from_le_bytes(b.map(i8::cast_unsigned));
-        assert_eq!(dp4a(bytes([1, -2, 3, -4]), bytes([5, 6, -7, -8]), 10), 10 + 5 - 12 - 21 + 32);
-        assert_eq!(dp4a(bytes([-128; 4]), bytes([-128; 4]), 0), 65536);
-        assert_eq!(dp4a(bytes([1, 0, 0, 0]), bytes([1, 0, 0, 0]), i32::MAX), i32::MIN);
-        assert_eq!(dp4a_u8_i8(0xff, bytes([-1, 0, 0, 0]), 0), -255);
-        assert_eq!(dp4a(0xff, bytes([-1, 0, 0, 0]), 0), 1);
-    }
-}
+mod tests;

@@ -69,7 +69,7 @@ pub fn lane_id() -> u32 {
 }
 
 /// Address of the dynamic shared memory in the shared window. The symbol is declared by the kernel
-/// crate through `declare_dynamic_shared_memory!`.
+/// crate: see `shared::dynamic_shared_mem`.
 #[inline(always)]
 pub fn dynamic_shared_base() -> u32 {
     let base: u32;

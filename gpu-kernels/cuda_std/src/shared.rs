@@ -24,20 +24,10 @@ impl Shared {
 /// Start of the block's dynamic shared memory, 16-byte aligned. Its contents are not initialised
 /// when the block starts.
 ///
-/// The kernel crate has to declare the symbol once: see
-/// [`declare_dynamic_shared_memory!`](crate::declare_dynamic_shared_memory).
+/// The crate whose PTX is loaded has to declare the symbol, since a `global_asm!` of a dependency
+/// does not reach it: `.extern .shared .align 16 .b8 dyn_smem[];`
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn dynamic_shared_mem() -> Shared {
     Shared(ptx::dynamic_shared_base())
-}
-
-/// Declares the symbol of the dynamic shared memory, in the one crate whose PTX is loaded (a
-/// `global_asm!` of a dependency does not reach it). Nothing on the host.
-#[macro_export]
-macro_rules! declare_dynamic_shared_memory {
-    () => {
-        #[cfg(target_arch = "nvptx64")]
-        ::core::arch::global_asm!(".extern .shared .align 16 .b8 dyn_smem[];");
-    };
 }

@@ -496,6 +496,27 @@ fn polling_for_what_never_comes_is_a_deadlock() {
 }
 
 #[kernel]
+unsafe fn wait_with_a_plain_load(flag: *const u32) {
+    while load_global(flag) == 0 {} // fault: a plain load
+}
+
+#[test]
+fn polling_with_a_plain_load_is_a_deadlock() {
+    let flag = Buffer::from_slice(&[0u32]);
+    check(
+        &fault(
+            &WAIT_WITH_A_PLAIN_LOAD_ENTRY,
+            Launch::linear(1, 1),
+            &[flag.address()],
+        ),
+        FaultKind::Deadlock,
+        ("wait_with_a_plain_load", 0, 0),
+        "a plain load",
+        "an endless loop",
+    );
+}
+
+#[kernel]
 unsafe fn grid_barrier(counter: *mut u32, blocks: u32) {
     if thread::block_idx_x() < blocks {
         // SAFETY: `counter` is checked by the emulator.

@@ -174,6 +174,20 @@ fn cooperative_grid_barrier() {
     }
 }
 
+#[test]
+fn a_large_cooperative_launch() {
+    let counter = Buffer::from_slice(&[0u32]);
+    let launch = Launch::linear(64, 256)
+        .as_cooperative()
+        .with_shared_bytes(1024);
+    let report = cuda_std::emulator::launch("meet", &launch, || {
+        // SAFETY: `counter` is a buffer of one zero, used by this barrier only.
+        unsafe { grid::sync(counter.as_mut_ptr()) };
+    })
+    .unwrap();
+    assert_eq!((report.threads, report.barriers), (16384, 128));
+}
+
 /// The last block to arrive sums what all blocks left: needs no cooperative launch.
 #[kernel]
 unsafe fn last_block_sums(parts: *mut u32, arrived: *mut u32, total: *mut u32) {

@@ -16,7 +16,7 @@ const MAX_BUFFER_BYTES: usize = ORIGIN as usize;
 
 /// Accesses a thread may make before it has to reach a barrier, a warp operation or an atomic: a
 /// thread that makes more loops over loads that no other thread gets a chance to change.
-const ACCESSES_PER_TURN: u64 = 1 << 28;
+const ACCESSES_PER_TURN: u64 = 1 << 26;
 
 /// A plain value of a width that one instruction loads or stores. Its alignment is its width.
 pub trait Value: Copy {

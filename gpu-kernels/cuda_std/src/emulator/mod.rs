@@ -15,15 +15,15 @@
 //! | `Race` | two threads touch a shared word, at least one writing, with no barrier between |
 //! | `Shuffle` | a shuffle or vote with a lane that does not take part, or a read from one |
 //! | `NonCoherentRead` | `ld.global.nc` of what this launch wrote |
-//! | `Deadlock` | every thread that can run only polls |
+//! | `Deadlock` | every thread that can run only polls, or one loads without end |
 //! | `Panic` | the kernel panicked: an index out of range, an arithmetic overflow |
 //!
 //! Blocks run one after another; those of a cooperative launch run interleaved. A thread runs until
 //! a barrier, a warp operation or an atomic. With a seed the order of threads and blocks is random
 //! and repeatable.
 //!
-//! What is not checked: races on global memory, and the ordering of atomics (memory here is
-//! sequentially consistent). Shuffles and votes order no memory, as on the device: between lanes
+//! What is not checked: races on global memory, the ordering of atomics (memory here is
+//! sequentially consistent), and loops without end that touch no global memory. Shuffles and votes order no memory, as on the device: between lanes
 //! that exchange data through shared memory stands a `sync_warp` or a `sync_threads`.
 
 pub mod access;

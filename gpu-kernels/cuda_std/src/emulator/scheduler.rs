@@ -161,7 +161,11 @@ fn run_resident(
             threads.resize_with(index + 1, || None);
         }
         // A thread gets its stack when it first runs: a kernel without barriers needs only one.
-        let started = threads[index].get_or_insert_with(|| start(body));
+        let slot = &mut threads[index];
+        let started = match slot {
+            Some(started) => started,
+            None => slot.insert(start(body)?),
+        };
         MEMORY.with_borrow_mut(|memory| memory.begin_turn());
         CURRENT.set(Some(Current {
             yielder: started.yielder,
@@ -173,7 +177,7 @@ fn run_resident(
             }
             Ok(CoroutineResult::Return(())) => {
                 if let Some(started) = threads[index].take() {
-                    STACKS.with_borrow_mut(|stacks| stacks.push(started.coroutine.into_stack()));
+                    keep(started.coroutine.into_stack());
                 }
                 with_run(|run| run.leave(&current))?;
             }
@@ -203,10 +207,23 @@ fn with_run<T>(work: impl FnOnce(&mut Run) -> T) -> T {
     })
 }
 
-fn start(body: &dyn Fn()) -> Started {
-    let stack = STACKS.with_borrow_mut(Vec::pop).unwrap_or_else(|| {
-        DefaultStack::new(STACK_BYTES).expect("address space for the stack of an emulated thread")
+/// Keeps the stack of a thread that has returned: as many as a block has threads.
+fn keep(stack: DefaultStack) {
+    STACKS.with_borrow_mut(|stacks| {
+        if stacks.len() < MAX_BLOCK_THREADS as usize {
+            stacks.push(stack);
+        }
     });
+}
+
+fn start(body: &dyn Fn()) -> Result<Started, Box<Fault>> {
+    let stack = match STACKS.with_borrow_mut(Vec::pop) {
+        Some(stack) => stack,
+        None => DefaultStack::new(STACK_BYTES).map_err(|error| {
+            let detail = format!("no stack for another thread: {error}");
+            Box::new(Fault::without_place(FaultKind::InvalidLaunch, detail))
+        })?,
+    };
     let run = move |yielder: &Yielder<(), ()>, ()| {
         let current = CURRENT.get();
         CURRENT.set(current.map(|current| Current {
@@ -218,10 +235,10 @@ fn start(body: &dyn Fn()) -> Started {
     // SAFETY: `body` outlives the coroutine: `run_resident` borrows it and drops every coroutine,
     // unwinding those that are suspended, before it returns.
     let coroutine = unsafe { Thread::with_stack_unchecked(stack, run) };
-    Started {
+    Ok(Started {
         coroutine,
         yielder: None,
-    }
+    })
 }
 
 /// The fault that a thread ended with: its own, or its panic.
