@@ -1,1 +1,27 @@
-//! Placeholder header, replaced as the crate is written.
+//! Checks every GPU kernel against its CPU reference on a real device, and only then times it.
+//!
+//! - [`check`]: runs `gpu_kernels::cases` on a CUDA device, in one tier.
+//! - [`rows`]: what is timed: kernel, shape, bytes that it has to move.
+//! - [`time`]: how it is timed: a CUDA graph over rotating copies of the operands.
+//! - [`results`]: one JSON object a line, in `results/<gpu>.jsonl`.
+
+pub mod check;
+pub mod results;
+pub mod rows;
+pub mod time;
+
+use std::sync::Arc;
+
+use engine::Error;
+use engine::backend::cuda::device::{self, Gpu};
+
+/// The device with the kernels of `tier`, or `None` when the device is older than the tier.
+///
+/// # Errors
+/// Whatever else keeps the device from being opened.
+pub fn open(tier: u32) -> Result<Option<Arc<Gpu>>, Error> {
+    if tier > device::capability()? {
+        return Ok(None);
+    }
+    Gpu::open(Some(tier)).map(Some)
+}

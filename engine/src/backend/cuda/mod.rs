@@ -30,6 +30,11 @@ pub fn tiers() -> Vec<u32> {
     ptx::TIERS.iter().map(|(tier, _)| *tier).collect()
 }
 
+/// The kernels of every tier as PTX: compute capability and text.
+pub fn ptx() -> &'static [(u32, &'static str)] {
+    ptx::TIERS
+}
+
 /// Whether a CUDA device can be used here.
 ///
 /// # Errors

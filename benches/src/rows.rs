@@ -1,0 +1,435 @@
+//! What is timed: a kernel at a shape, with the bytes that it has to move at least.
+
+use std::sync::LazyLock;
+
+use engine::Error;
+use engine::backend::cuda::plan::Memory;
+use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
+use gpu_kernels::variant::{Choice, INT4_GEMV, VariantId};
+use gpu_kernels::{
+    add, attention, embed, kv_append, linear, logits, rmsnorm, rope, sample, swiglu,
+};
+use half::f16;
+
+/// Allocates a kernel's operands and plans the call.
+pub type Make = Box<dyn Fn(&DeviceInfo, &mut dyn Memory) -> Result<Call, Error>>;
+
+/// One measurement to take.
+pub struct Row {
+    /// Kernel entry name.
+    pub kernel: &'static str,
+    /// Shape, as `rows x cols` and what else matters.
+    pub shape: String,
+    /// Bytes that one launch has to read and write at least.
+    pub bytes: u64,
+    /// Whether it streams weights or a cache from memory, rather than activations from L2.
+    pub streams: bool,
+    /// Operands and call.
+    pub make: Make,
+}
+
+/// Everything that is timed: the matrices of the models from 135M to 8B, then the rest of a step.
+pub fn all() -> Vec<Row> {
+    let mut rows = Vec::new();
+    // SmolLM2-135M: q/o, k/v, gate/up, down. Group 32 with minima, as its file has.
+    for (n, k) in [(576, 576), (192, 576), (1536, 576), (576, 1536)] {
+        rows.extend(gemv_int4(n, k, 32, true));
+    }
+    // Qwen2.5-1.5B: q/o, gate/up, down; Llama 8B: q/o, gate/up, down; a vocabulary.
+    for (n, k) in [
+        (1536, 1536),
+        (8960, 1536),
+        (1536, 8960),
+        (4096, 4096),
+        (14_336, 4096),
+        (4096, 14_336),
+        (151_936, 1536),
+    ] {
+        rows.extend(gemv_int4(n, k, 128, false));
+    }
+    for (n, k) in [(1536, 1536), (8960, 1536), (1536, 8960)] {
+        rows.push(gemv_int8(n, k, 32));
+    }
+    for (vocab, width, group) in [(49_152, 576, 32), (151_936, 1536, 1536), (151_936, 896, 32)] {
+        rows.push(logits_int8(vocab, width, group));
+    }
+    for (heads, kv_heads, head_dim) in [(9, 3, 64), (12, 2, 128)] {
+        for position in [127, 1023, 4095] {
+            rows.push(attention_decode(heads, kv_heads, head_dim, position));
+        }
+    }
+    for (vocab, width) in [(49_152, 576), (151_936, 1536)] {
+        rows.push(embed_int8(vocab, width));
+        rows.push(rmsnorm_f32(width));
+        rows.push(add_f32(width));
+        rows.push(argmax_f32(vocab));
+    }
+    rows.push(rope_f32(9, 64));
+    rows.push(rope_f32(12, 128));
+    rows.push(kv_append_f16(3, 64));
+    rows.push(kv_append_f16(2, 128));
+    rows.push(swiglu_f32(1536));
+    rows.push(swiglu_f32(8960));
+    rows.push(advance());
+    rows
+}
+
+fn planned(call: Result<Call, ShapeError>) -> Result<Call, Error> {
+    call.map_err(Error::input)
+}
+
+/// A buffer of pseudo-random bytes: all-zero data would draw less power than weights do.
+fn noise(memory: &mut dyn Memory, bytes: usize) -> Result<DeviceSlice, Error> {
+    // Made once, and repeated: no cache of a GPU holds a whole one.
+    const BLOCK_BYTES: usize = 64 << 20;
+    static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut block = Vec::with_capacity(BLOCK_BYTES);
+        while block.len() < BLOCK_BYTES {
+            // xorshift64 (Marsaglia 2003, https://doi.org/10.18637/jss.v008.i14).
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            block.extend_from_slice(&state.to_le_bytes());
+        }
+        block
+    });
+    if let Some(start) = BLOCK.get(..bytes) {
+        return memory.upload(start);
+    }
+    let mut data = BLOCK.repeat(bytes.div_ceil(BLOCK_BYTES));
+    data.truncate(bytes);
+    memory.upload(&data)
+}
+
+/// `(elems,)` f16, small and positive.
+fn halves(memory: &mut dyn Memory, elems: usize) -> Result<DeviceSlice, Error> {
+    memory.upload(&f16::from_f32(0.01).to_le_bytes().repeat(elems))
+}
+
+/// `(elems,)` f32 in (-1, 1).
+fn floats(memory: &mut dyn Memory, elems: usize) -> Result<DeviceSlice, Error> {
+    let data: Vec<u8> = (0..elems)
+        .flat_map(|i| ((i as f32 * 0.37).sin() * 0.9).to_le_bytes())
+        .collect();
+    memory.upload(&data)
+}
+
+fn ints(memory: &mut dyn Memory, values: &[u32]) -> Result<DeviceSlice, Error> {
+    memory.upload(
+        &values
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect::<Vec<_>>(),
+    )
+}
+
+fn gemv_int4(rows: usize, cols: usize, group: usize, with_mins: bool) -> Vec<Row> {
+    let groups = rows * cols.div_ceil(group);
+    let side = if with_mins { 2 } else { 1 };
+    let bytes = rows * cols / 2 + 2 * groups * side + 4 * (rows + cols);
+    let row = |name: &'static str, id: VariantId| Row {
+        kernel: name,
+        shape: format!(
+            "{rows} x {cols} group {group}{}",
+            if with_mins { " minima" } else { "" }
+        ),
+        bytes: bytes as u64,
+        streams: true,
+        make: Box::new(move |device, memory| {
+            let shape = linear::gemv_int4::Shape { rows, cols, group };
+            let operands = linear::gemv_int4::Operands {
+                quants: noise(memory, rows * cols / 2)?,
+                scales: halves(memory, groups)?,
+                mins: if with_mins {
+                    halves(memory, groups)?
+                } else {
+                    DeviceSlice::NONE
+                },
+                bias: DeviceSlice::NONE,
+                x: floats(memory, cols)?,
+                y: memory.reserve(4 * rows as u64)?,
+            };
+            planned(linear::gemv_int4::plan(
+                device,
+                &shape,
+                &operands,
+                Choice::Force(id),
+            ))
+        }),
+    };
+    INT4_GEMV
+        .iter()
+        .map(|variant| row(variant.kernel, variant.id))
+        .collect()
+}
+
+fn gemv_int8(rows: usize, cols: usize, group: usize) -> Row {
+    let groups = rows * cols.div_ceil(group);
+    Row {
+        kernel: "linear_gemv_int8_multirow",
+        shape: format!("{rows} x {cols} group {group}"),
+        bytes: (rows * cols + 2 * groups + 4 * (rows + cols)) as u64,
+        streams: true,
+        make: Box::new(move |device, memory| {
+            let shape = linear::gemv_int8::Shape { rows, cols, group };
+            let operands = linear::gemv_int8::Operands {
+                quants: noise(memory, rows * cols)?,
+                scales: halves(memory, groups)?,
+                bias: DeviceSlice::NONE,
+                x: floats(memory, cols)?,
+                y: memory.reserve(4 * rows as u64)?,
+            };
+            planned(linear::gemv_int8::plan(device, &shape, &operands))
+        }),
+    }
+}
+
+fn logits_int8(vocab: usize, width: usize, group: usize) -> Row {
+    let groups = vocab * width.div_ceil(group);
+    Row {
+        kernel: "logits_int8",
+        shape: format!("{vocab} x {width} group {group}"),
+        bytes: (vocab * width + 2 * groups + 4 * (vocab + width)) as u64,
+        streams: true,
+        make: Box::new(move |device, memory| {
+            let shape = logits::Shape {
+                vocab,
+                width,
+                group,
+            };
+            let operands = logits::Operands {
+                quants: noise(memory, vocab * width)?,
+                scales: halves(memory, groups)?,
+                x: floats(memory, width)?,
+                logits: memory.reserve(4 * vocab as u64)?,
+            };
+            planned(logits::plan(device, &shape, &operands))
+        }),
+    }
+}
+
+fn attention_decode(heads: usize, kv_heads: usize, head_dim: usize, position: usize) -> Row {
+    let context = position + 1;
+    let cache = 2 * kv_heads * context * head_dim;
+    Row {
+        kernel: "attention_decode_f16",
+        shape: format!("heads {heads}/{kv_heads} x {head_dim}, {context} tokens"),
+        bytes: (2 * cache + 8 * heads * head_dim) as u64,
+        streams: true,
+        make: Box::new(move |device, memory| {
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            let shape = attention::Shape {
+                heads,
+                kv_heads,
+                head_dim,
+                context,
+                scale,
+            };
+            let operands = attention::Operands {
+                q: floats(memory, heads * head_dim)?,
+                k_cache: halves(memory, cache / 2)?,
+                v_cache: halves(memory, cache / 2)?,
+                state: ints(memory, &[position as u32])?,
+                out: memory.reserve((4 * heads * head_dim) as u64)?,
+            };
+            planned(attention::plan(device, &shape, &operands))
+        }),
+    }
+}
+
+fn embed_int8(vocab: usize, width: usize) -> Row {
+    let group = 32;
+    let groups = width.div_ceil(group);
+    Row {
+        kernel: "embed_int8",
+        shape: format!("{vocab} x {width} group {group}"),
+        bytes: (width + 2 * groups + 4 * width) as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let shape = embed::Shape {
+                vocab,
+                width,
+                group,
+                context: 1,
+            };
+            let operands = embed::Operands {
+                quants: noise(memory, vocab * width)?,
+                scales: halves(memory, vocab * groups)?,
+                tokens: ints(memory, &[vocab as u32 / 2, 0])?,
+                state: ints(memory, &[0])?,
+                out: memory.reserve(4 * width as u64)?,
+            };
+            planned(embed::plan(device, &shape, &operands))
+        }),
+    }
+}
+
+fn rmsnorm_f32(width: usize) -> Row {
+    Row {
+        kernel: "rmsnorm_f32",
+        shape: format!("{width}"),
+        bytes: 12 * width as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let shape = rmsnorm::Shape {
+                tokens: 1,
+                width,
+                eps: 1e-6,
+            };
+            let operands = rmsnorm::Operands {
+                x: floats(memory, width)?,
+                weight: floats(memory, width)?,
+                out: memory.reserve(4 * width as u64)?,
+            };
+            planned(rmsnorm::plan(device, &shape, &operands))
+        }),
+    }
+}
+
+fn rope_f32(heads: usize, head_dim: usize) -> Row {
+    Row {
+        kernel: "rope_f32",
+        shape: format!("{heads} x {head_dim}"),
+        bytes: (8 * heads * head_dim + 4 * head_dim) as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let shape = rope::Shape {
+                heads,
+                head_dim,
+                context: 1,
+            };
+            let operands = rope::Operands {
+                x: floats(memory, heads * head_dim)?,
+                cos: floats(memory, head_dim / 2)?,
+                sin: floats(memory, head_dim / 2)?,
+                state: ints(memory, &[0])?,
+            };
+            planned(rope::plan(device, &shape, &operands))
+        }),
+    }
+}
+
+fn kv_append_f16(kv_heads: usize, head_dim: usize) -> Row {
+    let elems = kv_heads * head_dim;
+    Row {
+        kernel: "kv_append_f16",
+        shape: format!("{kv_heads} x {head_dim}"),
+        bytes: (2 * (4 + 2) * elems) as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let shape = kv_append::Shape {
+                kv_heads,
+                head_dim,
+                context: 1,
+            };
+            let operands = kv_append::Operands {
+                k: floats(memory, elems)?,
+                v: floats(memory, elems)?,
+                k_cache: memory.reserve(2 * elems as u64)?,
+                v_cache: memory.reserve(2 * elems as u64)?,
+                state: ints(memory, &[0])?,
+            };
+            planned(kv_append::plan(device, &shape, &operands))
+        }),
+    }
+}
+
+fn swiglu_f32(elems: usize) -> Row {
+    Row {
+        kernel: "swiglu_f32",
+        shape: format!("{elems}"),
+        bytes: 12 * elems as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let operands = swiglu::Operands {
+                gate: floats(memory, elems)?,
+                up: floats(memory, elems)?,
+                out: memory.reserve(4 * elems as u64)?,
+            };
+            planned(swiglu::plan(device, &swiglu::Shape { elems }, &operands))
+        }),
+    }
+}
+
+fn add_f32(elems: usize) -> Row {
+    Row {
+        kernel: "residual_add_f32",
+        shape: format!("{elems}"),
+        bytes: 12 * elems as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let operands = add::Operands {
+                x: floats(memory, elems)?,
+                y: floats(memory, elems)?,
+            };
+            planned(add::plan(device, &add::Shape { elems }, &operands))
+        }),
+    }
+}
+
+fn argmax_f32(vocab: usize) -> Row {
+    Row {
+        kernel: "argmax_f32",
+        shape: format!("{vocab}"),
+        bytes: 4 * vocab as u64 + 4,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let shape = sample::ArgmaxShape { vocab, context: 1 };
+            let operands = sample::ArgmaxOperands {
+                logits: floats(memory, vocab)?,
+                tokens: ints(memory, &[0, 0])?,
+                state: ints(memory, &[0])?,
+            };
+            planned(sample::plan_argmax(device, &shape, &operands))
+        }),
+    }
+}
+
+fn advance() -> Row {
+    Row {
+        kernel: "advance_position",
+        shape: "1".to_owned(),
+        bytes: 8,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            planned(sample::plan_advance(device, ints(memory, &[0])?))
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine::backend::cuda::plan::Counter;
+
+    #[test]
+    fn every_row_can_be_planned_and_every_kernel_has_one() {
+        let rows = all();
+        for row in &rows {
+            let mut memory = Counter::default();
+            let call = (row.make)(&DeviceInfo::T4, &mut memory)
+                .unwrap_or_else(|error| panic!("{} {}: {error}", row.kernel, row.shape));
+            assert_eq!(call.kernel, row.kernel);
+            // What streams reads each operand once: the bytes are those of its buffers.
+            if row.streams {
+                let difference = memory.bytes.abs_diff(row.bytes);
+                assert!(
+                    difference <= 6 * Counter::ALIGN,
+                    "{} {}: {} bytes moved, {} in its buffers",
+                    row.kernel,
+                    row.shape,
+                    row.bytes,
+                    memory.bytes
+                );
+            }
+        }
+        for entry in gpu_kernels::ENTRIES {
+            assert!(
+                rows.iter().any(|row| row.kernel == entry.name),
+                "{} has no row",
+                entry.name
+            );
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! Every kernel case on a real GPU, in every tier that it runs. Skipped, aloud, without one.
+
+use benches::{check, open};
+use engine::backend::cuda;
+
+#[test]
+fn kernels_match_their_references_on_the_gpu() {
+    if let Err(reason) = cuda::available() {
+        println!("skipped: no GPU ({reason})");
+        return;
+    }
+    for tier in cuda::tiers() {
+        let Some(gpu) = open(tier).expect("the GPU opens") else {
+            println!("skipped: this GPU cannot run sm_{tier}");
+            continue;
+        };
+        let outcomes = check::run(&gpu, "");
+        assert!(!outcomes.is_empty());
+        assert_eq!(
+            check::report(tier, &outcomes),
+            0,
+            "cases failed in sm_{tier}"
+        );
+    }
+}
