@@ -97,6 +97,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     split(&model, &out.join("model"), args.part_mb * 1_000_000)?;
     if args.synthetic.is_some() {
         fs::remove_file(&model)?;
+        // Tells the script that there are no golden texts for it.
+        fs::write(out.join("model/random"), "")?;
     }
     write_script(&out.join("run.sh"))?;
     summary(&out)?;
