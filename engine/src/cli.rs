@@ -31,11 +31,8 @@ Exit codes: 0 done, 1 the machine cannot do it, 2 the input cannot be used, 130 
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Generate text from a prompt.
     Run(run::RunArgs),
-    /// Write a model file of a known shape with random weights, to measure speed.
     Synthesize(synthesize::SynthesizeArgs),
-    /// Write the logits of every position of a text, to compare with another implementation.
     Logits(logits::LogitsArgs),
 }
 

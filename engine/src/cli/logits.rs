@@ -16,7 +16,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::atomic_file::AtomicFile;
 use super::{Failure, ModelArgs, model_path, set_threads};
 
-/// Write the logits of every position of a text.
+/// Write the logits of every position of a text, to compare with another implementation.
 ///
 /// Tokens are fed one at a time, as when text is generated. The file is float32, little-endian,
 /// row-major: (tokens, vocabulary). Row i holds the logits after token i.
