@@ -1,5 +1,5 @@
-//! What a fixed team of threads needs to run one list of calls together: a fair split of the work,
-//! buffers that all of them reach, and a barrier that costs less than waking a thread.
+//! What a team of threads needs to run one list of calls together: a fair split of the work, buffers
+//! that all of them reach, and a way to wait for each other that costs less than waking a thread.
 
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
@@ -95,48 +95,68 @@ impl<'a, T> SharedSlice<'a, T> {
     }
 }
 
-/// Turns to spin before giving the core away: a wait in a decode step is a microsecond or two, and
-/// a thread that the system has put aside must not be waited for with a core in hand.
-const SPINS: usize = 20_000;
+/// Turns to spin before giving the core away: a wait in a decode step is a few microseconds, and a
+/// thread that the system has put aside must not be waited for with a core in hand.
+const SPINS: usize = 2_000;
 
-/// Where the threads of a team wait for each other.
+/// Counters of one phase, on a cache line of their own.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Phase {
+    taken: AtomicUsize,
+    finished: AtomicUsize,
+}
+
+/// A list of phases that a team of threads goes through together. A phase is a number of shares;
+/// whoever comes takes the next one, and all go on when the last share is finished. A thread that
+/// the system runs late therefore holds nobody up: the others do its work, and it catches up through
+/// phases that are finished already.
 #[derive(Debug)]
-pub struct Barrier {
-    parts: usize,
-    arrived: AtomicUsize,
-    generation: AtomicUsize,
+pub struct Phases {
+    phases: Vec<Phase>,
     poisoned: AtomicBool,
 }
 
-impl Barrier {
-    /// A barrier of `parts` threads.
-    pub fn new(parts: usize) -> Barrier {
-        Barrier {
-            parts,
-            arrived: AtomicUsize::new(0),
-            generation: AtomicUsize::new(0),
+impl Phases {
+    /// A list of `count` phases, none begun.
+    pub fn new(count: usize) -> Phases {
+        let phases = std::iter::repeat_with(Phase::default).take(count).collect();
+        Phases {
+            phases,
             poisoned: AtomicBool::new(false),
         }
     }
 
-    /// Returns when all threads have come here; what each wrote before is then seen by all.
+    /// Makes the list ready for another walk.
+    pub fn restart(&mut self) {
+        for phase in &mut self.phases {
+            *phase = Phase::default();
+        }
+        self.poisoned = AtomicBool::new(false);
+    }
+
+    /// Runs `share(i)` for those `i` of `0..shares` that no other thread took, and returns when all
+    /// are finished; what they wrote is then seen by this thread. Every thread of the team calls this
+    /// for every phase in order, with the same number of shares.
     ///
     /// # Panics
-    /// If another thread of the team panicked: it will never come.
-    pub fn wait(&self) {
-        if self.parts == 1 {
-            return;
-        }
-        // Read before arriving: the last to arrive changes it.
-        let generation = self.generation.load(Ordering::Acquire);
-        if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.parts {
-            self.arrived.store(0, Ordering::Relaxed);
-            self.generation
-                .store(generation.wrapping_add(1), Ordering::Release);
-            return;
+    /// If `phase` is not in the list, or another thread panicked in it: its share never ends.
+    pub fn run(&self, phase: usize, shares: usize, mut share: impl FnMut(usize)) {
+        let Phase { taken, finished } = &self.phases[phase];
+        // The load spares late threads the write.
+        while taken.load(Ordering::Relaxed) < shares {
+            let i = taken.fetch_add(1, Ordering::Relaxed);
+            if i >= shares {
+                break;
+            }
+            let guard = Guard(&self.poisoned);
+            share(i);
+            drop(guard);
+            finished.fetch_add(1, Ordering::AcqRel);
         }
         let mut turns = 0;
-        while self.generation.load(Ordering::Acquire) == generation {
+        // The writes of all shares are released in one chain of additions.
+        while finished.load(Ordering::Acquire) < shares {
             assert!(
                 !self.poisoned.load(Ordering::Relaxed),
                 "another thread of the team panicked"
@@ -149,21 +169,15 @@ impl Barrier {
             }
         }
     }
-
-    /// Keeps the team from waiting for a thread that unwinds: hold the result while working.
-    pub fn guard(&self) -> Guard<'_> {
-        Guard(self)
-    }
 }
 
-/// Poisons its barrier when dropped by a panic.
-#[derive(Debug)]
-pub struct Guard<'a>(&'a Barrier);
+/// Poisons the list when dropped by a panic.
+struct Guard<'a>(&'a AtomicBool);
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.poisoned.store(true, Ordering::Relaxed);
+            self.0.store(true, Ordering::Relaxed);
         }
     }
 }
@@ -187,39 +201,47 @@ mod tests {
     }
 
     #[test]
-    fn barrier_orders_writes_of_a_team() {
-        let parts = 3;
-        let barrier = Barrier::new(parts);
-        let mut values = vec![0usize; parts];
-        let shared = SharedSlice::new(&mut values);
-        std::thread::scope(|scope| {
-            for part in 0..parts {
-                let barrier = &barrier;
-                scope.spawn(move || {
-                    for round in 1..200 {
-                        // SAFETY: element `part` is this thread's until the barrier.
-                        unsafe { shared.slice_mut(part..part + 1)[0] = round };
-                        barrier.wait();
-                        // SAFETY: nobody writes between the two barriers.
-                        assert_eq!(unsafe { shared.slice(0..parts) }, [round; 3]);
-                        barrier.wait();
-                    }
-                });
-            }
-        });
+    fn a_phase_sees_what_the_one_before_wrote() {
+        const ROUNDS: usize = 300;
+        const SHARES: usize = 5;
+        let mut phases = Phases::new(2 * ROUNDS);
+        for threads in [1, 2, 4] {
+            let mut values = vec![0usize; SHARES];
+            let shared = SharedSlice::new(&mut values);
+            phases.restart();
+            std::thread::scope(|scope| {
+                for _ in 0..threads {
+                    let phases = &phases;
+                    scope.spawn(move || {
+                        for round in 0..ROUNDS {
+                            phases.run(2 * round, SHARES, |i| {
+                                // SAFETY: element `i` belongs to whoever took share `i`.
+                                unsafe { shared.slice_mut(i..i + 1)[0] += i + 1 };
+                            });
+                            phases.run(2 * round + 1, 1, |_| {
+                                // SAFETY: nobody writes in this phase.
+                                let values = unsafe { shared.slice(0..SHARES) };
+                                for (i, value) in values.iter().enumerate() {
+                                    assert_eq!(*value, (i + 1) * (round + 1));
+                                }
+                            });
+                        }
+                    });
+                }
+            });
+        }
     }
 
     #[test]
     fn a_panic_frees_the_waiting() {
-        let barrier = Barrier::new(2);
+        let phases = Phases::new(1);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| barrier.wait());
-            let failing = scope.spawn(|| {
-                let _guard = barrier.guard();
-                panic!("on purpose");
-            });
-            assert!(failing.join().is_err());
-            assert!(waiting.join().is_err());
+            let team: Vec<_> = (0..2)
+                .map(|_| scope.spawn(|| phases.run(0, 1, |_| panic!("on purpose"))))
+                .collect();
+            for thread in team {
+                assert!(thread.join().is_err());
+            }
         });
     }
 }

@@ -1,9 +1,8 @@
 //! The CPU backend: a recipe as a list of calls that a fixed team of threads runs together.
 //!
-//! All threads walk the same list and each takes its share of every call; they wait for each other
-//! only where a call needs what another thread's share produced ([`program`] decides where, once, at
-//! load). Waking threads happens once a token, not once a matrix. Every buffer exists before the
-//! first token: a step allocates nothing.
+//! The list is cut into phases ([`program`] decides where, once, at load), a phase into shares; all
+//! threads walk the phases together and take shares as they come. Threads are woken once a token, not
+//! once a matrix. Every buffer exists before the first token: a step allocates nothing.
 
 mod program;
 mod team;
@@ -14,7 +13,7 @@ use cpu_kernels::attention::{self, AttentionShape};
 use cpu_kernels::buffer::AlignedBuffer;
 use cpu_kernels::isa::{Isa, OVERRIDE};
 use cpu_kernels::linear::{self, TILE_ROWS};
-use cpu_kernels::team::{SharedSlice, split};
+use cpu_kernels::team::{Phases, SharedSlice, split};
 use cpu_kernels::{add, embed, kv_append, rmsnorm, rope, sample, swiglu};
 use half::f16;
 use half::slice::HalfBitsSliceExt;
@@ -37,6 +36,7 @@ pub struct CpuBackend {
     program: Program,
     isa: Isa,
     team: Team,
+    phases: Phases,
     /// Tokens that the cache holds at most.
     context: usize,
     /// `(context, dh/2)`.
@@ -106,6 +106,7 @@ impl CpuBackend {
             info,
             activations: AlignedBuffer::zeroed(program.activation_elems),
             scratch: AlignedBuffer::zeroed(scratch),
+            phases: Phases::new(program.phases.len()),
             model,
             program,
             isa,
@@ -165,19 +166,24 @@ impl CpuBackend {
             cache: SharedSlice::new(self.cache.reinterpret_cast_mut::<f16>()),
         };
         let scratch = SharedSlice::new(&mut self.scratch);
-        self.team.run(|part, parts, barrier| {
+        self.phases.restart();
+        let (phases, threads) = (&self.phases, self.team.threads());
+        let positions = self.position + tokens.len();
+        self.team.run(|thread| {
+            let own = thread * scratch_elems..(thread + 1) * scratch_elems;
             // SAFETY: each thread of the team takes the area of its own number.
-            let scratch =
-                unsafe { scratch.slice_mut(part * scratch_elems..(part + 1) * scratch_elems) };
+            let scratch = unsafe { scratch.slice_mut(own) };
             let (matrix, scores) = scratch.split_at_mut(job.program.matrix_scratch_elems);
             let mut scratch = Scratch { matrix, scores };
-            for call in &job.program.calls {
-                if call.barrier {
-                    barrier.wait();
-                }
-                // SAFETY: the threads of a team make the same calls with the same job, and the
-                // program put a barrier before each call that needs one.
-                unsafe { job.call(&call.step, part, parts, &mut scratch) };
+            for (i, phase) in job.program.phases.iter().enumerate() {
+                let shares = phase.shares(threads, tokens.len(), positions);
+                phases.run(i, shares, |share| {
+                    for step in &phase.steps {
+                        // SAFETY: all threads run the same job phase by phase, each share is taken
+                        // once, and the program put steps into one phase only where that is enough.
+                        unsafe { job.call(step, share, shares, &mut scratch) };
+                    }
+                });
             }
         });
         self.position += tokens.len();
@@ -278,7 +284,7 @@ impl Job<'_> {
     }
 
     /// # Safety
-    /// No thread writes the buffer until the next barrier.
+    /// No thread writes the buffer in this phase.
     unsafe fn read(&self, buffer: Buffer) -> &[f32] {
         let buffer = self.buffer(buffer);
         // SAFETY: the caller excludes writers.
@@ -302,9 +308,9 @@ impl Job<'_> {
     /// Share `part` of `parts` of one step.
     ///
     /// # Safety
-    /// All threads of the team make this call with equal `parts` and `part`s of their own; whatever
-    /// another thread wrote that this share reads, or reads that this share writes, lies before a
-    /// barrier. [`program`] knows for every step which share touches which elements.
+    /// Shares of one step have equal `parts` and `part`s of their own; whatever another share wrote
+    /// that this one reads, or reads that this one writes, lies in an earlier phase. [`program`]
+    /// knows for every step which share touches which elements.
     unsafe fn call(&self, step: &Step, part: usize, parts: usize, scratch: &mut Scratch<'_>) {
         let (isa, tokens) = (self.isa, self.tokens.len());
         match *step {
@@ -312,7 +318,7 @@ impl Job<'_> {
                 let own = split(tokens, 1, part, parts);
                 let dst = self.buffer(dst);
                 let width = dst.len() / tokens;
-                // SAFETY: the rows of this thread's tokens.
+                // SAFETY: the rows of this share's tokens.
                 let dst = unsafe { dst.slice_mut(own.start * width..own.end * width) };
                 match &self.weights[table] {
                     Weight::Int8(table) => embed::part(isa, table, &self.tokens[own], dst),
@@ -328,7 +334,7 @@ impl Job<'_> {
                 let own = split(tokens, 1, part, parts);
                 let weight = self.vector(weight);
                 let own = own.start * weight.len()..own.end * weight.len();
-                // SAFETY: the rows of this thread's tokens.
+                // SAFETY: the rows of this share's tokens.
                 let (src, dst) = unsafe {
                     (
                         self.buffer(src).slice(own.clone()),
@@ -344,24 +350,24 @@ impl Job<'_> {
                 dst,
             } => {
                 let bias = bias.map(|bias| self.vector(bias));
-                // SAFETY: `src` was complete at the last barrier.
+                // SAFETY: `src` was complete before this phase.
                 let src = unsafe { self.read(src) };
                 let dst = self.buffer(dst);
                 let own = split(dst.len() / tokens, TILE_ROWS, part, parts);
-                // SAFETY: this thread's columns of `dst`.
+                // SAFETY: this share's columns of `dst`.
                 unsafe { self.linear(weight, bias, src, dst, own, scratch) };
             }
             Step::Logits { table, src, dst } => {
                 if !self.logits {
                     return;
                 }
-                // SAFETY: `src` was complete at the last barrier.
+                // SAFETY: `src` was complete before this phase.
                 let src = unsafe { self.read(src) };
                 let width = src.len() / tokens;
                 let dst = self.activations.part(self.program.buffer(dst, 1));
                 let own = split(dst.len(), TILE_ROWS, part, parts);
                 let last = &src[(tokens - 1) * width..];
-                // SAFETY: this thread's elements of `dst`.
+                // SAFETY: this share's elements of `dst`.
                 unsafe { self.linear(table, None, last, dst, own, scratch) };
             }
             Step::Rope { buffer, heads } => {
@@ -370,7 +376,7 @@ impl Job<'_> {
                 for unit in split(tokens * heads, 1, part, parts) {
                     let angles = (self.position + unit / heads) * half;
                     let angles = angles..angles + half;
-                    // SAFETY: a head of this thread.
+                    // SAFETY: a head of this share.
                     let head = unsafe { buffer.slice_mut(unit * dh..(unit + 1) * dh) };
                     rope::part(isa, head, &self.cos[angles.clone()], &self.sin[angles]);
                 }
@@ -382,7 +388,7 @@ impl Job<'_> {
                     for unit in split(tokens * heads, 1, part, parts) {
                         let (token, head) = (unit / heads, unit % heads);
                         let place = (head * self.context + self.position + token) * dh;
-                        // SAFETY: a head of this thread, and its own place in the cache.
+                        // SAFETY: a head of this share, and its own place in the cache.
                         unsafe {
                             let values = buffer.slice(unit * dh..(unit + 1) * dh);
                             kv_append::part(values, cache.slice_mut(place..place + dh));
@@ -402,13 +408,13 @@ impl Job<'_> {
                     ..self.shape
                 };
                 let (keys, values) = (self.layer_cache(layer, 0), self.layer_cache(layer, 1));
-                // SAFETY: the cache was complete at the last barrier.
+                // SAFETY: the cache was complete before this phase.
                 let (keys, values) =
                     unsafe { (keys.slice(0..keys.len()), values.slice(0..values.len())) };
                 let (query, dst) = (self.buffer(query), self.buffer(dst));
                 for unit in split(tokens * heads, 1, part, parts) {
                     let own = unit * dh..(unit + 1) * dh;
-                    // SAFETY: a head of this thread.
+                    // SAFETY: a head of this share.
                     let (q, out) = unsafe { (query.slice(own.clone()), dst.slice_mut(own)) };
                     let (token, head) = (unit / heads, unit % heads);
                     let scores = &mut *scratch.scores;
@@ -418,7 +424,7 @@ impl Job<'_> {
             Step::SwiGlu { gate, up, dst } => {
                 let (gate, up, dst) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
                 for own in columns(dst.len(), tokens, part, parts) {
-                    // SAFETY: this thread's columns of all three.
+                    // SAFETY: this share's columns of all three.
                     unsafe {
                         let (gate, up) = (gate.slice(own.clone()), up.slice(own.clone()));
                         swiglu::part(isa, gate, up, dst.slice_mut(own));
@@ -428,7 +434,7 @@ impl Job<'_> {
             Step::Add { src, dst } => {
                 let (src, dst) = (self.buffer(src), self.buffer(dst));
                 for own in columns(dst.len(), tokens, part, parts) {
-                    // SAFETY: this thread's columns of both.
+                    // SAFETY: this share's columns of both.
                     unsafe { add::part(isa, src.slice(own.clone()), dst.slice_mut(own)) };
                 }
             }

@@ -1,7 +1,7 @@
 //! The recipe of a model as the list that the team runs: checked once against the weights, with a
-//! place for every buffer and a barrier where one is needed.
+//! place for every buffer, cut into phases.
 //!
-//! Share `i` of a step always covers the same elements, by one of three cuts:
+//! Within a phase, share `i` of every step covers the same elements, by one of three cuts:
 //!
 //! | cut | steps | share |
 //! |---|---|---|
@@ -9,29 +9,78 @@
 //! | columns | linear (what it writes), add, swiglu | a range of columns of every token |
 //! | heads | rope, KV append, attention | whole `(token, head)` pairs |
 //!
-//! What a share wrote it may read again by the same cut at once. Everything else, above all the
-//! source of a linear step and the cache that attention reads, which are read whole, waits for a
-//! barrier.
+//! What a share wrote it may read again by the same cut in the same phase. Whatever is cut
+//! differently, above all the source of a linear step and the cache that attention reads, which are
+//! read whole, waits for the next phase.
 
 use std::ops::Range;
 
+use cpu_kernels::linear::{Matrix, scratch_elems};
 use models::quant::Weight;
 use models::recipe::{Buffer, Recipe, Step, WeightId};
 
 use super::super::LoadedModel;
 use crate::Error;
 
-/// One step, and whether the team waits before it.
+/// Steps that need nothing from each other's shares, and what bounds the number of shares.
 #[derive(Debug)]
-pub(super) struct Call {
-    pub step: Step,
-    pub barrier: bool,
+pub(super) struct Phase {
+    pub steps: Vec<Step>,
+    /// Bytes of matrices that the phase reads.
+    matrix_bytes: usize,
+    /// Elements that a token's share of the other steps goes over.
+    elems: usize,
+    /// Cached bytes read for each token and position.
+    cache_bytes: usize,
+}
+
+/// Bytes of work that are worth a share of their own: a few microseconds.
+const SHARE_BYTES: usize = 32 * 1024;
+/// Shares for each thread at most: more would not even the load out further.
+const SHARES_PER_THREAD: usize = 4;
+
+impl Phase {
+    /// Shares into which a team of `threads` cuts the phase, for `tokens` tokens of which the last
+    /// sees `positions` positions. A function of its arguments alone: all threads agree on it.
+    pub(super) fn shares(&self, threads: usize, tokens: usize, positions: usize) -> usize {
+        let per_token = 4 * self.elems + self.cache_bytes * positions;
+        // With several tokens a weight costs a multiplication for each.
+        let bytes = self.matrix_bytes * tokens + per_token * tokens;
+        match threads {
+            1 => 1,
+            _ => (bytes / SHARE_BYTES).clamp(1, threads * SHARES_PER_THREAD),
+        }
+    }
+
+    fn add(&mut self, model: &LoadedModel, step: &Step) {
+        let (recipe, config) = (&model.recipe, &model.recipe.config);
+        match step {
+            Step::Linear { weight: id, .. } | Step::Logits { table: id, .. } => {
+                self.matrix_bytes += match model.weights.get(*id) {
+                    Some(Weight::Int4(m)) => m.rows * m.row_bytes(),
+                    Some(Weight::Int8(m)) => m.rows * m.row_bytes(),
+                    _ => 0,
+                };
+            }
+            Step::Attention { query, .. } => {
+                // Every query head reads keys and values, two bytes each.
+                self.cache_bytes += 2 * 2 * recipe.elems(*query);
+            }
+            Step::KvAppend { .. } => self.elems += 2 * config.kv_heads * config.head_dim,
+            Step::Embed { dst: buffer, .. }
+            | Step::RmsNorm { dst: buffer, .. }
+            | Step::Rope { buffer, .. }
+            | Step::SwiGlu { dst: buffer, .. }
+            | Step::Add { dst: buffer, .. } => self.elems += recipe.elems(*buffer),
+        }
+        self.steps.push(step.clone());
+    }
 }
 
 /// A compiled recipe.
 #[derive(Debug)]
 pub(super) struct Program {
-    pub calls: Vec<Call>,
+    pub phases: Vec<Phase>,
     /// Start of each buffer and its elements a token, by declaration order.
     places: [(usize, usize); Buffer::ALL.len()],
     /// Floats that all buffers take together.
@@ -64,10 +113,10 @@ impl Program {
             next += (tokens * elems).next_multiple_of(LINE_ELEMS);
         }
         Ok(Program {
-            calls: calls(recipe),
+            phases: phases(model),
             places,
             activation_elems: next,
-            matrix_scratch_elems: cpu_kernels::linear::scratch_elems(matrix_cols),
+            matrix_scratch_elems: scratch_elems(matrix_cols),
         })
     }
 
@@ -230,26 +279,28 @@ fn accesses(step: &Step) -> Vec<Access> {
     }
 }
 
-fn calls(recipe: &Recipe) -> Vec<Call> {
-    let mut since_barrier: Vec<Access> = Vec::new();
-    let mut calls = Vec::with_capacity(recipe.steps.len());
-    for step in &recipe.steps {
+fn phases(model: &LoadedModel) -> Vec<Phase> {
+    let mut touched: Vec<Access> = Vec::new();
+    let mut phases: Vec<Phase> = Vec::new();
+    for step in &model.recipe.steps {
         let new = accesses(step);
         let meets =
             |a: &Access, b: &Access| a.place == b.place && a.cut != b.cut && (a.write || b.write);
-        let barrier = new
-            .iter()
-            .any(|a| since_barrier.iter().any(|b| meets(a, b)));
-        if barrier {
-            since_barrier.clear();
+        let waits = new.iter().any(|a| touched.iter().any(|b| meets(a, b)));
+        if waits || phases.is_empty() {
+            touched.clear();
+            phases.push(Phase {
+                steps: Vec::new(),
+                matrix_bytes: 0,
+                elems: 0,
+                cache_bytes: 0,
+            });
         }
-        since_barrier.extend(new);
-        calls.push(Call {
-            step: step.clone(),
-            barrier,
-        });
+        touched.extend(new);
+        let phase = phases.last_mut().expect("one was pushed");
+        phase.add(model, step);
     }
-    calls
+    phases
 }
 
 #[cfg(test)]
@@ -257,7 +308,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn barriers_stand_only_where_shares_cross() {
+    fn phases_end_only_where_shares_cross() {
         let recipe = Recipe {
             config: models::arch::Config {
                 architecture: "test".into(),
@@ -278,32 +329,48 @@ mod tests {
             steps: layer(),
             rope_divisors: None,
         };
-        let barriers: Vec<bool> = calls(&recipe).iter().map(|c| c.barrier).collect();
+        let model = LoadedModel {
+            recipe,
+            weights: Vec::new(),
+        };
+        let phases = phases(&model);
+        let lengths: Vec<usize> = phases.iter().map(|phase| phase.steps.len()).collect();
         let expected = [
-            (false, "embed"),
-            (false, "norm: the same tokens"),
-            (true, "q reads the norm whole"),
-            (false, "k"),
-            (false, "v"),
-            (true, "rope q: columns become heads"),
-            (false, "rope k"),
-            (false, "append: the same heads"),
-            (true, "attention reads the cache whole"),
-            (true, "o reads attention whole"),
-            (false, "add: the same columns"),
-            (true, "norm: columns become tokens"),
-            (true, "gate"),
-            (false, "up"),
-            (false, "swiglu: the same columns"),
-            (true, "down"),
-            (false, "add"),
-            (true, "last norm"),
-            (true, "logits"),
+            (2, "embed and norm: the same tokens"),
+            (3, "q, k, v read the norm whole"),
+            (3, "rope q and k, append: columns become heads"),
+            (1, "attention reads the cache whole"),
+            (2, "o reads attention whole; add has the same columns"),
+            (1, "norm: columns become tokens"),
+            (3, "gate, up, swiglu: the same columns"),
+            (2, "down, add"),
+            (1, "norm"),
+            (1, "logits"),
         ];
-        assert_eq!(barriers.len(), expected.len());
-        for (got, (wanted, what)) in barriers.into_iter().zip(expected) {
-            assert_eq!(got, wanted, "{what}");
-        }
+        assert_eq!(lengths, expected.map(|(length, _)| length));
+        let steps: Vec<Step> = phases.into_iter().flat_map(|phase| phase.steps).collect();
+        assert_eq!(steps, layer());
+    }
+
+    #[test]
+    fn shares_grow_with_the_work_up_to_a_bound() {
+        let phase = Phase {
+            steps: vec![],
+            matrix_bytes: 200_000,
+            elems: 100,
+            cache_bytes: 0,
+        };
+        assert_eq!(phase.shares(1, 32, 10), 1);
+        assert_eq!(phase.shares(2, 1, 10), 6);
+        assert_eq!(phase.shares(2, 32, 10), 2 * SHARES_PER_THREAD);
+        let phase = Phase {
+            steps: vec![],
+            matrix_bytes: 0,
+            elems: 0,
+            cache_bytes: 2304,
+        };
+        assert_eq!(phase.shares(2, 1, 1), 1);
+        assert_eq!(phase.shares(2, 1, 100), 7);
     }
 
     fn layer() -> Vec<Step> {

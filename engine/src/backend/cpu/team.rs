@@ -2,8 +2,6 @@
 
 use std::collections::HashSet;
 
-use cpu_kernels::team::Barrier;
-
 use crate::Error;
 
 /// A fixed number of threads that run one function together.
@@ -11,7 +9,6 @@ use crate::Error;
 pub(super) struct Team {
     /// None for a team of one: the caller's thread.
     pool: Option<rayon::ThreadPool>,
-    barrier: Barrier,
     threads: usize,
 }
 
@@ -29,22 +26,20 @@ impl Team {
                     .map_err(Error::machine)?,
             ),
         };
-        Ok(Team {
-            pool,
-            barrier: Barrier::new(threads),
-            threads,
-        })
+        Ok(Team { pool, threads })
     }
 
-    /// Runs `f(part, parts, barrier)` on every thread and returns when all have finished.
-    pub(super) fn run(&self, f: impl Fn(usize, usize, &Barrier) + Sync) {
+    /// Threads in the team.
+    pub(super) fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Runs `f(thread)` once on every thread and returns when all have finished.
+    pub(super) fn run(&self, f: impl Fn(usize) + Sync) {
         match &self.pool {
-            None => f(0, 1, &self.barrier),
+            None => f(0),
             Some(pool) => {
-                pool.broadcast(|context| {
-                    let _guard = self.barrier.guard();
-                    f(context.index(), self.threads, &self.barrier);
-                });
+                pool.broadcast(|context| f(context.index()));
             }
         }
     }
