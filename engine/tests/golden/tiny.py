@@ -25,7 +25,7 @@ BASE_VOCAB = 256
 CASES = {
     "llama-q4_0": dict(arch="llama", width=64, ffn=160, heads=4, kv=2, head_dim=16, vocab=288, theta=50_000.0,
                        eps=1e-5, linear=Q.Q4_0, tied=True),
-    "llama-q4_1": dict(arch="llama", width=96, ffn=160, heads=6, kv=1, head_dim=16, vocab=257, theta=700.0,
+    "llama-q4_1": dict(arch="llama", width=96, ffn=160, heads=6, kv=1, head_dim=16, vocab=259, theta=700.0,
                        eps=1e-6, linear=Q.Q4_1, tied=False),
     "llama-q8_0": dict(arch="llama", width=64, ffn=224, heads=4, kv=4, head_dim=32, vocab=261, theta=10_000.0,
                        eps=1e-5, linear=Q.Q8_0, tied=False, rope_divisors=(8.0, 1.0, 4.0, 32)),
@@ -33,7 +33,7 @@ CASES = {
                        eps=1e-6, linear=Q.Q4_0, tied=False),
     "qwen2-q4_1": dict(arch="qwen2", width=64, ffn=160, heads=4, kv=2, head_dim=16, vocab=271, theta=250_000.0,
                        eps=1e-6, linear=Q.Q4_1, tied=True),
-    "qwen2-q8_0": dict(arch="qwen2", width=128, ffn=96, heads=2, kv=2, head_dim=64, vocab=256, theta=2_000.0,
+    "qwen2-q8_0": dict(arch="qwen2", width=128, ffn=96, heads=2, kv=2, head_dim=64, vocab=263, theta=2_000.0,
                        eps=1e-5, linear=Q.Q8_0, tied=True),
 }
 LAYERS = 2
@@ -96,16 +96,14 @@ def weights(case, rng):
 
 
 def vocabulary(size):
-    """The 256 byte symbols, merges of the commonest pairs, and one control token, `size` in all."""
+    """The 256 byte symbols, merges of common pairs, and one control token, `size` in all."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     tokens = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
-    pairs = [(a, b) for a in "\u0120etaoin" for b in "etaoinshrdl"][:max(size - BASE_VOCAB - 1, 0)]
+    pairs = [(a, b) for a in "\u0120etaoin" for b in "etaoinshrdl"][:size - BASE_VOCAB - 1]
     tokens += [a + b for a, b in pairs]
-    kinds = [1] * len(tokens)
-    if size > BASE_VOCAB:
-        tokens.append("<|endoftext|>")
-        kinds.append(3)
-    assert len(tokens) == size
+    kinds = [1] * len(tokens) + [3]
+    tokens.append("<|endoftext|>")
+    assert pairs and len(tokens) == size
     return tokens, kinds, [f"{a} {b}" for a, b in pairs]
 
 
