@@ -69,7 +69,15 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             .ok_or_else(|| format!("the build made no {name}"))?;
         strip(&program.path, &bin.join(name))?;
     }
-    let tests = executables(&["test", "--release", "--no-run", "-p", "engine", "--tests"])?;
+    let tests = executables(&[
+        "test",
+        "--release",
+        "--no-run",
+        "-p",
+        "engine",
+        "--test",
+        "golden*",
+    ])?;
     let golden: Vec<_> = tests
         .iter()
         .filter(|test| test.target.starts_with("golden"))

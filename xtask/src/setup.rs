@@ -34,26 +34,34 @@ pub fn run(_: &Args) -> Result<(), Error> {
     Ok(())
 }
 
-/// Makes sure that `core` is there and the kernels compile with it.
+/// Makes sure that `core` is there and the kernels compile with it. Returns the `core` that they were
+/// compiled with.
 pub fn kernels() -> Result<CoreLibrary, Error> {
     let progress = Shown::new();
-    let mut core = install_core(&progress, false)?;
-    match ptx::build_tiers(&progress) {
+    let core = install_core(&progress, false)?;
+    let outputs = match ptx::build_tiers(&progress) {
         // The precompiled `core` may keep panics out of line; built from source it does not.
         Err(Error::Builder(BuilderError::UnresolvedFunctions { .. }))
             if matches!(core, CoreLibrary::Precompiled(_)) =>
         {
-            progress
-                .note("the precompiled core does not do for these kernels, its sources are needed");
-            core = install_core(&progress, true)?;
-            ptx::build_tiers(&progress)?;
+            progress.note("these kernels need core's sources, the precompiled one does not do");
+            install_core(&progress, true)?;
+            ptx::build_tiers(&progress)?
         }
-        result => drop(result?),
-    }
-    Ok(core)
+        result => result?,
+    };
+    Ok(outputs
+        .into_iter()
+        .next()
+        .map_or(core, |output| output.core))
 }
 
-/// Makes sure that `core` is there; the build of the engine does the rest.
+/// Makes sure that `core` is there, without building more than that takes; the build of the engine
+/// does the rest.
 pub fn core() -> Result<CoreLibrary, Error> {
-    Ok(install_core(&Shown::new(), false)?)
+    match install_core(&Shown::new(), false)? {
+        // It may not do for the kernels, and only building them tells.
+        CoreLibrary::Precompiled(_) => kernels(),
+        source => Ok(source),
+    }
 }

@@ -46,7 +46,7 @@ const CLIPPY: [&[&str]; 2] = [
 /// Runs the task.
 pub fn run(_: &Args) -> Result<(), Error> {
     let core = setup::kernels()?;
-    eprintln!("{core}");
+    eprintln!("core for GPU code: {core}");
     let model = model::path_of(None)?;
     eprintln!("default model in {}", model.display());
 

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::{env, fs, thread};
 
 use serde::Deserialize;
@@ -87,12 +88,20 @@ impl CudaBuilder {
     /// [`Error::MissingCore`] when the toolchain lacks `core` for the device, [`Error::Compile`] with
     /// rustc's own messages, [`Error::UnresolvedFunctions`] when the PTX would not load.
     pub fn build(&self) -> Result<BuildOutput, Error> {
+        // Set when the precompiled `core` did not do for one tier: it then does for none.
+        static PRECOMPILED_UNFIT: AtomicBool = AtomicBool::new(false);
         let toolchain = Toolchain::find()?;
         let mut candidates = CoreLibrary::find_all(&toolchain).into_iter().peekable();
         while let Some(core) = candidates.next() {
+            let is_last = candidates.peek().is_none();
+            if PRECOMPILED_UNFIT.load(Relaxed) && !is_last {
+                continue;
+            }
             match self.build_with(&toolchain, core) {
-                // The precompiled `core` unwinds into functions of its own; built from source it does not.
-                Err(Error::UnresolvedFunctions { .. }) if candidates.peek().is_some() => {}
+                // The precompiled `core` panics through functions of its own; built from source it traps.
+                Err(Error::UnresolvedFunctions { .. }) if !is_last => {
+                    PRECOMPILED_UNFIT.store(true, Relaxed)
+                }
                 result => return result,
             }
         }

@@ -101,9 +101,11 @@ impl fmt::Display for CoreLibrary {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             CoreLibrary::Precompiled(path) => {
-                write!(formatter, "precompiled core in {}", path.display())
+                write!(formatter, "precompiled, in {}", path.display())
             }
-            CoreLibrary::Source(path) => write!(formatter, "core built from {}", path.display()),
+            CoreLibrary::Source(path) => {
+                write!(formatter, "built from the sources in {}", path.display())
+            }
         }
     }
 }

@@ -87,9 +87,9 @@ pub fn install_core(progress: &dyn Progress, from_source: bool) -> Result<CoreLi
             }
         }
     }
-    match apt::fetch_rust_src(&toolchain.release, &cache::dir()?, progress) {
-        Ok(sources) => link(&sources, &toolchain.source_dir())?,
-        Err(error) => reasons.push(format!("the distribution's rust-src: {error}")),
+    let fetched = apt::fetch_rust_src(&toolchain.release, &cache::dir()?, progress);
+    if let Err(error) = fetched.and_then(|sources| link(&sources, &toolchain.source_dir())) {
+        reasons.push(format!("the distribution's rust-src: {error}"));
     }
     present().ok_or_else(|| {
         Error::Setup(format!(
