@@ -1,6 +1,7 @@
 //! Speed of the linear kernels on one thread, by instruction set and number of tokens:
 //! `cargo bench -p cpu-kernels`. Weights rotate through more memory than a cache holds; of many
-//! short calls the shortest counts, so that other programs on the machine matter little.
+//! short calls the shortest counts, so that other programs on the machine matter little. An argument
+//! selects matrices by name: `cargo bench -p cpu-kernels --bench linear -- int8`.
 
 use std::time::Instant;
 
@@ -42,6 +43,10 @@ fn int8(rows: usize, cols: usize, group: usize) -> Int8Matrix {
 }
 
 fn measure<M: Matrix>(name: &str, make: impl Fn() -> M) {
+    let filter = std::env::args().skip(1).find(|arg| !arg.starts_with('-'));
+    if filter.is_some_and(|filter| !name.contains(&filter)) {
+        return;
+    }
     let first = make();
     let (n, k, size) = (first.rows(), first.cols(), first.rows() * first.row_bytes());
     let copies: Vec<M> = (0..ROTATED_BYTES.div_ceil(size)).map(|_| make()).collect();

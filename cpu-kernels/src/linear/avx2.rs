@@ -9,7 +9,7 @@ use std::ops::Range;
 use models::quant::int4::{CELL_BYTES, CELL_WEIGHTS};
 use models::quant::{Int4Matrix, Int8Matrix};
 
-use super::{Kernels, TILE_ROWS, tile_rows};
+use super::{Kernels, LINE_BYTES, TILE_ROWS, prefetch, tile_rows};
 
 pub(super) static KERNELS: Kernels = Kernels {
     int4_rows,
@@ -96,11 +96,13 @@ fn int4_rows(w: &Int4Matrix, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
     let cells_per_group = w.group / CELL_WEIGHTS;
     for (row, y) in rows.clone().step_by(TILE_ROWS).zip(y.chunks_mut(TILE_ROWS)) {
         let tile = tile_rows(row, rows.end - 1);
-        let quants = tile.map(|r| w.quants[r * w.cols / 2..][..w.cols / 2].as_ptr());
+        let quants = tile.map(|r| w.quants[r * w.cols / 2..].as_ptr());
+        let next = quants[0].wrapping_add(TILE_ROWS * w.cols / 2);
         let mut sums = [_mm256_setzero_ps(); TILE_ROWS];
         let mut cell = 0;
         for group in 0..groups {
             for _ in 0..cells_per_group.min(cells - cell) {
+                prefetch(next.wrapping_add(cell * LINE_BYTES));
                 for i in 0..TILE_ROWS {
                     let (scale, min) = int4_group(w, tile[i] * groups + group);
                     // SAFETY: `cell < cells`: 32 floats of `x` and 16 bytes of each row.
@@ -157,13 +159,15 @@ fn int8_rows(w: &Int8Matrix, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
     let groups = w.cols.div_ceil(w.group);
     for (row, y) in rows.clone().step_by(TILE_ROWS).zip(y.chunks_mut(TILE_ROWS)) {
         let tile = tile_rows(row, rows.end - 1);
-        let quants = tile.map(|r| w.quants[r * w.cols..][..w.cols].as_ptr());
+        let quants = tile.map(|r| w.quants[r * w.cols..].as_ptr());
+        let next = quants[0].wrapping_add(TILE_ROWS * w.cols);
         let mut sums = [_mm256_setzero_ps(); TILE_ROWS];
         for group in 0..groups {
             let start = group * w.group;
             let end = (start + w.group).min(w.cols);
             let scales = tile.map(|r| splat_f16(w.scales[r * groups + group]));
             for k in (start..end).step_by(LANES) {
+                prefetch(next.wrapping_add(TILE_ROWS * k));
                 // SAFETY: 8 columns of `x` and of each row.
                 unsafe {
                     let x = _mm256_loadu_ps(x.as_ptr().add(k));

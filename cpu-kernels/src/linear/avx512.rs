@@ -10,11 +10,14 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use half::f16;
 use models::quant::int4::{CELL_BYTES, CELL_WEIGHTS};
 use models::quant::{Int4Matrix, Int8Matrix};
 
-use super::{Kernels, TILE_ROWS, tile_rows};
+use super::{Kernels, LINE_BYTES, TILE_ROWS, prefetch, tile_rows};
 use crate::lanes::LANES;
+
+const _: () = assert!(LINE_BYTES == TILE_ROWS * CELL_BYTES && LINE_BYTES == TILE_ROWS * LANES);
 
 pub(super) static KERNELS: Kernels = Kernels {
     int4_rows,
@@ -25,8 +28,9 @@ pub(super) static KERNELS: Kernels = Kernels {
     tile,
 };
 
-/// Groups whose scales are converted at once.
-const GROUPS: usize = 16;
+/// Groups whose scales are converted at once, for a tile.
+const GROUPS: usize = 64;
+const _: () = assert!(GROUPS.is_multiple_of(LANES));
 
 /// Sums of four registers, in order.
 #[inline]
@@ -50,41 +54,36 @@ fn store(sums: [__m512; TILE_ROWS], y: &mut [f32]) {
     unsafe { _mm_mask_storeu_ps(y.as_mut_ptr(), (1 << valid) - 1, reduce(sums)) };
 }
 
-/// Up to [`GROUPS`] f16 numbers as floats; zeros after `count`.
+/// `values[i][j]` is the number of group `first + j` of row `tile[i]` as a float, times `factor`, for
+/// `j < count`.
 ///
 /// # Safety
-/// `count` numbers can be read at `values`.
+/// `numbers` has `groups` numbers for each row of the tile; `first + count <= groups`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn load_f16(values: *const half::f16, count: usize) -> __m512 {
-    let mask = ((1u32 << count) - 1) as __mmask16;
-    // SAFETY: masked lanes are not read.
-    _mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(mask, values.cast()) })
-}
-
-/// Scales and minimums of [`GROUPS`] groups of one row from `group` on.
-///
-/// # Safety
-/// `groups` are those of `w`'s row, `group + count <= groups`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn int4_groups(
-    w: &Int4Matrix,
-    start: usize,
+unsafe fn load_groups(
+    values: &mut [[f32; GROUPS]; TILE_ROWS],
+    numbers: &[f16],
+    tile: [usize; TILE_ROWS],
+    groups: usize,
+    first: usize,
     count: usize,
-) -> ([f32; GROUPS], [f32; GROUPS]) {
-    let (mut scales, mut mins) = ([0.0; GROUPS], [0.0; GROUPS]);
-    // SAFETY: the caller says that the groups exist; both arrays hold 16 floats.
-    unsafe {
-        let scale = load_f16(w.scales.as_ptr().add(start), count);
-        let min = match &w.mins {
-            Some(m) => load_f16(m.as_ptr().add(start), count),
-            None => _mm512_mul_ps(scale, _mm512_set1_ps(-8.0)),
-        };
-        _mm512_storeu_ps(scales.as_mut_ptr(), scale);
-        _mm512_storeu_ps(mins.as_mut_ptr(), min);
+    factor: f32,
+) {
+    for (values, row) in values.iter_mut().zip(tile) {
+        let mut j = 0;
+        while j < count {
+            let mask = ((1u32 << (count - j).min(LANES)) - 1) as __mmask16;
+            // SAFETY: masked lanes are not read; a register fits at `j < GROUPS`, a multiple of 16.
+            unsafe {
+                let numbers = numbers.as_ptr().add(row * groups + first + j);
+                let halves = _mm256_maskz_loadu_epi16(mask, numbers.cast());
+                let floats = _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(factor));
+                _mm512_storeu_ps(values.as_mut_ptr().add(j), floats);
+            }
+            j += LANES;
+        }
     }
-    (scales, mins)
 }
 
 /// The sixteen weights of a group.
@@ -114,24 +113,68 @@ unsafe fn int4_weights(cell: *const u8, table: __m512) -> [__m512; 2] {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn int4_rows(w: &Int4Matrix, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
+    // The number of cells a group as a constant: the loop over them disappears for the smallest.
+    match w.group / CELL_WEIGHTS {
+        1 => int4_rows_of::<1>(w, rows, x, y),
+        2 => int4_rows_of::<2>(w, rows, x, y),
+        _ => int4_rows_of::<0>(w, rows, x, y),
+    }
+}
+
+/// `CELLS` is the number of cells a group, or 0 for any.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn int4_rows_of<const CELLS: usize>(w: &Int4Matrix, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
     let groups = w.cols.div_ceil(w.group);
     let cells = w.cols / CELL_WEIGHTS;
-    let cells_per_group = w.group / CELL_WEIGHTS;
+    let cells_per_group = if CELLS == 0 {
+        w.group / CELL_WEIGHTS
+    } else {
+        CELLS
+    };
+    let (mins, factor) = match &w.mins {
+        Some(mins) => (mins, 1.0),
+        None => (&w.scales, -8.0),
+    };
+    let mut scale_values = [[0.0; GROUPS]; TILE_ROWS];
+    let mut min_values = [[0.0; GROUPS]; TILE_ROWS];
     for (row, y) in rows.clone().step_by(TILE_ROWS).zip(y.chunks_mut(TILE_ROWS)) {
         let tile = tile_rows(row, rows.end - 1);
-        let quants = tile.map(|r| w.quants[r * w.cols / 2..][..w.cols / 2].as_ptr());
+        let mut quants = [w.quants.as_ptr(); TILE_ROWS];
+        for (quants, row) in quants.iter_mut().zip(tile) {
+            *quants = quants.wrapping_add(row * w.cols / 2);
+        }
+        let next = quants[0].wrapping_add(TILE_ROWS * w.cols / 2);
         let mut sums = [_mm512_setzero_ps(); TILE_ROWS];
         let mut cell = 0;
         for first in (0..groups).step_by(GROUPS) {
             let count = GROUPS.min(groups - first);
             // SAFETY: groups of rows of the matrix.
-            let params = tile.map(|r| unsafe { int4_groups(w, r * groups + first, count) });
+            unsafe {
+                load_groups(
+                    &mut scale_values,
+                    &w.scales,
+                    tile,
+                    groups,
+                    first,
+                    count,
+                    1.0,
+                );
+                load_groups(&mut min_values, mins, tile, groups, first, count, factor);
+            }
             for group in 0..count {
-                let tables: [__m512; TILE_ROWS] =
-                    std::array::from_fn(|i| int4_table(params[i].0[group], params[i].1[group]));
-                for _ in 0..cells_per_group.min(cells - cell) {
+                let mut tables = [_mm512_setzero_ps(); TILE_ROWS];
+                for i in 0..TILE_ROWS {
+                    tables[i] = int4_table(scale_values[i][group], min_values[i][group]);
+                }
+                let end = match CELLS {
+                    1 => cell + 1,
+                    _ => (cell + cells_per_group).min(cells),
+                };
+                while cell < end {
                     // SAFETY: `cell < cells`: 32 floats of `x` and 16 bytes of each row.
                     unsafe {
+                        prefetch(next.wrapping_add(cell * LINE_BYTES));
                         let x = x.as_ptr().add(cell * CELL_WEIGHTS);
                         let (x_low, x_high) = (_mm512_loadu_ps(x), _mm512_loadu_ps(x.add(LANES)));
                         for i in 0..TILE_ROWS {
@@ -189,29 +232,41 @@ unsafe fn int8_weights(quants: *const i8) -> __m512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn int8_rows(w: &Int8Matrix, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
     let groups = w.cols.div_ceil(w.group);
+    let mut scale_values = [[0.0; GROUPS]; TILE_ROWS];
     for (row, y) in rows.clone().step_by(TILE_ROWS).zip(y.chunks_mut(TILE_ROWS)) {
         let tile = tile_rows(row, rows.end - 1);
-        let quants = tile.map(|r| w.quants[r * w.cols..][..w.cols].as_ptr());
+        let mut quants = [w.quants.as_ptr(); TILE_ROWS];
+        for (quants, row) in quants.iter_mut().zip(tile) {
+            *quants = quants.wrapping_add(row * w.cols);
+        }
+        let next = quants[0].wrapping_add(TILE_ROWS * w.cols);
         let mut sums = [_mm512_setzero_ps(); TILE_ROWS];
         for first in (0..groups).step_by(GROUPS) {
             let count = GROUPS.min(groups - first);
-            let mut scales = [[0.0; GROUPS]; TILE_ROWS];
-            for (scales, r) in scales.iter_mut().zip(tile) {
-                // SAFETY: groups of rows of the matrix; 16 floats of `scales`.
-                unsafe {
-                    let values = load_f16(w.scales.as_ptr().add(r * groups + first), count);
-                    _mm512_storeu_ps(scales.as_mut_ptr(), values);
-                }
+            // SAFETY: groups of rows of the matrix.
+            unsafe {
+                load_groups(
+                    &mut scale_values,
+                    &w.scales,
+                    tile,
+                    groups,
+                    first,
+                    count,
+                    1.0,
+                );
             }
             let starts = (first * w.group..w.cols).step_by(w.group).take(count);
             for (group, start) in starts.enumerate() {
                 let end = (start + w.group).min(w.cols);
-                let scales: [__m512; TILE_ROWS] =
-                    std::array::from_fn(|i| _mm512_set1_ps(scales[i][group]));
+                let mut scales = [_mm512_setzero_ps(); TILE_ROWS];
+                for (scale, values) in scales.iter_mut().zip(&scale_values) {
+                    *scale = _mm512_set1_ps(values[group]);
+                }
                 for k in (start..end).step_by(LANES) {
                     // SAFETY: 16 columns of `x` and of each row.
                     unsafe {
                         let x = _mm512_loadu_ps(x.as_ptr().add(k));
+                        prefetch(next.wrapping_add(k * TILE_ROWS));
                         for i in 0..TILE_ROWS {
                             let weights = _mm512_mul_ps(int8_weights(quants[i].add(k)), scales[i]);
                             sums[i] = _mm512_fmadd_ps(weights, x, sums[i]);
