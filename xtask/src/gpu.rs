@@ -45,13 +45,6 @@ pub struct Args {
 /// Says which step failed: a build, a missing file, a model that is not there.
 pub fn run(args: &Args) -> Result<(), Failure> {
     let root = crate::workspace_root();
-    let out = root.join(&args.out);
-    start_over(&out)?;
-    let bin = out.join("bin");
-    for folder in ["bin", "data", "ptx", "model"] {
-        fs::create_dir_all(out.join(folder))?;
-    }
-
     println!("building the programs and the golden tests");
     let programs = executables(&[
         "build",
@@ -62,13 +55,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         "benches",
         "--bins",
     ])?;
-    for name in ["edgellm", "edgellm-bench"] {
-        let program = programs
-            .iter()
-            .find(|program| program.target == name)
-            .ok_or_else(|| format!("the build made no {name}"))?;
-        strip(&program.path, &bin.join(name))?;
-    }
+    let programs = ["edgellm", "edgellm-bench"].map(|name| {
+        let built = programs.iter().find(|program| program.target == name);
+        built.ok_or_else(|| format!("the build made no {name}"))
+    });
     let tests = executables(&[
         "test",
         "--release",
@@ -78,6 +68,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         "--test",
         "golden*",
     ])?;
+    // The messages also announce the programs that the tests start.
     let golden: Vec<_> = tests
         .iter()
         .filter(|test| test.target.starts_with("golden"))
@@ -85,14 +76,27 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     if golden.is_empty() {
         return Err("engine has no golden tests".into());
     }
+
+    // Only now: an earlier pack stays whole while this one is being built.
+    let out = root.join(&args.out);
+    start_over(&out)?;
+    let bin = out.join("bin");
+    for folder in ["bin", "data", "ptx", "model"] {
+        fs::create_dir_all(out.join(folder))?;
+    }
+    for program in programs {
+        let program = program?;
+        strip(&program.path, &bin.join(&program.target))?;
+    }
     for test in golden {
         strip(&test.path, &bin.join(&test.target))?;
     }
-    copy_tree(&root.join("engine/tests/golden"), &out.join("data"))?;
+    copy_data(&root.join("engine/tests/golden"), &out.join("data"))?;
     let status = Command::new(bin.join("edgellm-bench"))
         .arg("ptx")
         .arg(out.join("ptx"))
-        .status()?;
+        .status()
+        .map_err(|error| format!("starting edgellm-bench: {error}"))?;
     if !status.success() {
         return Err("edgellm-bench ptx failed".into());
     }
@@ -190,14 +194,18 @@ fn write_script(path: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-fn copy_tree(from: &Path, to: &Path) -> Result<(), Failure> {
+/// Copies a folder of test data, without the sources of the tests and of the data.
+fn copy_data(from: &Path, to: &Path) -> Result<(), Failure> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from).map_err(|e| format!("{}: {e}", from.display()))? {
         let entry = entry?;
         let target = to.join(entry.file_name());
+        let source = target
+            .extension()
+            .is_some_and(|extension| extension == "rs" || extension == "py");
         if entry.file_type()?.is_dir() {
-            copy_tree(&entry.path(), &target)?;
-        } else {
+            copy_data(&entry.path(), &target)?;
+        } else if !source {
             fs::copy(entry.path(), target)?;
         }
     }

@@ -54,7 +54,7 @@ golden() {
 }
 
 decode() {
-    bin/edgellm run -m "$model" --backend cuda --tier "$1" --greedy -n 256 --json \
+    bin/edgellm run -m "$model" --backend cuda --tier "sm_$1" --greedy -n 256 --json \
         -i "Explain quantum computing:" >"$WORK/decode.txt" || return 1
     cat "$WORK/decode.txt"
     tail -n 1 "$WORK/decode.txt" >>"$OUT/decode.jsonl"
