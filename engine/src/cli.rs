@@ -98,13 +98,13 @@ impl From<BackendArg> for Choice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum TierArg {
     /// Turing and newer.
-    #[value(name = "sm_75")]
+    #[value(name = "sm_75", alias = "75")]
     Sm75,
     /// Ampere and newer.
-    #[value(name = "sm_80")]
+    #[value(name = "sm_80", alias = "80")]
     Sm80,
     /// Hopper and newer.
-    #[value(name = "sm_90")]
+    #[value(name = "sm_90", alias = "90")]
     Sm90,
 }
 
