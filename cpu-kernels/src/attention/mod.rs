@@ -12,7 +12,9 @@ mod plain;
 use half::f16;
 use rayon::prelude::*;
 
-use crate::isa::{Isa, Kind, per_isa};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Kind;
+use crate::isa::{Isa, per_isa};
 use crate::lanes::{exp, max, sum};
 
 /// Dimensions of one attention call.

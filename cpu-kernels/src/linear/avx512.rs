@@ -86,14 +86,21 @@ unsafe fn load_groups(
     }
 }
 
-/// The sixteen weights of a group.
+/// One f16 number in every lane.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn int4_table(scale: f32, min: f32) -> __m512 {
+fn splat_f16(value: f16) -> __m512 {
+    _mm512_cvtph_ps(_mm256_set1_epi16(value.to_bits() as i16))
+}
+
+/// The sixteen weights of a group, from its scale and minimum in every lane.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn int4_table(scale: __m512, min: __m512) -> __m512 {
     let ramp = _mm512_setr_ps(
         0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.,
     );
-    _mm512_fmadd_ps(_mm512_set1_ps(scale), ramp, _mm512_set1_ps(min))
+    _mm512_fmadd_ps(scale, ramp, min)
 }
 
 /// The 32 weights of the cell at `cell`.
@@ -165,7 +172,10 @@ fn int4_rows_of<const CELLS: usize>(w: &Int4Matrix, rows: Range<usize>, x: &[f32
             for group in 0..count {
                 let mut tables = [_mm512_setzero_ps(); TILE_ROWS];
                 for i in 0..TILE_ROWS {
-                    tables[i] = int4_table(scale_values[i][group], min_values[i][group]);
+                    tables[i] = int4_table(
+                        _mm512_set1_ps(scale_values[i][group]),
+                        _mm512_set1_ps(min_values[i][group]),
+                    );
                 }
                 let end = match CELLS {
                     1 => cell + 1,
@@ -198,11 +208,11 @@ fn int4_dequantize(w: &Int4Matrix, row: usize, out: &mut [f32]) {
     let quants = w.quants[row * w.cols / 2..][..w.cols / 2].as_ptr();
     for (group, out) in out.chunks_mut(w.group).enumerate() {
         let i = row * groups + group;
-        let scale = w.scales[i].to_f32();
-        let min = w
-            .mins
-            .as_ref()
-            .map_or(-8.0 * scale, |mins| mins[i].to_f32());
+        let scale = splat_f16(w.scales[i]);
+        let min = match &w.mins {
+            Some(mins) => splat_f16(mins[i]),
+            None => _mm512_mul_ps(scale, _mm512_set1_ps(-8.0)),
+        };
         let table = int4_table(scale, min);
         for (j, out) in out.chunks_exact_mut(CELL_WEIGHTS).enumerate() {
             // SAFETY: a cell of the row, and 32 floats of `out`.
@@ -288,7 +298,7 @@ fn int8_dequantize(w: &Int8Matrix, row: usize, out: &mut [f32]) {
         .zip(quants.chunks(w.group))
         .enumerate()
     {
-        let scale = _mm512_set1_ps(w.scales[row * groups + group].to_f32());
+        let scale = splat_f16(w.scales[row * groups + group]);
         for (out, q) in out.chunks_exact_mut(LANES).zip(quants.chunks_exact(LANES)) {
             // SAFETY: 16 bytes of the row, and 16 floats of `out`.
             unsafe {
