@@ -29,6 +29,7 @@ step() {
     echo "== $name"
     if "$@" >"$WORK/step.log" 2>&1; then
         result=pass
+        grep -q '^skipped: no GPU' "$WORK/step.log" && result=skip
     else
         result="FAIL (exit $?)"
         failed=1
@@ -40,8 +41,7 @@ step() {
 
 join_model() {
     (cd "$PARTS" && sha256sum -c SHA256SUMS) || return 1
-    name=$(sed 's/^[0-9a-f]*  //' "$PARTS/model.sha256")
-    cat "$PARTS"/part-* >"$WORK/$name" || return 1
+    cat "$PARTS"/part-* >"$model" || return 1
     (cd "$WORK" && sha256sum -c "$PARTS/model.sha256")
 }
 
@@ -62,8 +62,8 @@ decode() {
 
 : >"$OUT/log.txt"
 { nvidia-smi 2>&1 || echo "no nvidia-smi"; } | tee "$OUT/machine.txt"
-step "model parts" join_model
 model=$WORK/$(sed 's/^[0-9a-f]*  //' "$PARTS/model.sha256")
+step "model parts" join_model
 tiers=${TIERS:-$(bin/edgellm-bench tiers)}
 
 if [ "$what" != bench ]; then
