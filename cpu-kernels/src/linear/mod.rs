@@ -9,6 +9,15 @@
 //!
 //! In both a weight is rounded to the same float and a row is summed in the same order, lane `i`
 //! taking columns `i, i + lanes, …`: a prompt gives the same bits in one call as token by token.
+//!
+//! One thread of an AMD EPYC (Zen 4), 2026-11-23, billions of multiplications with addition a second:
+//!
+//! | | AVX-512 | AVX2 | scalar |
+//! |---|---|---|---|
+//! | INT4, group 32, K 576, one token | 17.4 | 12.7 | 2.9 |
+//! | INT4, group 128, K 1536, one token | 23.7 | 14.5 | 3.0 |
+//! | INT8, a scale a row, K 576, one token | 22.8 | 18.9 | 3.6 |
+//! | INT4, group 32, K 576, 32 tokens | 46.2 | 46.4 | 10.5 |
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
