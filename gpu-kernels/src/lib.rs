@@ -20,6 +20,7 @@ pub mod kv_append;
 pub mod linear;
 pub mod logits;
 pub mod ptx;
+pub mod read;
 mod reduce;
 pub mod rmsnorm;
 pub mod rope;
@@ -35,7 +36,7 @@ pub mod variant;
 
 /// Every kernel, for the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
-pub static ENTRIES: [&cuda_std::emulator::Entry; 13] = [
+pub static ENTRIES: [&cuda_std::emulator::Entry; 14] = [
     &embed::EMBED_INT8_ENTRY,
     &rmsnorm::RMSNORM_F32_ENTRY,
     &linear::gemv_int4::LINEAR_GEMV_INT4_BASELINE_ENTRY,
@@ -49,4 +50,5 @@ pub static ENTRIES: [&cuda_std::emulator::Entry; 13] = [
     &logits::LOGITS_INT8_ENTRY,
     &sample::ARGMAX_F32_ENTRY,
     &sample::ADVANCE_POSITION_ENTRY,
+    &read::READ_BYTES_ENTRY,
 ];

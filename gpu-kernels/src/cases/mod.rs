@@ -10,6 +10,7 @@ mod emulator;
 mod forward;
 mod inputs;
 mod linear;
+mod read;
 mod sample;
 
 use thiserror::Error;
@@ -127,6 +128,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(linear::cases());
     cases.extend(attention::cases());
     cases.extend(sample::cases());
+    cases.extend(read::cases());
     cases.extend(forward::cases());
     cases
 }
