@@ -7,12 +7,22 @@ use engine::backend::cuda::plan::Memory;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
 use gpu_kernels::variant::{Choice, INT4_GEMV, VariantId};
 use gpu_kernels::{
-    add, attention, embed, kv_append, linear, logits, rmsnorm, rope, sample, swiglu,
+    add, attention, embed, kv_append, linear, logits, read as read_kernel, rmsnorm, rope, sample,
+    swiglu,
 };
 use half::f16;
 
 /// Allocates a kernel's operands and plans the call.
-pub type Make = Box<dyn Fn(&DeviceInfo, &mut dyn Memory) -> Result<Call, Error>>;
+pub type Make = Box<dyn Fn(&DeviceInfo, &mut dyn Operands) -> Result<Call, Error>>;
+
+/// Where a row's operands come from.
+pub trait Operands: Memory {
+    /// A buffer of activations: rotating copies of a row share it, as it sits in L2 in a real step.
+    ///
+    /// # Errors
+    /// As [`Memory::upload`].
+    fn activations(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error>;
+}
 
 /// One measurement to take.
 pub struct Row {
@@ -71,7 +81,46 @@ pub fn all() -> Vec<Row> {
     rows.push(swiglu_f32(1536));
     rows.push(swiglu_f32(8960));
     rows.push(advance());
+    rows.push(read(7_138_304, true));
     rows
+}
+
+/// The INT4 and INT8 forms of an `(n, k)` matrix, every variant of each.
+pub fn matrix(n: usize, k: usize, group: usize) -> Vec<Row> {
+    let mut rows = gemv_int4(n, k, group, false);
+    rows.push(gemv_int8(n, k, group));
+    rows
+}
+
+/// The output matrix of a model, INT8, one scale a row.
+pub fn output_matrix(vocab: usize, width: usize) -> Row {
+    logits_int8(vocab, width, width)
+}
+
+/// Attention of one token over `context` cached ones, itself included.
+pub fn attention_over(heads: usize, kv_heads: usize, head_dim: usize, context: usize) -> Vec<Row> {
+    vec![attention_decode(heads, kv_heads, head_dim, context - 1)]
+}
+
+/// The kernel that reads `bytes`, rounded up to what it can load, and does nothing with them.
+pub fn read(bytes: u64, streams: bool) -> Row {
+    let bytes = bytes.next_multiple_of(16);
+    Row {
+        kernel: "read_bytes",
+        shape: format!("{bytes} bytes"),
+        bytes,
+        streams,
+        make: Box::new(move |device, memory| {
+            let shape = read_kernel::Shape {
+                bytes: bytes as usize,
+            };
+            let operands = read_kernel::Operands {
+                data: noise(memory, bytes as usize)?,
+                out: memory.reserve(4 * shape.out_words(device) as u64)?,
+            };
+            planned(read_kernel::plan(device, &shape, &operands))
+        }),
+    }
 }
 
 fn planned(call: Result<Call, ShapeError>) -> Result<Call, Error> {
@@ -79,7 +128,7 @@ fn planned(call: Result<Call, ShapeError>) -> Result<Call, Error> {
 }
 
 /// A buffer of pseudo-random bytes: all-zero data would draw less power than weights do.
-fn noise(memory: &mut dyn Memory, bytes: usize) -> Result<DeviceSlice, Error> {
+fn noise(memory: &mut dyn Operands, bytes: usize) -> Result<DeviceSlice, Error> {
     // Made once, and repeated: no cache of a GPU holds a whole one.
     const BLOCK_BYTES: usize = 64 << 20;
     static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -103,19 +152,19 @@ fn noise(memory: &mut dyn Memory, bytes: usize) -> Result<DeviceSlice, Error> {
 }
 
 /// `(elems,)` f16, small and positive.
-fn halves(memory: &mut dyn Memory, elems: usize) -> Result<DeviceSlice, Error> {
+fn halves(memory: &mut dyn Operands, elems: usize) -> Result<DeviceSlice, Error> {
     memory.upload(&f16::from_f32(0.01).to_le_bytes().repeat(elems))
 }
 
-/// `(elems,)` f32 in (-1, 1).
-fn floats(memory: &mut dyn Memory, elems: usize) -> Result<DeviceSlice, Error> {
+/// `(elems,)` f32 in (-1, 1): activations.
+fn floats(memory: &mut dyn Operands, elems: usize) -> Result<DeviceSlice, Error> {
     let data: Vec<u8> = (0..elems)
         .flat_map(|i| ((i as f32 * 0.37).sin() * 0.9).to_le_bytes())
         .collect();
-    memory.upload(&data)
+    memory.activations(&data)
 }
 
-fn ints(memory: &mut dyn Memory, values: &[u32]) -> Result<DeviceSlice, Error> {
+fn ints(memory: &mut dyn Operands, values: &[u32]) -> Result<DeviceSlice, Error> {
     memory.upload(
         &values
             .iter()
@@ -403,6 +452,12 @@ mod tests {
     use super::*;
     use engine::backend::cuda::plan::Counter;
 
+    impl Operands for Counter {
+        fn activations(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error> {
+            self.upload(bytes)
+        }
+    }
+
     #[test]
     fn every_row_can_be_planned_and_every_kernel_has_one() {
         let rows = all();
@@ -411,8 +466,9 @@ mod tests {
             let call = (row.make)(&DeviceInfo::T4, &mut memory)
                 .unwrap_or_else(|error| panic!("{} {}: {error}", row.kernel, row.shape));
             assert_eq!(call.kernel, row.kernel);
-            // What streams reads each operand once: the bytes are those of its buffers.
-            if row.streams {
+            // What streams reads each operand once: the bytes are those of its buffers. The read
+            // kernel's few results are not its purpose.
+            if row.streams && row.kernel != "read_bytes" {
                 let difference = memory.bytes.abs_diff(row.bytes);
                 assert!(
                     difference <= 6 * Counter::ALIGN,
