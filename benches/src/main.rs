@@ -85,7 +85,7 @@ struct Wanted {
     /// The matrices, the logits and the attention of this model.
     #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(models()))]
     model: Option<String>,
-    /// Only this variant: its number, or the end of the kernel's name. Its baseline is timed too.
+    /// Only this variant: its number, or its part of the kernel's name. Its baseline is timed too.
     #[arg(long, value_name = "ID")]
     variant: Option<String>,
     /// Weights that share a scale, for --model and for a shape that is not listed.

@@ -167,16 +167,14 @@ impl Model {
     }
 }
 
-/// The number of a variant, or the end of its name.
+/// The number of a variant, or its part of the kernel's name.
 fn is_variant(kernel: &str, variant: &str) -> bool {
     match variant.parse::<u32>() {
         Ok(id) => family(kernel)
             .into_iter()
             .flat_map(|family| family.variants)
             .any(|known| known.kernel == kernel && known.id.0 == id),
-        Err(_) => kernel
-            .strip_suffix(variant)
-            .is_some_and(|rest| rest.ends_with('_')),
+        Err(_) => format!("{kernel}_").contains(&format!("_{variant}_")),
     }
 }
 
