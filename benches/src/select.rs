@@ -343,7 +343,7 @@ mod tests {
         for wanted in [
             "linear_gemv_int4_multirow 256 x 1536 group 128",
             "linear_gemv_int4_multirow 1536 x 8960 group 128",
-            "logits_int8 151936 x 1536 group 1536",
+            "logits_int8_by_row 151936 x 1536 group 1536",
         ] {
             assert!(rows.iter().any(|row| row == wanted), "{wanted}: {rows:?}");
         }

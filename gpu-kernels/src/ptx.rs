@@ -348,6 +348,11 @@ arithmetic! {
     dp4a(a: u32, reg32; b: u32, reg32; c: i32, reg32) -> i32, reg32
         = "dp4a.s32.s32 {}, {}, {}, {};", twin::dp4a(a, b, c);
 
+    /// `prmt.b32`: four of the eight bytes of `a` (0 to 3) and `b` (4 to 7), those that the low four
+    /// nibbles of `selector` name, the lowest first. Nibbles are below 8: no sign is spread.
+    permute_bytes(a: u32, reg32; b: u32, reg32; selector: u32, reg32) -> u32, reg32
+        = "prmt.b32 {}, {}, {}, {};", twin::permute_bytes(a, b, selector);
+
     /// `sub.rn.f16x2`: each half of `a` minus that of `b`, rounded to the nearest half.
     sub_f16x2(a: u32, reg32; b: u32, reg32) -> u32, reg32
         = "sub.rn.f16x2 {}, {}, {};", twin::sub_f16x2(a, b);
@@ -358,50 +363,24 @@ arithmetic! {
         = "dp4a.u32.s32 {}, {}, {}, {};", twin::dp4a_u8_i8(a, b, c);
 }
 
-/// `mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32`: `A B + C` by a whole warp, for
-/// `A (16, 16)` and `B (16, 8)` of halves and `C (16, 8)` of floats. On sm_75, which lacks it, two
-/// `m16n8k8` over the halves of k.
-///
-/// With `g = lane / 4` and `t = lane % 4` a lane holds, low half first:
-///
-/// | operand | elements |
-/// |---|---|
-/// | `a[0]`, `a[1]` | `A[g, 2t ..= 2t + 1]`, `A[g + 8, ..]` of the same |
-/// | `a[2]`, `a[3]` | `A[g, 2t + 8 ..= 2t + 9]`, `A[g + 8, ..]` of the same |
-/// | `b[0]`, `b[1]` | `B[2t ..= 2t + 1, g]`, `B[2t + 8 ..= 2t + 9, g]` |
-/// | `c[0]`, `c[1]` | `C[g, 2t]`, `C[g, 2t + 1]` |
-/// | `c[2]`, `c[3]` | `C[g + 8, 2t]`, `C[g + 8, 2t + 1]` |
-///
-/// Products are exact. The device adds them in an order and with a rounding that PTX leaves open,
-/// the same each time; the host twin rounds the exact sum once. All 32 lanes call it.
+/// `cvt.rn.f16x2.f32`: two floats as halves in one register, each as by [`f32_to_f16`]. On sm_75,
+/// which lacks it, two conversions.
 #[inline(always)]
-#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-pub fn mma_m16n8k16_f16_f32(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
-    #[cfg(target_arch = "nvptx64")]
+pub fn f32x2_to_f16x2(low: f32, high: f32) -> u32 {
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_80"))]
     {
-        let [mut d0, mut d1, mut d2, mut d3] = c;
-        // SAFETY: registers only. Without `pure` the compiler does not move it to where fewer
-        // lanes would reach it.
-        #[cfg(target_feature = "sm_80")]
+        let halves: u32;
+        // SAFETY: registers only.
         unsafe {
-            asm!("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};",
-                inout(reg32) d0, inout(reg32) d1, inout(reg32) d2, inout(reg32) d3,
-                in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3],
-                in(reg32) b[0], in(reg32) b[1], options(nomem, nostack));
+            asm!("cvt.rn.f16x2.f32 {}, {}, {};", out(reg32) halves, in(reg32) high, in(reg32) low,
+                options(pure, nomem, nostack));
         }
-        // SAFETY: as above.
-        #[cfg(not(target_feature = "sm_80"))]
-        unsafe {
-            asm!("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}}}, {{{8}}}, {{{0}, {1}, {2}, {3}}};",
-                "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{{0}, {1}, {2}, {3}}}, {{{6}, {7}}}, {{{9}}}, {{{0}, {1}, {2}, {3}}};",
-                inout(reg32) d0, inout(reg32) d1, inout(reg32) d2, inout(reg32) d3,
-                in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3],
-                in(reg32) b[0], in(reg32) b[1], options(nomem, nostack));
-        }
-        [d0, d1, d2, d3]
+        halves
     }
-    #[cfg(not(target_arch = "nvptx64"))]
-    twin::mma_m16n8k16(a, b, c)
+    #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_80")))]
+    {
+        u32::from(f32_to_f16(low)) | u32::from(f32_to_f16(high)) << 16
+    }
 }
 
 /// e^x as 2^(x log2 e): a multiplication and [`exp2`].
@@ -435,6 +414,12 @@ mod twin {
         [register as u16, (register >> 16) as u16].map(f16_to_f32)
     }
 
+    pub fn permute_bytes(a: u32, b: u32, selector: u32) -> u32 {
+        let bytes = (u64::from(b) << 32 | u64::from(a)).to_le_bytes();
+        let byte = |i: u32| bytes[(selector >> (4 * i)) as usize & 7];
+        u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)])
+    }
+
     pub fn sub_f16x2(a: u32, b: u32) -> u32 {
         let (a, b) = (halves(a), halves(b));
         // A difference of halves has at most 41 bits, so it is exact in double precision.
@@ -445,28 +430,6 @@ mod twin {
             u32::from(if nan { 0x7fff } else { rounded.to_bits() })
         };
         half(0) | half(1) << 16
-    }
-
-    /// Each lane gathers the two rows of A and the two columns of B that its elements of C need.
-    #[track_caller]
-    pub fn mma_m16n8k16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
-        use cuda_std::warp::{FULL_MASK, lane_id, shuffle_idx_u32};
-        let (g, t) = (lane_id() / 4, lane_id() % 4);
-        let from = |register: u32, lane: u32| halves(shuffle_idx_u32(FULL_MASK, register, lane));
-        let mut sums = c.map(f64::from);
-        for u in 0..4 {
-            // Registers of k = 2u, 2u + 1, then of k = 2u + 8, 2u + 9.
-            for i in 0..2 {
-                let rows = [from(a[2 * i], 4 * g + u), from(a[2 * i + 1], 4 * g + u)];
-                let cols = [from(b[i], 8 * t + u), from(b[i], 8 * t + 4 + u)];
-                for (element, sum) in sums.iter_mut().enumerate() {
-                    let (row, col) = (rows[element / 2], cols[element % 2]);
-                    *sum += f64::from(row[0]) * f64::from(col[0]);
-                    *sum += f64::from(row[1]) * f64::from(col[1]);
-                }
-            }
-        }
-        sums.map(|sum| sum as f32)
     }
 
     /// The value with a subnormal replaced by the zero of its sign.

@@ -10,6 +10,7 @@ mod emulator;
 mod forward;
 mod inputs;
 mod linear;
+mod logits;
 mod read;
 mod sample;
 
@@ -126,6 +127,7 @@ impl Case {
 pub fn all() -> Vec<Case> {
     let mut cases = elementwise::cases();
     cases.extend(linear::cases());
+    cases.extend(logits::cases());
     cases.extend(attention::cases());
     cases.extend(sample::cases());
     cases.extend(read::cases());
@@ -136,6 +138,7 @@ pub fn all() -> Vec<Case> {
 /// Shapes of real models, too slow for the emulator.
 pub fn large() -> Vec<Case> {
     let mut cases = linear::large();
+    cases.extend(logits::large());
     cases.extend(attention::large());
     cases
 }

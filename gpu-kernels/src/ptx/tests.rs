@@ -225,38 +225,14 @@ fn packed_halves_subtract_on_their_own() {
 }
 
 #[test]
-fn a_warp_multiplies_matrices() {
-    // Small integers: every sum is exact, whatever its order.
-    let at = |i: usize, j: usize| ((i * 7 + j * 3) % 11) as f32 - 5.0;
-    let pack = |low: f32, high: f32| u32::from(f32_to_f16(high)) << 16 | u32::from(f32_to_f16(low));
-    let out = Buffer::<f32>::uninit(16 * 8);
-    let p = out.address() as *mut f32;
-    launch("mma", &Launch::linear(1, 32), || {
-        let lane = cuda_std::warp::lane_id() as usize;
-        let (g, t) = (lane / 4, lane % 4);
-        let a = |row: usize, k: usize| pack(at(row, k), at(row, k + 1));
-        let b = |k: usize| pack(at(k + 20, g), at(k + 21, g));
-        let d = mma_m16n8k16_f16_f32(
-            [
-                a(g, 2 * t),
-                a(g + 8, 2 * t),
-                a(g, 2 * t + 8),
-                a(g + 8, 2 * t + 8),
-            ],
-            [b(2 * t), b(2 * t + 8)],
-            [1.0, 2.0, 3.0, 4.0],
-        );
-        for (i, value) in d.into_iter().enumerate() {
-            let element = (g + i / 2 * 8) * 8 + 2 * t + i % 2;
-            // SAFETY: the element is one of the 16 x 8.
-            unsafe { st_global_f32(p.wrapping_add(element), value) };
-        }
-    })
-    .unwrap();
-    for (element, got) in out.to_vec().unwrap().into_iter().enumerate() {
-        let (row, col) = (element / 8, element % 8);
-        let start = (1 + row / 8 * 2 + col % 2) as f32;
-        let want: f32 = (0..16).map(|k| at(row, k) * at(k + 20, col)).sum();
-        assert_eq!(got, start + want, "row {row}, column {col}");
-    }
+fn bytes_are_picked_from_two_registers() {
+    let (a, b) = (0x3322_1100, 0x7766_5544);
+    assert_eq!(permute_bytes(a, b, 0x3210), a);
+    assert_eq!(permute_bytes(a, b, 0x5410), 0x5544_1100);
+    assert_eq!(permute_bytes(a, b, 0x7632), 0x7766_3322);
+}
+
+#[test]
+fn two_floats_become_two_halves() {
+    assert_eq!(f32x2_to_f16x2(1.0, -2.0), 0xc000_3c00);
 }
