@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use engine::backend::cuda::device::{DeviceMemory, Gpu};
 use engine::backend::cuda::plan::Memory;
-use gpu_kernels::cases::{self, Device, DeviceError};
+use gpu_kernels::cases::{self, Case, Device, DeviceError};
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
 
 /// A CUDA device for one case; its memory is freed when it is dropped.
@@ -71,13 +71,13 @@ pub struct Outcome {
     pub result: Result<f64, String>,
 }
 
-/// Runs every case whose name contains `filter` on `gpu`: those that the emulator also runs, and
-/// the shapes of real models.
-pub fn run(gpu: &Arc<Gpu>, filter: &str) -> Vec<Outcome> {
+/// Runs every case that `wanted` takes on `gpu`: those that the emulator also runs, and the shapes
+/// of real models.
+pub fn run(gpu: &Arc<Gpu>, wanted: impl Fn(&Case) -> bool) -> Vec<Outcome> {
     cases::all()
         .into_iter()
         .chain(cases::large())
-        .filter(|case| case.name.contains(filter))
+        .filter(|case| wanted(case))
         .map(|case| {
             let mut device = CudaDevice::new(gpu);
             let result = (case.run)(&mut device).map_err(|error| error.to_string());
@@ -90,15 +90,15 @@ pub fn run(gpu: &Arc<Gpu>, filter: &str) -> Vec<Outcome> {
         .collect()
 }
 
-/// Prints a table of the outcomes; returns how many failed.
-pub fn report(tier: u32, outcomes: &[Outcome]) -> usize {
+/// Prints a table of the outcomes on `place`; returns how many failed.
+pub fn report(place: &str, outcomes: &[Outcome]) -> usize {
     let mut failed = 0;
     for outcome in outcomes {
         match &outcome.result {
-            Ok(error) => println!("pass  sm_{tier}  {:<64} {error:.2e}", outcome.name),
+            Ok(error) => println!("pass  {place}  {:<64} {error:.2e}", outcome.name),
             Err(reason) => {
                 failed += 1;
-                println!("FAIL  sm_{tier}  {:<64} {reason}", outcome.name);
+                println!("FAIL  {place}  {:<64} {reason}", outcome.name);
             }
         }
     }

@@ -1,13 +1,22 @@
 //! Checks every GPU kernel against its CPU reference on a real device, and only then times it.
 //!
 //! - [`check`]: runs `gpu_kernels::cases` on a CUDA device, in one tier.
+//! - [`emulate`]: runs them on the emulator, without a GPU.
+//! - [`select`]: which kernels, shapes and variants a command line means.
 //! - [`rows`]: what is timed: kernel, shape, bytes that it has to move.
 //! - [`time`]: how it is timed: a CUDA graph over rotating copies of the operands.
+//! - [`kernels`]: a whole run, from check to table; [`table`] lays it out.
+//! - [`resources`]: registers, memory and occupancy, as the driver compiled a kernel.
 //! - [`results`]: one JSON object a line, in `results/<gpu>.jsonl`.
 
 pub mod check;
+pub mod emulate;
+pub mod kernels;
+pub mod resources;
 pub mod results;
 pub mod rows;
+pub mod select;
+pub mod table;
 pub mod time;
 
 use std::sync::Arc;

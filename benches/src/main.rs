@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use benches::{check, open, results, rows, time};
+use benches::kernels::{self, Options};
+use benches::select::{Selection, models, parse_shape};
+use benches::{check, emulate, open, rows};
 use clap::{Parser, Subcommand};
 use engine::Error;
 use engine::backend::cuda;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 #[derive(Parser)]
 #[command(
@@ -23,25 +25,40 @@ struct Args {
 enum Command {
     /// Run the kernel cases on the GPU, in every tier that it can run.
     Check {
-        /// Only this tier (75, 80, 90).
-        #[arg(long)]
+        /// Only this tier: sm_75, sm_80, sm_90.
+        #[arg(long, value_parser = parse_tier)]
         tier: Option<u32>,
         /// Only cases whose name contains this.
         #[arg(long, default_value = "")]
         filter: String,
     },
-    /// Check, and if all is right, time every kernel.
+    /// Run the kernel cases on the emulator: needs no GPU.
+    Emulate {
+        #[command(flatten)]
+        wanted: Wanted,
+    },
+    /// Check, and if all is right, time: one table a tier, appended to the results file.
     Kernels {
-        /// Only this tier (75, 80, 90).
-        #[arg(long)]
+        #[command(flatten)]
+        wanted: Wanted,
+        /// Only this tier: sm_75, sm_80, sm_90 [default: every one that the GPU runs].
+        #[arg(long, value_parser = parse_tier)]
         tier: Option<u32>,
-        /// Only kernels whose name contains this.
-        #[arg(long, default_value = "")]
-        filter: String,
+        /// Show the speed-up over what this revision recorded, rather than over the last run.
+        #[arg(long, value_name = "REVISION")]
+        compare: Option<String>,
+        /// Write the measurements of this run here, as a JSON array.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
         /// Folder that gets `<gpu>.jsonl`.
         #[arg(long, default_value = "benches/results")]
         results: PathBuf,
+        /// Revision to record [default: what git says of the folder].
+        #[arg(long)]
+        revision: Option<String>,
     },
+    /// Print the GPU's name and its highest tier; fails, with the reason, where there is none.
+    Device,
     /// Print what would be timed, and the bytes that each has to move.
     List,
     /// Print the tiers that this program has kernels for.
@@ -53,8 +70,60 @@ enum Command {
     },
 }
 
+/// Which kernels and shapes.
+#[derive(clap::Args)]
+struct Wanted {
+    /// Only kernels whose name contains this.
+    #[arg(default_value = "")]
+    kernel: String,
+    /// The same.
+    #[arg(long, hide = true, conflicts_with = "kernel")]
+    filter: Option<String>,
+    /// Only matrices of this shape, as in 8960x1536; one that is not listed is made.
+    #[arg(long, value_name = "NxK", value_parser = parse_shape)]
+    shape: Option<(usize, usize)>,
+    /// The matrices, the logits and the attention of this model.
+    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(models()))]
+    model: Option<String>,
+    /// Only this variant: its number, or its part of the kernel's name. Its baseline is timed too.
+    #[arg(long, value_name = "ID")]
+    variant: Option<String>,
+    /// Weights that share a scale, for --model and for a shape that is not listed.
+    #[arg(long, default_value_t = 128, value_parser = parse_group)]
+    group: usize,
+}
+
+impl Wanted {
+    fn selection(self) -> Selection {
+        Selection {
+            kernel: self.filter.unwrap_or(self.kernel),
+            shape: self.shape,
+            model: self.model,
+            variant: self.variant,
+            group: self.group,
+        }
+    }
+}
+
+fn parse_tier(text: &str) -> Result<u32, String> {
+    let tier = text.strip_prefix("sm_").unwrap_or(text).parse().ok();
+    let built = cuda::tiers();
+    tier.filter(|tier| built.contains(tier)).ok_or_else(|| {
+        let names: Vec<String> = built.iter().map(|tier| format!("sm_{tier}")).collect();
+        format!("there are {}", names.join(", "))
+    })
+}
+
+fn parse_group(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(group @ (32 | 64 | 128)) => Ok(group),
+        _ => Err("groups are of 32, 64 or 128 weights".to_owned()),
+    }
+}
+
 fn main() -> ExitCode {
     let done = match Args::parse().command {
+        Command::Device => device(),
         Command::List => {
             list();
             Ok(true)
@@ -64,12 +133,24 @@ fn main() -> ExitCode {
             Ok(true)
         }
         Command::Ptx { folder } => write_ptx(&folder),
-        Command::Check { tier, filter } => on_gpu(tier, |tier| run_tier(tier, &filter, None)),
+        Command::Check { tier, filter } => on_gpu(tier, |tier| check_tier(tier, &filter)),
+        Command::Emulate { wanted } => emulated(&wanted.selection()),
         Command::Kernels {
+            wanted,
             tier,
-            filter,
+            compare,
+            json,
             results,
-        } => on_gpu(tier, |tier| run_tier(tier, &filter, Some(&results))),
+            revision,
+        } => {
+            let options = Options {
+                selection: wanted.selection(),
+                compare,
+                results,
+                revision: revision.unwrap_or_else(kernels::revision),
+            };
+            timed(tier, &options, json.as_deref())
+        }
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -99,56 +180,61 @@ fn on_gpu(
     Ok(all_right)
 }
 
-/// Checks one tier, then times it if `results` says where to. False if a case failed.
-fn run_tier(tier: u32, filter: &str, results: Option<&Path>) -> Result<bool, Error> {
+fn check_tier(tier: u32, filter: &str) -> Result<bool, Error> {
     let Some(gpu) = open(tier)? else {
         println!("skipped: this GPU cannot run sm_{tier}");
         return Ok(true);
     };
     println!("{} with sm_{tier} kernels", gpu.name());
-    let outcomes = check::run(&gpu, filter);
-    let failed = check::report(tier, &outcomes);
+    let outcomes = check::run(&gpu, |case| case.name.contains(filter));
+    let failed = check::report(&format!("sm_{tier}"), &outcomes);
     println!("sm_{tier}: {} cases, {failed} failed", outcomes.len());
-    let Some(folder) = results else {
-        return Ok(failed == 0);
-    };
-    if failed > 0 {
-        println!("sm_{tier}: not timed, because a kernel that is wrong has no speed");
-        return Ok(false);
+    Ok(failed == 0)
+}
+
+fn timed(tier: Option<u32>, options: &Options, json: Option<&Path>) -> Result<bool, Error> {
+    let mut lines = Vec::new();
+    let all_right = on_gpu(tier, |tier| {
+        let Some(gpu) = open(tier)? else {
+            println!("skipped: this GPU cannot run sm_{tier}");
+            return Ok(true);
+        };
+        let measured = kernels::run(&gpu, options)?;
+        let right = measured.is_some();
+        lines.extend(measured.unwrap_or_default());
+        Ok(right)
+    })?;
+    if let Some(path) = json {
+        std::fs::write(path, format!("{:#}\n", Value::Array(lines)))
+            .map_err(|error| Error::machine(format!("writing {}: {error}", path.display())))?;
     }
-    let path = results::path(folder, gpu.name());
-    let row = |kernel: &str, shape: &str, bytes: u64, timing: &time::Timing| {
-        println!(
-            "time  sm_{tier}  {kernel:<28} {shape:<28} {:>10.2} us  {:>8.1} GB/s",
-            timing.median_us,
-            timing.gb_per_second(bytes)
-        );
-        json!({
-            "date": results::today(),
-            "gpu": gpu.name(),
-            "tier": format!("sm_{tier}"),
-            "kernel": kernel,
-            "shape": shape,
-            "bytes": bytes,
-            "us_median": timing.median_us,
-            "us_min": timing.min_us,
-            "us_max": timing.max_us,
-            "gb_per_second": timing.gb_per_second(bytes),
-            "launches": timing.launches,
-            "copies": timing.copies,
-            "samples": timing.samples,
-        })
-    };
-    let copy = time::device_copy(&gpu)?;
-    // Read once and written once.
-    let mut lines: Vec<Value> = vec![row("device_copy", "bytes", 2 * time::ROTATE_BYTES, &copy)];
-    for wanted in rows::all().iter().filter(|row| row.kernel.contains(filter)) {
-        let timing = time::kernel(&gpu, wanted)?;
-        lines.push(row(wanted.kernel, &wanted.shape, wanted.bytes, &timing));
+    Ok(all_right)
+}
+
+fn emulated(selection: &Selection) -> Result<bool, Error> {
+    let outcomes = emulate::run(|case| selection.takes(case.kernel));
+    if outcomes.is_empty() {
+        return Err(Error::input("no case is of such a kernel"));
     }
-    results::append(&path, &lines)
-        .map_err(|error| Error::machine(format!("writing {}: {error}", path.display())))?;
-    println!("{} results appended to {}", lines.len(), path.display());
+    let failed = check::report("emulator", &outcomes);
+    println!("emulator: {} cases, {failed} failed", outcomes.len());
+    Ok(failed == 0)
+}
+
+fn device() -> Result<bool, Error> {
+    cuda::available().map_err(Error::machine)?;
+    let capability = cuda::device::capability()?;
+    let tier = cuda::tiers()
+        .into_iter()
+        .filter(|tier| *tier <= capability)
+        .max();
+    let tier = tier.ok_or_else(|| {
+        Error::machine(format!(
+            "the GPU is sm_{capability}, too old for the kernels"
+        ))
+    })?;
+    let name = open(tier)?.map_or_else(String::new, |gpu| gpu.name().to_owned());
+    println!("{name} sm_{tier}");
     Ok(true)
 }
 

@@ -7,12 +7,22 @@ use engine::backend::cuda::plan::Memory;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
 use gpu_kernels::variant::{Choice, INT4_GEMV, VariantId};
 use gpu_kernels::{
-    add, attention, embed, kv_append, linear, logits, rmsnorm, rope, sample, swiglu,
+    add, attention, embed, kv_append, linear, logits, read as read_kernel, rmsnorm, rope, sample,
+    swiglu,
 };
 use half::f16;
 
 /// Allocates a kernel's operands and plans the call.
-pub type Make = Box<dyn Fn(&DeviceInfo, &mut dyn Memory) -> Result<Call, Error>>;
+pub type Make = Box<dyn Fn(&DeviceInfo, &mut dyn Operands) -> Result<Call, Error>>;
+
+/// Where a row's operands come from.
+pub trait Operands: Memory {
+    /// A buffer of activations: rotating copies of a row share it, as it sits in L2 in a real step.
+    ///
+    /// # Errors
+    /// As [`Memory::upload`].
+    fn activations(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error>;
+}
 
 /// One measurement to take.
 pub struct Row {
@@ -50,14 +60,38 @@ pub fn all() -> Vec<Row> {
     for (n, k) in [(1536, 1536), (8960, 1536), (1536, 8960)] {
         rows.push(gemv_int8(n, k, 32));
     }
-    for (vocab, width, group) in [(49_152, 576, 32), (151_936, 1536, 1536), (151_936, 896, 32)] {
-        rows.push(logits_int8(vocab, width, group));
+    // SmolLM2-135M, Qwen2.5-0.5B, 1.5B, 3B and 7B, Llama-3.2-1B: a scale a row, and groups.
+    for (vocab, width) in [
+        (49_152, 576),
+        (151_936, 896),
+        (151_936, 1536),
+        (151_936, 2048),
+        (152_064, 3584),
+        (128_256, 2048),
+    ] {
+        rows.push(logits_int8(vocab, width, width));
+        rows.push(logits_int8(vocab, width, 32));
     }
-    for (heads, kv_heads, head_dim) in [(9, 3, 64), (12, 2, 128)] {
-        for position in [127, 1023, 4095] {
-            rows.push(attention_decode(heads, kv_heads, head_dim, position));
+    // SmolLM2-135M, Qwen2.5-0.5B, 1.5B and 3B, Llama 8B.
+    for (heads, kv_heads, head_dim) in [
+        (9, 3, 64),
+        (14, 2, 64),
+        (12, 2, 128),
+        (16, 2, 128),
+        (32, 8, 128),
+    ] {
+        for tokens in [1, 128, 512, 1024, 4096, 16_384] {
+            rows.push(attention_split(heads, kv_heads, head_dim, tokens));
         }
     }
+    for tokens in [65_536, 131_072] {
+        rows.push(attention_split(12, 2, 128, tokens));
+    }
+    // Widths of other models, and the kernel for widths that the split one does not take.
+    rows.push(attention_split(32, 32, 80, 4096));
+    rows.push(attention_split(32, 32, 96, 4096));
+    rows.push(attention_split(8, 4, 256, 4096));
+    rows.push(attention_block_a_head(12, 2, 128, 1024));
     for (vocab, width) in [(49_152, 576), (151_936, 1536)] {
         rows.push(embed_int8(vocab, width));
         rows.push(rmsnorm_f32(width));
@@ -71,7 +105,49 @@ pub fn all() -> Vec<Row> {
     rows.push(swiglu_f32(1536));
     rows.push(swiglu_f32(8960));
     rows.push(advance());
+    rows.push(read(7_138_304, true));
     rows
+}
+
+/// The INT4 and INT8 forms of an `(n, k)` matrix, every variant of each.
+pub fn matrix(n: usize, k: usize, group: usize) -> Vec<Row> {
+    let mut rows = gemv_int4(n, k, group, false);
+    rows.push(gemv_int8(n, k, group));
+    rows
+}
+
+/// The output matrix of a model, INT8, one scale a row.
+pub fn output_matrix(vocab: usize, width: usize) -> Row {
+    logits_int8(vocab, width, width)
+}
+
+/// Attention of one token over `context` cached ones, itself included.
+pub fn attention_over(heads: usize, kv_heads: usize, head_dim: usize, context: usize) -> Vec<Row> {
+    vec![
+        attention_block_a_head(heads, kv_heads, head_dim, context),
+        attention_split(heads, kv_heads, head_dim, context),
+    ]
+}
+
+/// The kernel that reads `bytes`, rounded up to what it can load, and does nothing with them.
+pub fn read(bytes: u64, streams: bool) -> Row {
+    let bytes = bytes.next_multiple_of(16);
+    Row {
+        kernel: "read_bytes",
+        shape: format!("{bytes} bytes"),
+        bytes,
+        streams,
+        make: Box::new(move |device, memory| {
+            let shape = read_kernel::Shape {
+                bytes: bytes as usize,
+            };
+            let operands = read_kernel::Operands {
+                data: noise(memory, bytes as usize)?,
+                out: memory.reserve(4 * shape.out_words(device) as u64)?,
+            };
+            planned(read_kernel::plan(device, &shape, &operands))
+        }),
+    }
 }
 
 fn planned(call: Result<Call, ShapeError>) -> Result<Call, Error> {
@@ -79,7 +155,7 @@ fn planned(call: Result<Call, ShapeError>) -> Result<Call, Error> {
 }
 
 /// A buffer of pseudo-random bytes: all-zero data would draw less power than weights do.
-fn noise(memory: &mut dyn Memory, bytes: usize) -> Result<DeviceSlice, Error> {
+fn noise(memory: &mut dyn Operands, bytes: usize) -> Result<DeviceSlice, Error> {
     // Made once, and repeated: no cache of a GPU holds a whole one.
     const BLOCK_BYTES: usize = 64 << 20;
     static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -103,19 +179,19 @@ fn noise(memory: &mut dyn Memory, bytes: usize) -> Result<DeviceSlice, Error> {
 }
 
 /// `(elems,)` f16, small and positive.
-fn halves(memory: &mut dyn Memory, elems: usize) -> Result<DeviceSlice, Error> {
+fn halves(memory: &mut dyn Operands, elems: usize) -> Result<DeviceSlice, Error> {
     memory.upload(&f16::from_f32(0.01).to_le_bytes().repeat(elems))
 }
 
-/// `(elems,)` f32 in (-1, 1).
-fn floats(memory: &mut dyn Memory, elems: usize) -> Result<DeviceSlice, Error> {
+/// `(elems,)` f32 in (-1, 1): activations.
+fn floats(memory: &mut dyn Operands, elems: usize) -> Result<DeviceSlice, Error> {
     let data: Vec<u8> = (0..elems)
         .flat_map(|i| ((i as f32 * 0.37).sin() * 0.9).to_le_bytes())
         .collect();
-    memory.upload(&data)
+    memory.activations(&data)
 }
 
-fn ints(memory: &mut dyn Memory, values: &[u32]) -> Result<DeviceSlice, Error> {
+fn ints(memory: &mut dyn Operands, values: &[u32]) -> Result<DeviceSlice, Error> {
     memory.upload(
         &values
             .iter()
@@ -187,53 +263,93 @@ fn gemv_int8(rows: usize, cols: usize, group: usize) -> Row {
 
 fn logits_int8(vocab: usize, width: usize, group: usize) -> Row {
     let groups = vocab * width.div_ceil(group);
+    let shape = logits::Shape {
+        vocab,
+        width,
+        group,
+    };
     Row {
-        kernel: "logits_int8",
+        kernel: logits::kernel(&shape),
         shape: format!("{vocab} x {width} group {group}"),
         bytes: (vocab * width + 2 * groups + 4 * (vocab + width)) as u64,
         streams: true,
         make: Box::new(move |device, memory| {
-            let shape = logits::Shape {
-                vocab,
-                width,
-                group,
-            };
             let operands = logits::Operands {
                 quants: noise(memory, vocab * width)?,
                 scales: halves(memory, groups)?,
                 x: floats(memory, width)?,
                 logits: memory.reserve(4 * vocab as u64)?,
+                scratch: memory.upload(&vec![0; logits::scratch_bytes(device) as usize])?,
             };
-            planned(logits::plan(device, &shape, &operands))
+            let greedy = logits::Greedy {
+                context: 1,
+                tokens: ints(memory, &[0, 0])?,
+                state: ints(memory, &[0])?,
+                advance: false,
+            };
+            planned(logits::plan(device, &shape, &operands, Some(&greedy)))
         }),
     }
 }
 
-fn attention_decode(heads: usize, kv_heads: usize, head_dim: usize, position: usize) -> Row {
-    let context = position + 1;
-    let cache = 2 * kv_heads * context * head_dim;
+/// Shape and operands of attention over a full cache of `tokens`.
+fn attention_operands(
+    [heads, kv_heads, head_dim]: [usize; 3],
+    tokens: usize,
+    device: &DeviceInfo,
+    memory: &mut dyn Operands,
+) -> Result<(attention::Shape, attention::Operands), Error> {
+    let shape = attention::Shape {
+        heads,
+        kv_heads,
+        head_dim,
+        context: tokens,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+    };
+    let cache = kv_heads * tokens * head_dim;
+    let scratch = attention::scratch(device, &shape);
+    let operands = attention::Operands {
+        q: floats(memory, heads * head_dim)?,
+        k_cache: halves(memory, cache)?,
+        v_cache: halves(memory, cache)?,
+        state: ints(memory, &[tokens as u32 - 1])?,
+        out: memory.reserve((4 * heads * head_dim) as u64)?,
+        partials: memory.reserve(scratch.partials)?,
+        arrived: memory.upload(&vec![0; scratch.arrived as usize])?,
+    };
+    Ok((shape, operands))
+}
+
+/// Bytes of keys, values, queries and results. What the splits leave for each other is not among
+/// them: it is the kernel's choice.
+fn attention_bytes([heads, kv_heads, head_dim]: [usize; 3], tokens: usize) -> u64 {
+    (4 * kv_heads * tokens * head_dim + 8 * heads * head_dim) as u64
+}
+
+fn attention_split(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize) -> Row {
+    let dims = [heads, kv_heads, head_dim];
     Row {
-        kernel: "attention_decode_f16",
-        shape: format!("heads {heads}/{kv_heads} x {head_dim}, {context} tokens"),
-        bytes: (2 * cache + 8 * heads * head_dim) as u64,
+        kernel: attention::split::kernel(head_dim),
+        shape: format!("heads {heads}/{kv_heads} x {head_dim}, {tokens} tokens"),
+        bytes: attention_bytes(dims, tokens),
         streams: true,
         make: Box::new(move |device, memory| {
-            let scale = 1.0 / (head_dim as f32).sqrt();
-            let shape = attention::Shape {
-                heads,
-                kv_heads,
-                head_dim,
-                context,
-                scale,
-            };
-            let operands = attention::Operands {
-                q: floats(memory, heads * head_dim)?,
-                k_cache: halves(memory, cache / 2)?,
-                v_cache: halves(memory, cache / 2)?,
-                state: ints(memory, &[position as u32])?,
-                out: memory.reserve((4 * heads * head_dim) as u64)?,
-            };
+            let (shape, operands) = attention_operands(dims, tokens, device, memory)?;
             planned(attention::plan(device, &shape, &operands))
+        }),
+    }
+}
+
+fn attention_block_a_head(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize) -> Row {
+    let dims = [heads, kv_heads, head_dim];
+    Row {
+        kernel: "attention_decode_f16",
+        shape: format!("heads {heads}/{kv_heads} x {head_dim}, {tokens} tokens"),
+        bytes: attention_bytes(dims, tokens),
+        streams: true,
+        make: Box::new(move |device, memory| {
+            let (shape, operands) = attention_operands(dims, tokens, device, memory)?;
+            planned(attention::block_a_head::plan(device, &shape, &operands))
         }),
     }
 }
@@ -403,6 +519,12 @@ mod tests {
     use super::*;
     use engine::backend::cuda::plan::Counter;
 
+    impl Operands for Counter {
+        fn activations(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error> {
+            self.upload(bytes)
+        }
+    }
+
     #[test]
     fn every_row_can_be_planned_and_every_kernel_has_one() {
         let rows = all();
@@ -411,11 +533,13 @@ mod tests {
             let call = (row.make)(&DeviceInfo::T4, &mut memory)
                 .unwrap_or_else(|error| panic!("{} {}: {error}", row.kernel, row.shape));
             assert_eq!(call.kernel, row.kernel);
-            // What streams reads each operand once: the bytes are those of its buffers.
-            if row.streams {
+            // What streams reads each operand once: the bytes are those of its buffers. The read
+            // kernel's few results are not its purpose, and attention has scratch memory besides.
+            let besides = row.kernel == "read_bytes" || row.kernel.starts_with("attention");
+            if row.streams && !besides {
                 let difference = memory.bytes.abs_diff(row.bytes);
                 assert!(
-                    difference <= 6 * Counter::ALIGN,
+                    difference <= 12 * Counter::ALIGN,
                     "{} {}: {} bytes moved, {} in its buffers",
                     row.kernel,
                     row.shape,

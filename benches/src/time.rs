@@ -2,27 +2,31 @@
 //! in any cache.
 //!
 //! The graph runs the kernel over enough copies of its operands that, by the time one comes round
-//! again, at least [`ROTATE_BYTES`] have gone through: nothing but the activations is served from
-//! L2. A kernel that only touches activations is timed on one copy, as they do sit in L2.
+//! again, at least [`ROTATE_BYTES`] have gone through, and three times the L2: nothing but the
+//! activations, which all copies share, is served from L2. A kernel that only touches activations
+//! is timed on one copy, as they do sit in L2.
 
 use std::sync::Arc;
 
+use cust::device::{Device, DeviceAttribute};
 use cust::event::{Event, EventFlags};
 use cust::memory::{CopyDestination, DeviceBuffer};
 use engine::Error;
 use engine::backend::cuda::device::{DeviceMemory, Gpu};
 use engine::backend::cuda::launch::Graph;
+use engine::backend::cuda::plan::Memory;
+use gpu_kernels::launch::{Call, DeviceSlice};
 
-use crate::rows::Row;
+use crate::rows::{Operands, Row};
 
-/// Bytes that go by before a copy is used again: eight times the largest L2 of the supported GPUs.
+/// Bytes that go by before a copy is used again, at least; more where three times the L2 is more.
 pub const ROTATE_BYTES: u64 = 400_000_000;
 /// Launches in a graph, at least.
 const MIN_LAUNCHES: usize = 128;
 /// Copies of the operands, at most.
 const MAX_COPIES: usize = 4096;
-/// Timed runs of the graph.
-const SAMPLES: usize = 15;
+/// Timed runs of the graph: enough for the 5th and 95th percentile to leave out the extremes.
+const SAMPLES: usize = 41;
 /// Runs before those.
 const WARM_UP: usize = 3;
 
@@ -31,10 +35,10 @@ const WARM_UP: usize = 3;
 pub struct Timing {
     /// Median, microseconds a launch.
     pub median_us: f64,
-    /// Fastest sample.
-    pub min_us: f64,
-    /// Slowest sample.
-    pub max_us: f64,
+    /// 5th percentile of the samples.
+    pub p5_us: f64,
+    /// 95th percentile of the samples.
+    pub p95_us: f64,
     /// Launches in the graph.
     pub launches: usize,
     /// Copies of the operands that they rotate over.
@@ -51,10 +55,11 @@ impl Timing {
 
     fn new(mut us: Vec<f64>, launches: usize, copies: usize) -> Timing {
         us.sort_by(f64::total_cmp);
+        let percentile = |percent: usize| us[(us.len() - 1) * percent / 100];
         Timing {
-            median_us: us[us.len() / 2],
-            min_us: us[0],
-            max_us: us[us.len() - 1],
+            median_us: percentile(50),
+            p5_us: percentile(5),
+            p95_us: percentile(95),
             launches,
             copies,
             samples: us.len(),
@@ -69,24 +74,73 @@ fn cuda(what: &str) -> impl Fn(cust::error::CudaError) -> Error + '_ {
     }
 }
 
-/// Copies of the operands to rotate over.
-fn copies(row: &Row) -> usize {
+/// Copies of the operands to rotate over, so that `rotate_bytes` go by.
+fn copies(row: &Row, rotate_bytes: u64) -> usize {
     if !row.streams {
         return 1;
     }
-    (ROTATE_BYTES.div_ceil(row.bytes) as usize).clamp(1, MAX_COPIES)
+    (rotate_bytes.div_ceil(row.bytes) as usize).clamp(1, MAX_COPIES)
 }
 
-/// Times `row` on `gpu`.
+/// Bytes to rotate over on the device of the current context.
+fn rotate_bytes() -> Result<u64, Error> {
+    let l2 = Device::get_device(0)
+        .and_then(|device| device.get_attribute(DeviceAttribute::L2CacheSize))
+        .map_err(cuda("asking for the L2 size"))?;
+    Ok(ROTATE_BYTES.max(3 * u64::try_from(l2).unwrap_or(0)))
+}
+
+/// Memory for the copies of one row's operands: buffers of activations are made once.
+struct Copies {
+    memory: DeviceMemory,
+    /// In the order in which a row makes them.
+    activations: Vec<DeviceSlice>,
+    /// How many of them the copy at hand has taken.
+    taken: usize,
+}
+
+impl Memory for Copies {
+    fn upload(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error> {
+        self.memory.upload(bytes)
+    }
+
+    fn reserve(&mut self, bytes: u64) -> Result<DeviceSlice, Error> {
+        self.memory.reserve(bytes)
+    }
+}
+
+impl Operands for Copies {
+    fn activations(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error> {
+        let slice = match self.activations.get(self.taken) {
+            Some(slice) => *slice,
+            None => {
+                let slice = self.memory.upload(bytes)?;
+                self.activations.push(slice);
+                slice
+            }
+        };
+        self.taken += 1;
+        Ok(slice)
+    }
+}
+
+/// Times `row` on `gpu`; also returns one of its calls, whose memory is gone, for its launch.
 ///
 /// # Errors
 /// [`Error::Machine`] from the device, [`Error::Input`] for a shape that the kernel cannot take.
-pub fn kernel(gpu: &Arc<Gpu>, row: &Row) -> Result<Timing, Error> {
-    let mut memory = DeviceMemory::new(gpu);
-    let copies = copies(row);
+pub fn kernel(gpu: &Arc<Gpu>, row: &Row) -> Result<(Timing, Call), Error> {
+    let mut memory = Copies {
+        memory: DeviceMemory::new(gpu),
+        activations: Vec::new(),
+        taken: 0,
+    };
+    let copies = copies(row, rotate_bytes()?);
     let info = gpu.info();
     let distinct = (0..copies)
-        .map(|_| (row.make)(&info, &mut memory))
+        .map(|_| {
+            memory.taken = 0;
+            (row.make)(&info, &mut memory)
+        })
         .collect::<Result<Vec<_>, _>>()?;
     let launches = copies * MIN_LAUNCHES.div_ceil(copies);
     let calls: Vec<_> = distinct.iter().cycle().take(launches).cloned().collect();
@@ -94,11 +148,8 @@ pub fn kernel(gpu: &Arc<Gpu>, row: &Row) -> Result<Timing, Error> {
     let graph = unsafe { Graph::capture(gpu, &calls) }?;
     let us = sample(gpu, || graph.launch())?;
     drop(graph);
-    Ok(Timing::new(
-        us.into_iter().map(|us| us / launches as f64).collect(),
-        launches,
-        copies,
-    ))
+    let us = us.into_iter().map(|us| us / launches as f64).collect();
+    Ok((Timing::new(us, launches, copies), distinct[0].clone()))
 }
 
 /// Times a copy of [`ROTATE_BYTES`] within device memory: what this device's memory does at best.
@@ -155,20 +206,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn median_and_bandwidth() {
-        let timing = Timing::new(vec![3.0, 1.0, 2.0], 128, 4);
+    fn percentiles_and_bandwidth() {
+        let timing = Timing::new((1..=41).rev().map(f64::from).collect(), 128, 4);
         assert_eq!(
-            (timing.min_us, timing.median_us, timing.max_us),
-            (1.0, 2.0, 3.0)
+            (timing.p5_us, timing.median_us, timing.p95_us),
+            (3.0, 21.0, 39.0)
         );
+        let one = Timing::new(vec![2.0], 128, 4);
+        assert_eq!((one.p5_us, one.median_us, one.p95_us), (2.0, 2.0, 2.0));
         // 3 MB in 2 us are 1.5 TB/s.
-        assert_eq!(timing.gb_per_second(3_000_000), 1500.0);
+        assert_eq!(one.gb_per_second(3_000_000), 1500.0);
     }
 
     #[test]
     fn enough_copies_to_leave_the_caches() {
         for row in crate::rows::all().iter().filter(|row| row.streams) {
-            let copies = copies(row);
+            let copies = copies(row, ROTATE_BYTES);
             assert!(
                 copies == MAX_COPIES || copies as u64 * row.bytes >= ROTATE_BYTES,
                 "{} {}",

@@ -14,6 +14,7 @@ pub mod kv_append;
 mod lanes;
 pub mod linear;
 pub mod logits;
+pub mod read;
 pub mod rmsnorm;
 pub mod rope;
 pub mod sample;

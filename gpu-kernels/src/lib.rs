@@ -14,17 +14,21 @@
 #![allow(clippy::too_many_arguments)]
 
 pub mod add;
+mod arrive;
 pub mod attention;
 pub mod embed;
 pub mod kv_append;
 pub mod linear;
 pub mod logits;
+mod product;
 pub mod ptx;
+pub mod read;
 mod reduce;
 pub mod rmsnorm;
 pub mod rope;
 pub mod sample;
 pub mod swiglu;
+mod unroll;
 
 #[cfg(all(feature = "cases", not(target_arch = "nvptx64")))]
 pub mod cases;
@@ -35,7 +39,7 @@ pub mod variant;
 
 /// Every kernel, for the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
-pub static ENTRIES: [&cuda_std::emulator::Entry; 13] = [
+pub static ENTRIES: [&cuda_std::emulator::Entry; 19] = [
     &embed::EMBED_INT8_ENTRY,
     &rmsnorm::RMSNORM_F32_ENTRY,
     &linear::gemv_int4::LINEAR_GEMV_INT4_BASELINE_ENTRY,
@@ -43,10 +47,16 @@ pub static ENTRIES: [&cuda_std::emulator::Entry; 13] = [
     &linear::gemv_int8::LINEAR_GEMV_INT8_MULTIROW_ENTRY,
     &rope::ROPE_F32_ENTRY,
     &kv_append::KV_APPEND_F16_ENTRY,
-    &attention::ATTENTION_DECODE_F16_ENTRY,
+    &attention::block_a_head::ATTENTION_DECODE_F16_ENTRY,
+    &attention::split::ATTENTION_SPLIT_F16_D64_ENTRY,
+    &attention::split::ATTENTION_SPLIT_F16_D96_ENTRY,
+    &attention::split::ATTENTION_SPLIT_F16_D128_ENTRY,
+    &attention::split::ATTENTION_SPLIT_F16_D256_ENTRY,
     &swiglu::SWIGLU_F32_ENTRY,
     &add::RESIDUAL_ADD_F32_ENTRY,
     &logits::LOGITS_INT8_ENTRY,
+    &logits::LOGITS_INT8_BY_ROW_ENTRY,
     &sample::ARGMAX_F32_ENTRY,
     &sample::ADVANCE_POSITION_ENTRY,
+    &read::READ_BYTES_ENTRY,
 ];

@@ -1,19 +1,61 @@
-//! Logits of one token: `logits[v] = sum_d scale q[v, d] x[d]` over the INT8 output matrix, the
-//! embedding table when tied.
+//! Logits of one token and the greedy choice among them: `logits[v] = sum_d scale q[v, d] x[d]` over
+//! the INT8 output matrix, the embedding table when tied, and `tokens[position + 1] = argmax`.
 //!
 //! Shapes: quants `(V, D)` i8, scales `(V, ceil(D/group))` f16, x `(D,)`, logits `(V,)`.
 //!
-//! The thread -> element diagram, bytes moved and banks are those of
-//! [`gemv_int8`], whose body this is. It has an entry of its own so that profiles and bench rows
-//! tell the two apart.
+//! ```text
+//! warp w of the grid -> rows 8w .. 8w + 8, then 8 times the grid's warps further, ...
+//! span of 256        -> two sets of 128 columns, each two chunks of 64: 4 loads of 16 bytes a lane
+//! lane (g, t)        -> g = lane / 4, t = lane % 4: row g, columns 16t .. +16 of each chunk
+//! end of a row       -> the four lanes of g add up; each keeps its best
+//! end of a block     -> lanes, then warps compare; one candidate a block
+//! end of all         -> the last block compares the candidates
+//! ```
+//!
+//! The product is `mma.m16n8k16` with bytes turned into halves, which hold them exactly: a byte
+//! lands in the mantissa of 1024, a packed subtraction takes `1024 + 128` off. x is given as the sum
+//! of two halves, which keeps 22 bits; products are exact and sums single precision. A product's 16
+//! rows are the 8 of the warp twice: rows 0..8 hold the first set's columns, 8..16 the second's.
+//! Its 8 columns are x four times over, in high and low parts, zero but in one group of 32 of one
+//! set: so one product gives the sums of four groups apart, and lane t finds that of group t % 2 of
+//! set t / 2, ready for its scale.
+//!
+//! A lane has four spans in flight, across the ends of rows: nothing waits where a row ends. The
+//! grid is two blocks a multiprocessor, all resident, so x is staged no more often.
+//!
+//! Bytes moved: `V D` quants, `2 V ceil(D/group)` scales, `4 D` of x a block from L2. Shared memory
+//! holds x in the lanes' order; lanes whose operand is zero all read one place, four words past the
+//! others' banks: no conflicts.
 
-use cuda_std::kernel;
+use cuda_std::shared::Shared;
+use cuda_std::{kernel, shared, thread, warp};
 
+use crate::arrive::last_to_arrive;
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, ShapeError, tensor_bytes};
+use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::linear;
-use crate::linear::gemv_int8;
+use crate::linear::groups_per_row;
+use crate::product::mma_k16;
+use crate::ptx;
+use crate::sample::{BEST_BYTES, Best};
+use crate::unroll::unroll;
+
+/// Warps a block.
+const WARPS: u32 = 8;
+/// Rows a warp has at a time.
+const ROWS: u32 = 8;
+/// Columns that a warp takes at a time.
+const SPAN: u32 = 256;
+/// Columns of a set.
+const SET: u32 = 128;
+/// Columns of a chunk: 16 a lane.
+const CHUNK: u32 = 64;
+/// Spans in flight.
+const STAGES: usize = 4;
+const _: () = assert!(STAGES == 4, "they are unrolled");
+/// Bytes of shared memory that a chunk of x takes in both sets: two halves a column.
+const CHUNK_BYTES: u32 = 2 * CHUNK * 4;
 
 /// Dimensions of the product.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -35,29 +77,64 @@ pub struct Operands {
     pub quants: DeviceSlice,
     /// `(V, ceil(D/group))` f16.
     pub scales: DeviceSlice,
-    /// `(D,)` f32.
+    /// `(D,)` f32, below 65504 in magnitude.
     pub x: DeviceSlice,
-    /// `(V,)` f32.
+    /// `(V,)` f32, or none if only the choice is wanted.
     pub logits: DeviceSlice,
+    /// [`scratch_bytes`], zero before the first launch; every launch leaves its first word zero.
+    pub scratch: DeviceSlice,
 }
 
-/// The launch of `logits_int8`.
+/// Where the greedy choice goes.
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Greedy {
+    /// S: tokens that the cache holds.
+    pub context: usize,
+    /// `(S + 1,)` u32; the kernel writes `tokens[position + 1]`.
+    pub tokens: DeviceSlice,
+    /// `(1,)` u32: the position, below S.
+    pub state: DeviceSlice,
+    /// Whether the kernel also makes it the next one.
+    pub advance: bool,
+}
+
+/// Bytes of [`Operands::scratch`]: a counter, then each block's candidate.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn scratch_bytes(device: &DeviceInfo) -> u64 {
+    16 + u64::from(most_blocks(device)) * u64::from(BEST_BYTES)
+}
+
+/// As many as run at once: at 128 registers a thread a multiprocessor has room for two.
+#[cfg(not(target_arch = "nvptx64"))]
+fn most_blocks(device: &DeviceInfo) -> u32 {
+    2 * device.multiprocessors
+}
+
+/// The launch of `logits_int8`, or of `logits_int8_by_row` where a row has one scale. Without
+/// `greedy` nothing is chosen.
 ///
 /// # Errors
-/// A width that is no multiple of 32, an unsupported group, a short or misaligned buffer.
+/// A width that is no multiple of 32 or does not fit shared memory, an unsupported group, a short
+/// or misaligned buffer.
 #[cfg(not(target_arch = "nvptx64"))]
-pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, ShapeError> {
+pub fn plan(
+    device: &DeviceInfo,
+    shape: &Shape,
+    ops: &Operands,
+    greedy: Option<&Greedy>,
+) -> Result<Call, ShapeError> {
     let &Shape {
         vocab,
         width,
         group,
     } = shape;
-    let mut call = CallBuilder::new("logits_int8");
+    let mut call = CallBuilder::new(kernel(shape));
     call.require(
-        width.is_multiple_of(32),
+        width.is_multiple_of(32) && width <= 1 << 20,
         "width",
         width,
-        "it must be a multiple of 32",
+        "it must be a multiple of 32 up to 2^20",
     )?;
     let shift = linear::int8_group_shift(&call, group, width)?;
     call.tensor("quants", ops.quants, tensor_bytes(&[vocab, width], 1), 16)?;
@@ -68,45 +145,513 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, 
         2,
     )?;
     call.tensor("x", ops.x, tensor_bytes(&[width], 4), 16)?;
-    call.tensor("logits", ops.logits, tensor_bytes(&[vocab], 4), 4)?;
+    call.optional("logits", ops.logits, tensor_bytes(&[vocab], 4), 4)?;
+    call.tensor("scratch", ops.scratch, scratch_bytes(device), 16)?;
+    let none = Greedy {
+        context: 0,
+        tokens: DeviceSlice::NONE,
+        state: DeviceSlice::NONE,
+        advance: false,
+    };
+    let to = greedy.unwrap_or(&none);
+    let token_bytes = tensor_bytes(&[to.context.saturating_add(1)], 4);
+    if greedy.is_some() {
+        call.tensor("tokens", to.tokens, token_bytes, 4)?;
+        call.tensor("state", to.state, 4, 4)?;
+    } else {
+        call.optional("tokens", to.tokens, token_bytes, 4)?;
+        call.optional("state", to.state, 4, 4)?;
+    }
     let vocab = call.dim("vocab", vocab)?;
     let width = call.dim("width", width)?;
     call.u32(shift);
-    let rows_per_warp = gemv_int8::ROWS_PER_WARP as u32;
+    call.u32(u32::from(to.advance));
+    let blocks = vocab.div_ceil(ROWS * WARPS).min(most_blocks(device));
     call.build(
         device,
-        linear::multirow_launch(device, vocab, width, rows_per_warp),
+        Launch::linear(blocks, WARPS * 32, Layout::new(width).bytes()),
     )
 }
 
-/// `logits = W x`, two rows a warp.
+/// The kernel for a shape.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn kernel(shape: &Shape) -> &'static str {
+    if shape.group >= shape.width {
+        "logits_int8_by_row"
+    } else {
+        "logits_int8"
+    }
+}
+
+/// Where things lie in shared memory, in bytes: x, zeros, the warps' candidates, a flag.
+#[derive(Clone, Copy)]
+struct Layout {
+    x_bytes: u32,
+}
+
+impl Layout {
+    #[inline(always)]
+    fn new(width: u32) -> Layout {
+        Layout {
+            x_bytes: width.div_ceil(SPAN) * SPAN * 4,
+        }
+    }
+
+    /// Four columns from `4 quad` on: the operands of one word of weights, 8 bytes.
+    #[inline(always)]
+    fn x(quad: u32, part: u32) -> u32 {
+        let (word, t) = (quad % 4, quad / 4 % 4);
+        let (chunk, set) = (quad / 16 % 2, quad / 32 % 2);
+        let span = quad / 64;
+        (span * 2 + chunk) * CHUNK_BYTES + set * (CHUNK_BYTES / 2) + t * 64 + part * 32 + word * 8
+    }
+
+    /// 32 bytes of zeros, in the banks that lanes with an operand leave free.
+    #[inline(always)]
+    fn zeros(self) -> u32 {
+        self.x_bytes + 16
+    }
+
+    #[inline(always)]
+    fn candidate(self, warp: u32) -> u32 {
+        self.x_bytes + 64 + warp * BEST_BYTES
+    }
+
+    #[inline(always)]
+    fn flag(self) -> u32 {
+        self.candidate(WARPS)
+    }
+
+    #[cfg(not(target_arch = "nvptx64"))]
+    fn bytes(self) -> u32 {
+        self.flag() + 4
+    }
+}
+
+/// Turns x into halves in the order of the lanes, zeros past its end.
+///
+/// # Safety
+/// All threads call it; `x` holds `width` floats; the caller puts a barrier before the first use.
+#[inline(always)]
+unsafe fn stage(x: *const f32, width: u32, smem: Shared, layout: Layout) {
+    let mut quad = thread::thread_idx_x();
+    while quad < layout.x_bytes / 16 {
+        let mut v = [0.0; 4];
+        if quad * 4 < width {
+            // SAFETY: widths are multiples of 4.
+            v = unsafe { ptx::ld_global_v4_f32(x.wrapping_add((quad * 4) as usize)) };
+        }
+        // A word's even bytes come first, then the odd ones.
+        let high = [
+            ptx::f32x2_to_f16x2(v[0], v[2]),
+            ptx::f32x2_to_f16x2(v[1], v[3]),
+        ];
+        let rest = |v: f32, half: u32| v - ptx::f16_to_f32(half as u16);
+        let low = [
+            ptx::f32x2_to_f16x2(rest(v[0], high[0]), rest(v[2], high[0] >> 16)),
+            ptx::f32x2_to_f16x2(rest(v[1], high[1]), rest(v[3], high[1] >> 16)),
+        ];
+        // SAFETY: the quad's places in the room for x.
+        unsafe {
+            ptx::st_shared_u32(smem, Layout::x(quad, 0), high[0]);
+            ptx::st_shared_u32(smem, Layout::x(quad, 0) + 4, high[1]);
+            ptx::st_shared_u32(smem, Layout::x(quad, 1), low[0]);
+            ptx::st_shared_u32(smem, Layout::x(quad, 1) + 4, low[1]);
+        }
+        quad += WARPS * 32;
+    }
+    if thread::thread_idx_x() < 8 {
+        // SAFETY: the zeros are 8 words.
+        unsafe { ptx::st_shared_u32(smem, layout.zeros() + thread::thread_idx_x() * 4, 0) };
+    }
+}
+
+/// The even or the odd bytes of a word, as halves.
+#[inline(always)]
+fn halves(bytes: u32) -> u32 {
+    /// Twice 1024 + 128: its exponent, and the bit that makes a signed byte an unsigned one.
+    const OFFSET: u32 = 0x6480_6480;
+    ptx::sub_f16x2(bytes & 0x00ff_00ff ^ OFFSET, OFFSET)
+}
+
+/// The matrix, and where the lane stands in it.
+#[derive(Clone, Copy)]
+struct Matrix {
+    quants: *const i8,
+    scales: *const u16,
+    rows: u32,
+    cols: u32,
+    group_shift: u32,
+    /// Groups of a row.
+    groups: u32,
+    /// The lane's place.
+    g: u32,
+    t: u32,
+}
+
+/// A lane's share of a span: `words[set][chunk]`, and for each chunk the scale of the group whose
+/// sum the lane gets, or the scale of the row. They stay as loaded: converting them waits for the
+/// load.
+#[derive(Clone, Copy)]
+struct Stage {
+    words: [[[u32; 4]; 2]; 2],
+    scales: [u16; 2],
+}
+
+impl Matrix {
+    /// The lane's row of an item, or the last there is.
+    #[inline(always)]
+    fn row(&self, item: u32) -> usize {
+        (item * ROWS + self.g).min(self.rows - 1) as usize
+    }
+
+    /// What is past the end of a row is replaced by its last columns: x is 0 there.
+    ///
+    /// # Safety
+    /// The buffers are as `plan` checked them.
+    #[inline(always)]
+    unsafe fn span<const BY_ROW: bool>(&self, item: u32, span: u32) -> Stage {
+        let row = self.row(item);
+        let quants = self.quants.wrapping_add(row * self.cols as usize);
+        let mut stage = Stage {
+            words: [[[0; 4]; 2]; 2],
+            scales: [0; 2],
+        };
+        // SAFETY: row, column and group are clamped; rows are multiples of 16 bytes.
+        unsafe {
+            unroll!(S < 2 => {
+                unroll!(C < 2 => {
+                    let first = span * SPAN + S as u32 * SET + C as u32 * CHUNK + self.t * 16;
+                    let col = first.min(self.cols - 16) as usize;
+                    stage.words[S][C] = ptx::ld_global_nc_v4_u32(quants.wrapping_add(col).cast());
+                });
+            });
+            if BY_ROW {
+                stage.scales[0] = ptx::ld_global_nc_u16(self.scales.wrapping_add(row));
+            } else {
+                let scales = self.scales.wrapping_add(row * self.groups as usize);
+                let (set, half) = (self.t / 2, self.t % 2);
+                unroll!(C < 2 => {
+                    let col = span * SPAN + set * SET + C as u32 * CHUNK + half * 32;
+                    let group = (col >> self.group_shift).min(self.groups - 1) as usize;
+                    stage.scales[C] = ptx::ld_global_nc_u16(scales.wrapping_add(group));
+                });
+            }
+        }
+        stage
+    }
+}
+
+/// Adds a chunk's products to `sums`.
+///
+/// # Safety
+/// `x` is the lane's operand of the chunk in shared memory.
+#[inline(always)]
+unsafe fn add_chunk<const CHUNK: usize>(
+    sums: [f32; 4],
+    stage: &Stage,
+    smem: Shared,
+    x: u32,
+) -> [f32; 4] {
+    let mut sums = sums;
+    unroll!(P < 2 => {
+        // SAFETY: by the caller's promise.
+        let x = unsafe { ptx::ld_shared_v4_f32(smem, x + 16 * P as u32) }.map(f32::to_bits);
+        unroll!(W < 2 => {
+            let word = 2 * P + W;
+            let words = [stage.words[0][CHUNK][word], stage.words[1][CHUNK][word]];
+            let a = [
+                halves(words[0]),
+                halves(words[1]),
+                halves(words[0] >> 8),
+                halves(words[1] >> 8),
+            ];
+            sums = mma_k16(a, [x[2 * W], x[2 * W + 1]], sums);
+        });
+    });
+    sums
+}
+
+/// The body. With `BY_ROW` a row has one scale, which waits for its end.
 ///
 /// # Safety
 /// Launched as [`plan`] says.
+#[inline(always)]
+unsafe fn logits_and_choice<const BY_ROW: bool>(
+    quants: *const i8,
+    scales: *const u16,
+    x: *const f32,
+    logits: *mut f32,
+    scratch: *mut u32,
+    tokens: *mut u32,
+    state: *mut u32,
+    [vocab, width, group_shift, advance]: [u32; 4],
+) {
+    let lane = warp::lane_id();
+    let (g, t) = (lane / 4, lane % 4);
+    let matrix = Matrix {
+        quants,
+        scales,
+        rows: vocab,
+        cols: width,
+        group_shift,
+        groups: if BY_ROW {
+            1
+        } else {
+            groups_per_row(width, group_shift)
+        },
+        g,
+        t,
+    };
+    let smem = shared::dynamic_shared_mem();
+    let layout = Layout::new(width);
+    let items = vocab.div_ceil(ROWS);
+    let spans = width.div_ceil(SPAN);
+    let stride = thread::grid_dim_x() * WARPS;
+
+    let mut item = thread::index_1d() / warp::SIZE;
+    let mut span = 0;
+    let (mut next_item, mut next_span) = (item, 0);
+    let mut best = Best::NONE;
+    // SAFETY: items, spans and groups are clamped to the matrix; x is staged before the barrier.
+    unsafe {
+        let mut fetch = |stage: &mut Stage| {
+            if next_item < items {
+                *stage = matrix.span::<BY_ROW>(next_item, next_span);
+                next_span += 1;
+                if next_span == spans {
+                    next_span = 0;
+                    next_item += stride;
+                }
+            }
+        };
+        let mut stages = [Stage {
+            words: [[[0; 4]; 2]; 2],
+            scales: [0; 2],
+        }; STAGES];
+        unroll!(I < 4 => { fetch(&mut stages[I]); });
+        stage(x, width, smem, layout);
+        thread::sync_threads();
+
+        // The lane's column of the second operand is g: part g % 2 of x in group (g / 2) % 2 of
+        // each chunk of set g / 4. Its 16 columns of a chunk lie in group t / 2.
+        let has_operand = g / 2 % 2 == t / 2;
+        let x_first = if has_operand {
+            g / 4 * (CHUNK_BYTES / 2) + t * 64 + g % 2 * 32
+        } else {
+            layout.zeros()
+        };
+        let x_step = if has_operand { CHUNK_BYTES } else { 0 };
+        let mut x_offset = x_first;
+
+        let mut total = 0.0f32;
+        let mut products = [[0.0f32; 4]; 2];
+        // Both results of a row and set: high and low parts. Rows 8..16 are the second set's.
+        let both = |sums: [f32; 4]| {
+            if t < 2 {
+                sums[0] + sums[1]
+            } else {
+                sums[2] + sums[3]
+            }
+        };
+        'items: loop {
+            unroll!(I < 4 => {
+                if item >= items {
+                    break 'items;
+                }
+                if !BY_ROW {
+                    products = [[0.0; 4]; 2];
+                }
+                products[0] = add_chunk::<0>(products[0], &stages[I], smem, x_offset);
+                products[1] = add_chunk::<1>(products[1], &stages[I], smem, x_offset + x_step);
+                let scales = stages[I].scales.map(ptx::f16_to_f32);
+                if !BY_ROW {
+                    total = ptx::fma(scales[0], both(products[0]), total);
+                    total = ptx::fma(scales[1], both(products[1]), total);
+                }
+                fetch(&mut stages[I]);
+                x_offset += 2 * x_step;
+                span += 1;
+                if span == spans {
+                    if BY_ROW {
+                        total = both(products[0]) + both(products[1]);
+                        products = [[0.0; 4]; 2];
+                    }
+                    total += warp::shuffle_xor_f32(warp::FULL_MASK, total, 1);
+                    total += warp::shuffle_xor_f32(warp::FULL_MASK, total, 2);
+                    if BY_ROW {
+                        total *= scales[0];
+                    }
+                    let row = item * ROWS + g;
+                    if row < vocab {
+                        best = best.or(Best { value: total, index: row });
+                        if t == 0 && !logits.is_null() {
+                            ptx::st_global_f32(logits.wrapping_add(row as usize), total);
+                        }
+                    }
+                    total = 0.0;
+                    x_offset = x_first;
+                    span = 0;
+                    item += stride;
+                }
+            });
+        }
+        if !tokens.is_null() {
+            choose(best, scratch, tokens, state, advance, smem, layout);
+        }
+    }
+}
+
+/// From the lanes' candidates to the token.
+///
+/// # Safety
+/// All threads of all blocks call it; the buffers are as `plan` checked them.
+#[inline(always)]
+unsafe fn choose(
+    best: Best,
+    scratch: *mut u32,
+    tokens: *mut u32,
+    state: *mut u32,
+    advance: u32,
+    smem: Shared,
+    layout: Layout,
+) {
+    let lane = warp::lane_id();
+    let warp_id = warp::warp_id();
+    let blocks = thread::grid_dim_x();
+    let candidates = scratch.wrapping_add(4);
+    // SAFETY: each warp and each block has its place; barriers and the arrival part writing from
+    // reading.
+    unsafe {
+        best.of_warp().store(smem, layout.candidate(warp_id));
+        thread::sync_threads();
+        if warp_id == 0 {
+            let best = Best::of_shared(smem, layout.candidate(lane.min(WARPS - 1))).of_warp();
+            if lane == 0 {
+                let to = candidates.wrapping_add(2 * thread::block_idx_x() as usize);
+                ptx::st_global_u32(to, best.value.to_bits());
+                ptx::st_global_u32(to.wrapping_add(1), best.index);
+            }
+        }
+        if last_to_arrive(scratch, blocks, smem.offset_bytes(layout.flag())) && warp_id == 0 {
+            let mut best = Best::NONE;
+            let mut block = lane;
+            while block < blocks {
+                let from = candidates.wrapping_add(2 * block as usize);
+                best = best.or(Best {
+                    value: f32::from_bits(ptx::ld_global_u32(from)),
+                    index: ptx::ld_global_u32(from.wrapping_add(1)),
+                });
+                block += warp::SIZE;
+            }
+            best = best.of_warp();
+            if lane == 0 {
+                let position = ptx::ld_global_u32(state);
+                ptx::st_global_u32(tokens.wrapping_add(position as usize + 1), best.token());
+                if advance != 0 {
+                    ptx::st_global_u32(state, position + 1);
+                }
+            }
+        }
+    }
+}
+
+/// `logits = W x` and the greedy choice, with a scale a group.
+///
+/// # Safety
+/// Launched as [`plan`] says, with a position below S.
 #[kernel]
 pub unsafe fn logits_int8(
     quants: *const i8,  // (V, D) int8
     scales: *const u16, // (V, ceil(D/group)) f16
     x: *const f32,      // (D)
-    logits: *mut f32,   // (V)
+    logits: *mut f32,   // (V), or null
+    scratch: *mut u32,  // counter, 3 words, (blocks, 2) candidates
+    tokens: *mut u32,   // (S + 1), or null
+    state: *mut u32,    // (1) position, or null
     vocab: u32,
     width: u32,
     group_shift: u32,
+    advance: u32,
 ) {
-    // SAFETY: launched as `plan` says; there is no bias.
+    let dims = [vocab, width, group_shift, advance];
+    // SAFETY: launched as `plan` says.
     unsafe {
-        let shape = [vocab, width, group_shift];
-        gemv_int8::multirow(quants, scales, core::ptr::null(), x, logits, shape);
+        logits_and_choice::<false>(quants, scales, x, logits, scratch, tokens, state, dims);
+    }
+}
+
+/// `logits = W x` and the greedy choice, with a scale a row.
+///
+/// # Safety
+/// Launched as [`plan`] says, with a position below S.
+#[kernel]
+pub unsafe fn logits_int8_by_row(
+    quants: *const i8,  // (V, D) int8
+    scales: *const u16, // (V) f16
+    x: *const f32,      // (D)
+    logits: *mut f32,   // (V), or null
+    scratch: *mut u32,  // counter, 3 words, (blocks, 2) candidates
+    tokens: *mut u32,   // (S + 1), or null
+    state: *mut u32,    // (1) position, or null
+    vocab: u32,
+    width: u32,
+    group_shift: u32,
+    advance: u32,
+) {
+    let dims = [vocab, width, group_shift, advance];
+    // SAFETY: launched as `plan` says.
+    unsafe {
+        logits_and_choice::<true>(quants, scales, x, logits, scratch, tokens, state, dims);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::launch::Launch;
 
     #[test]
-    fn plan_fills_the_device_with_a_real_vocabulary() {
+    fn every_byte_becomes_its_half() {
+        for q in i8::MIN..=i8::MAX {
+            let word = u32::from_le_bytes([q as u8, 1, !q as u8, 255]);
+            let part = |halves: u32, high: bool| {
+                ptx::f16_to_f32((halves >> if high { 16 } else { 0 }) as u16)
+            };
+            assert_eq!(part(halves(word), false), f32::from(q));
+            assert_eq!(part(halves(word), true), f32::from(!q));
+            assert_eq!(part(halves(word >> 8), false), 1.0);
+            assert_eq!(part(halves(word >> 8), true), -1.0);
+        }
+    }
+
+    #[test]
+    fn places_of_x_are_a_permutation() {
+        let mut places: Vec<u32> = (0..2 * SPAN / 4)
+            .flat_map(|quad| [Layout::x(quad, 0), Layout::x(quad, 1)])
+            .collect();
+        places.sort_unstable();
+        assert!(places.iter().copied().eq((0..2 * SPAN * 4).step_by(8)));
+    }
+
+    /// Of 8 lanes, four read 16 bytes of x each and the others the zeros.
+    #[test]
+    fn eight_lanes_never_share_a_bank_group() {
+        let zeros = Layout::new(SPAN).zeros();
+        for first in [0, 64] {
+            for offset in [0, 16] {
+                let x = [0, 32, 64, 96].map(|lane| first * 2 + lane + offset);
+                let bank = |offset: u32| offset / 16 % 8;
+                let seen = x.iter().fold(1u32 << bank(zeros + offset), |seen, &x| {
+                    assert_eq!(seen >> bank(x) & 1, 0);
+                    seen | 1 << bank(x)
+                });
+                assert_eq!(seen.count_ones(), 5);
+            }
+        }
+    }
+
+    #[test]
+    fn plan_is_two_blocks_a_multiprocessor() {
         let slice = DeviceSlice {
             address: 0x1000,
             bytes: 1 << 30,
@@ -115,23 +660,52 @@ mod tests {
             quants: slice,
             scales: slice,
             x: slice,
-            logits: slice,
+            logits: DeviceSlice::NONE,
+            scratch: slice,
         };
         let shape = Shape {
             vocab: 49_152,
             width: 576,
             group: 32,
         };
-        let call = plan(&DeviceInfo::T4, &shape, &ops).unwrap();
-        assert_eq!(call.launch, Launch::linear(49_152 / 16, 256, 576 * 4));
-        assert_eq!(call.args[4..], [49_152, 576, 5]);
-        let ops = Operands {
-            logits: DeviceSlice {
-                address: 0x1000,
-                bytes: 4,
-            },
-            ..ops
+        let greedy = Greedy {
+            context: 7,
+            tokens: slice,
+            state: slice,
+            advance: true,
         };
-        assert!(plan(&DeviceInfo::T4, &shape, &ops).is_err());
+        let call = plan(&DeviceInfo::T4, &shape, &ops, Some(&greedy)).unwrap();
+        assert_eq!(call.launch, Launch::linear(80, 256, 768 * 4 + 64 + 68));
+        assert_eq!(call.kernel, "logits_int8");
+        assert_eq!(call.args[5..], [0x1000, 0x1000, 49_152, 576, 5, 1]);
+        let by_row = Shape {
+            group: 576,
+            vocab: 65,
+            ..shape
+        };
+        let call = plan(&DeviceInfo::T4, &by_row, &ops, None).unwrap();
+        assert_eq!(
+            (call.kernel, call.launch.grid[0]),
+            ("logits_int8_by_row", 2)
+        );
+        assert_eq!(call.args[5..], [0, 0, 65, 576, 31, 0]);
+        let short = DeviceSlice {
+            address: 0x1000,
+            bytes: 4,
+        };
+        let refused = |ops| plan(&DeviceInfo::T4, &shape, &ops, None).is_err();
+        assert!(refused(Operands {
+            logits: short,
+            ..ops
+        }));
+        assert!(refused(Operands {
+            scratch: short,
+            ..ops
+        }));
+        let wide = Shape {
+            width: 1 << 14,
+            ..shape
+        };
+        assert!(plan(&DeviceInfo::T4, &wide, &ops, None).is_err());
     }
 }

@@ -348,10 +348,39 @@ arithmetic! {
     dp4a(a: u32, reg32; b: u32, reg32; c: i32, reg32) -> i32, reg32
         = "dp4a.s32.s32 {}, {}, {}, {};", twin::dp4a(a, b, c);
 
+    /// `prmt.b32`: four of the eight bytes of `a` (0 to 3) and `b` (4 to 7), those that the low four
+    /// nibbles of `selector` name, the lowest first. Nibbles are below 8: no sign is spread.
+    permute_bytes(a: u32, reg32; b: u32, reg32; selector: u32, reg32) -> u32, reg32
+        = "prmt.b32 {}, {}, {}, {};", twin::permute_bytes(a, b, selector);
+
+    /// `sub.rn.f16x2`: each half of `a` minus that of `b`, rounded to the nearest half.
+    sub_f16x2(a: u32, reg32; b: u32, reg32) -> u32, reg32
+        = "sub.rn.f16x2 {}, {}, {};", twin::sub_f16x2(a, b);
+
     /// `dp4a.u32.s32`: the four unsigned bytes of `a` times the signed bytes of `b`, summed onto
     /// `c`, wrapping.
     dp4a_u8_i8(a: u32, reg32; b: u32, reg32; c: i32, reg32) -> i32, reg32
         = "dp4a.u32.s32 {}, {}, {}, {};", twin::dp4a_u8_i8(a, b, c);
+}
+
+/// `cvt.rn.f16x2.f32`: two floats as halves in one register, each as by [`f32_to_f16`]. On sm_75,
+/// which lacks it, two conversions.
+#[inline(always)]
+pub fn f32x2_to_f16x2(low: f32, high: f32) -> u32 {
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_80"))]
+    {
+        let halves: u32;
+        // SAFETY: registers only.
+        unsafe {
+            asm!("cvt.rn.f16x2.f32 {}, {}, {};", out(reg32) halves, in(reg32) high, in(reg32) low,
+                options(pure, nomem, nostack));
+        }
+        halves
+    }
+    #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_80")))]
+    {
+        u32::from(f32_to_f16(low)) | u32::from(f32_to_f16(high)) << 16
+    }
 }
 
 /// e^x as 2^(x log2 e): a multiplication and [`exp2`].
@@ -378,6 +407,29 @@ mod twin {
         } else {
             f16::from_f32(value).to_bits()
         }
+    }
+
+    /// The two halves of a register, low first.
+    fn halves(register: u32) -> [f32; 2] {
+        [register as u16, (register >> 16) as u16].map(f16_to_f32)
+    }
+
+    pub fn permute_bytes(a: u32, b: u32, selector: u32) -> u32 {
+        let bytes = (u64::from(b) << 32 | u64::from(a)).to_le_bytes();
+        let byte = |i: u32| bytes[(selector >> (4 * i)) as usize & 7];
+        u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)])
+    }
+
+    pub fn sub_f16x2(a: u32, b: u32) -> u32 {
+        let (a, b) = (halves(a), halves(b));
+        // A difference of halves has at most 41 bits, so it is exact in double precision.
+        let half = |i: usize| {
+            let exact = f64::from(a[i]) - f64::from(b[i]);
+            let rounded = f16::from_f64(exact);
+            let nan = rounded.is_nan();
+            u32::from(if nan { 0x7fff } else { rounded.to_bits() })
+        };
+        half(0) | half(1) << 16
     }
 
     /// The value with a subnormal replaced by the zero of its sign.

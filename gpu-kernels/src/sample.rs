@@ -13,6 +13,7 @@
 //! holds two words a warp: no bank conflicts. One block is enough while V is some 100,000s: it
 //! saves a second launch for the comparison of blocks.
 
+use cuda_std::shared::Shared;
 use cuda_std::{kernel, shared, thread, warp};
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -23,7 +24,7 @@ use crate::ptx;
 const BLOCK: u32 = 1024;
 const _: () = assert!(BLOCK / warp::SIZE == warp::SIZE);
 /// Bytes of a warp's best in shared memory: value and index.
-const BEST_BYTES: u32 = 8;
+pub(crate) const BEST_BYTES: u32 = 8;
 
 /// Dimensions of the choice.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -86,21 +87,21 @@ pub fn plan_advance(device: &DeviceInfo, state: DeviceSlice) -> Result<Call, Sha
 
 /// A candidate: the greatest logit seen and where.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Best {
-    value: f32,
-    index: u32,
+pub(crate) struct Best {
+    pub(crate) value: f32,
+    pub(crate) index: u32,
 }
 
 impl Best {
     /// Nothing seen: any number that is not NaN, -inf included, takes its place.
-    const NONE: Best = Best {
+    pub(crate) const NONE: Best = Best {
         value: f32::NEG_INFINITY,
         index: u32::MAX,
     };
 
     /// The better of two; a NaN compares as neither greater nor equal and so never wins.
     #[inline(always)]
-    fn or(self, other: Best) -> Best {
+    pub(crate) fn or(self, other: Best) -> Best {
         let tie = other.value == self.value && other.index < self.index;
         if other.value > self.value || tie {
             other
@@ -111,7 +112,7 @@ impl Best {
 
     /// The best over the warp, in every lane.
     #[inline(always)]
-    fn of_warp(self) -> Best {
+    pub(crate) fn of_warp(self) -> Best {
         let mut best = self;
         let mut step = warp::SIZE / 2;
         while step > 0 {
@@ -122,6 +123,46 @@ impl Best {
             step /= 2;
         }
         best
+    }
+
+    /// The token that it stands for: 0 where nothing but NaN was seen.
+    #[inline(always)]
+    pub(crate) fn token(self) -> u32 {
+        if self.index == u32::MAX {
+            0
+        } else {
+            self.index
+        }
+    }
+
+    /// Leaves it in shared memory, by lane 0.
+    ///
+    /// # Safety
+    /// The [`BEST_BYTES`] at the offset are the warp's.
+    #[inline(always)]
+    pub(crate) unsafe fn store(self, smem: Shared, offset_bytes: u32) {
+        if warp::lane_id() == 0 {
+            // SAFETY: by the caller's promise.
+            unsafe {
+                ptx::st_shared_f32(smem, offset_bytes, self.value);
+                ptx::st_shared_u32(smem, offset_bytes + 4, self.index);
+            }
+        }
+    }
+
+    /// What [`Best::store`] left there.
+    ///
+    /// # Safety
+    /// A barrier stands between.
+    #[inline(always)]
+    pub(crate) unsafe fn of_shared(smem: Shared, offset_bytes: u32) -> Best {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            Best {
+                value: ptx::ld_shared_f32(smem, offset_bytes),
+                index: ptx::ld_shared_u32(smem, offset_bytes + 4),
+            }
+        }
     }
 }
 
@@ -173,26 +214,13 @@ pub unsafe fn argmax_f32(
             }
             first += BLOCK * 4;
         }
-        best = best.of_warp();
-        if lane == 0 {
-            ptx::st_shared_f32(smem, warp_id * BEST_BYTES, best.value);
-            ptx::st_shared_u32(smem, warp_id * BEST_BYTES + 4, best.index);
-        }
+        best.of_warp().store(smem, warp_id * BEST_BYTES);
         thread::sync_threads();
         if warp_id == 0 {
-            best = Best {
-                value: ptx::ld_shared_f32(smem, lane * BEST_BYTES),
-                index: ptx::ld_shared_u32(smem, lane * BEST_BYTES + 4),
-            };
-            best = best.of_warp();
+            best = Best::of_shared(smem, lane * BEST_BYTES).of_warp();
             if lane == 0 {
-                let token = if best.index == u32::MAX {
-                    0
-                } else {
-                    best.index
-                };
                 let position = ptx::ld_global_u32(state) as usize;
-                ptx::st_global_u32(tokens.wrapping_add(position + 1), token);
+                ptx::st_global_u32(tokens.wrapping_add(position + 1), best.token());
             }
         }
     }

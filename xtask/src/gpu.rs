@@ -7,6 +7,7 @@
 //!   bin/            edgellm, edgellm-bench, golden tests: release builds, stripped
 //!   data/           what the golden tests read
 //!   ptx/            the kernels of each tier, to read (the programs carry their own copy)
+//!   revision        the commit that it was made of, recorded with the times
 //!   model/          the model in parts, with SHA256SUMS of the parts and model.sha256 of the whole
 //! ```
 
@@ -112,6 +113,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         // Tells the script that there are no golden texts for it.
         fs::write(out.join("model/random"), "")?;
     }
+    fs::write(out.join("revision"), revision(&root))?;
     write_script(&out.join("run.sh"))?;
     summary(&out)?;
     Ok(())
@@ -210,6 +212,26 @@ fn copy_data(from: &Path, to: &Path) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// The commit of the checkout, with a `+` where files were changed; `unknown` without git.
+fn revision(root: &Path) -> String {
+    let output = Command::new("git")
+        .args([
+            "describe",
+            "--always",
+            "--abbrev=12",
+            "--dirty=+",
+            "--exclude=*",
+        ])
+        .current_dir(root)
+        .output();
+    match output {
+        Ok(output) if output.status.success() => {
+            String::from_utf8_lossy(&output.stdout).trim().to_owned()
+        }
+        _ => "unknown".to_owned(),
+    }
 }
 
 /// Writes a random-weight model of the named shape into `folder`.

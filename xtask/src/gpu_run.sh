@@ -77,7 +77,8 @@ fi
 if [ "$what" != check ]; then
     for tier in $tiers; do
         step "decode sm_$tier" decode "$tier"
-        step "times sm_$tier" bin/edgellm-bench kernels --tier "$tier" --results "$OUT"
+        step "times sm_$tier" bin/edgellm-bench kernels --tier "$tier" --results "$OUT" \
+            --revision "$(cat revision)"
     done
 fi
 

@@ -5,6 +5,7 @@ use std::process::exit;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod check;
 mod error;
 mod gpu;
@@ -38,6 +39,7 @@ enum Task {
     Check(check::Args),
     Ptx(ptx::Args),
     Model(model::Args),
+    Bench(bench::Args),
     Gpu(gpu::Args),
 }
 
@@ -49,6 +51,7 @@ fn main() {
         Task::Check(args) => check::run(&args),
         Task::Ptx(args) => ptx::run(&args),
         Task::Model(args) => model::run(&args),
+        Task::Bench(args) => bench::run(&args),
         Task::Gpu(args) => setup::core()
             .and_then(|_| gpu::run(&args).map_err(|error| Error::failed(error.to_string()))),
     };

@@ -6,22 +6,44 @@ use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 use cuda_builder::ptxas::{KernelFigures, Ptxas};
-use cuda_builder::setup::{Progress, install_core, install_ptxas};
+use cuda_builder::setup::{Progress, install_core, install_nvdisasm, install_ptxas};
 use cuda_builder::{BuildOutput, CudaBuilder, NvvmArch, TIERS, entries, entry_text};
 
+use crate::bench::sass;
 use crate::progress::Shown;
 use crate::{Error, workspace};
 
+mod limits;
+mod show;
+
 /// Builds the kernels of every tier and shows what `ptxas` makes of them: registers, shared memory,
-/// stack, spills. Fails if a kernel keeps values in local memory.
+/// stack, spills. Fails if a kernel keeps values in local memory on any GPU generation, or takes
+/// more registers than gpu-kernels/limits.toml allows.
 #[derive(Debug, ClapArgs)]
+#[command(
+    after_help = "Examples:\n  cargo xtask ptx\n  cargo xtask ptx --show rmsnorm_f32 --tier sm_75\n  \
+    cargo xtask ptx --show linear_gemv_int4_multirow --sass --tier sm_86"
+)]
 pub struct Args {
-    /// Print the PTX of this kernel instead.
+    /// Print the code of this kernel instead, with the Rust lines that it comes from.
     #[arg(long, value_name = "KERNEL")]
     show: Option<String>,
-    /// The tier to print [default: the highest].
+    /// The machine code (SASS) rather than the PTX.
+    #[arg(long, requires = "show")]
+    sass: bool,
+    /// The tier to print, with --sass any GPU generation [default: the highest tier].
     #[arg(long, value_name = "SM", value_parser = parse_arch, requires = "show")]
     tier: Option<NvvmArch>,
+}
+
+/// A tier that the engine embeds, as `sm_75` or `75`.
+pub fn parse_tier(text: &str) -> Result<NvvmArch, String> {
+    NvvmArch::parse(text)
+        .filter(|arch| TIERS.contains(arch))
+        .ok_or_else(|| {
+            let tiers = TIERS.map(|arch| arch.to_string());
+            format!("tiers are {}", tiers.join(", "))
+        })
 }
 
 fn parse_arch(text: &str) -> Result<NvvmArch, String> {
@@ -37,37 +59,66 @@ pub fn run(args: &Args) -> Result<(), Error> {
     install_core(&progress, false)?;
     if let Some(kernel) = &args.show {
         let arch = args.tier.unwrap_or(TIERS[TIERS.len() - 1]);
-        let output = build(arch, &progress)?;
+        let text = show(kernel, arch, args.sass, &progress)?;
         drop(progress);
-        let ptx = read(&output.ptx)?;
-        let text = entry_text(&ptx, kernel).ok_or_else(|| {
-            Error::Usage(format!(
-                "no kernel `{kernel}`; there are {}",
-                entries(&ptx).join(", ")
-            ))
-        })?;
         print!("{text}");
         return Ok(());
     }
     let ptxas = install_ptxas(&progress)?;
-    let tiers = figures(&ptxas, &progress)?;
+    let generations = figures(&ptxas, &progress)?;
     drop(progress);
+    let tiers = generations
+        .iter()
+        .filter(|(arch, _)| TIERS.contains(arch))
+        .cloned()
+        .collect();
     print!("{}", table(&tiers));
-    judge(&tiers)
+    judge(&generations)
 }
 
-/// Figures of every kernel, for each tier.
+/// The code of a kernel with its Rust lines.
+fn show(
+    kernel: &str,
+    arch: NvvmArch,
+    machine_code: bool,
+    progress: &dyn Progress,
+) -> Result<String, Error> {
+    // Machine code is made from the PTX that a device of that generation loads.
+    let output = build_with_lines(if machine_code { arch.tier() } else { arch }, progress)?;
+    let ptx = read(&output.ptx)?;
+    let text = entry_text(&ptx, kernel).ok_or_else(|| {
+        Error::Usage(format!(
+            "no kernel `{kernel}`; there are {}",
+            entries(&ptx).join(", ")
+        ))
+    })?;
+    let mut sources = show::Sources::new(&workspace::root());
+    if !machine_code {
+        return Ok(show::ptx(text, &ptx, &mut sources));
+    }
+    let ptxas = install_ptxas(progress)?;
+    let nvdisasm = install_nvdisasm(progress)?;
+    let (cubin, _) = ptxas.assemble(&output.ptx, arch)?;
+    let code = nvdisasm.sass(&cubin)?;
+    let code = sass::text(&code, kernel)
+        .ok_or_else(|| Error::failed(format!("{kernel} has no code for {arch}")))?;
+    Ok(show::sass(code, &mut sources))
+}
+
+/// Figures of every kernel, for each GPU generation.
 pub type TierFigures = Vec<(NvvmArch, Vec<KernelFigures>)>;
 
-/// Builds every tier and asks `ptxas`.
+/// Builds every tier and asks `ptxas` what each GPU generation makes of the tier that it loads.
 pub fn figures(ptxas: &Ptxas, progress: &dyn Progress) -> Result<TierFigures, Error> {
     let outputs = build_tiers(progress)?;
-    let mut tiers = Vec::new();
-    for output in outputs {
-        progress.step(&format!("ptxas {}", output.arch));
-        tiers.push((output.arch, ptxas.figures(&output.ptx, output.arch)?));
+    let mut figures = Vec::new();
+    for arch in NvvmArch::ALL {
+        for output in outputs.iter().filter(|output| output.arch == arch.tier()) {
+            progress.step(&format!("ptxas {arch}"));
+            figures.push((arch, ptxas.figures(&output.ptx, arch)?));
+        }
     }
-    Ok(tiers)
+    Ok(figures)
 }
 
 /// Builds every tier.
@@ -88,6 +139,17 @@ fn build(arch: NvvmArch, progress: &dyn Progress) -> Result<BuildOutput, Error> 
     if !output.warnings.is_empty() {
         progress.note(output.warnings.trim_end());
     }
+    Ok(output)
+}
+
+/// As [`build`], with line directives; apart from it, so that neither undoes the other's work.
+fn build_with_lines(arch: NvvmArch, progress: &dyn Progress) -> Result<BuildOutput, Error> {
+    progress.step(&format!("compiling the GPU kernels for {arch}, with lines"));
+    let output = CudaBuilder::new(workspace::root().join("gpu-kernels"))
+        .arch(arch)
+        .line_directives(true)
+        .target_dir(workspace::target_dir()?.join("cuda-lines"))
+        .build()?;
     Ok(output)
 }
 
@@ -138,9 +200,14 @@ fn table(tiers: &TierFigures) -> String {
     text
 }
 
-/// Fails when a kernel uses local memory, or is missing in a tier.
+/// Fails when a kernel uses local memory, takes more registers than it may, or is missing in a tier.
 pub fn judge(tiers: &TierFigures) -> Result<(), Error> {
-    let mut faults = Vec::new();
+    let limits = limits::Limits::read(&workspace::root().join("gpu-kernels/limits.toml"))?;
+    verdict(tiers, limits.faults(tiers))
+}
+
+/// The faults of [`judge`] besides those of the register ceilings, which are given.
+fn verdict(tiers: &TierFigures, mut faults: Vec<String>) -> Result<(), Error> {
     let names = |kernels: &[KernelFigures]| -> Vec<String> {
         let mut names: Vec<String> = kernels
             .iter()
@@ -167,7 +234,8 @@ pub fn judge(tiers: &TierFigures) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::failed(format!(
-        "{}\n(unroll loops over register arrays fully, or give each thread less work)",
+        "{}\n(unroll loops over register arrays fully, give each thread less work, or, where more registers pay, \
+         raise the ceiling in gpu-kernels/limits.toml)",
         faults.join("\n")
     )))
 }
@@ -191,14 +259,15 @@ mod tests {
             (NvvmArch::Compute75, vec![kernel("a", 0), kernel("b", 0)]),
             (NvvmArch::Compute90, vec![kernel("b", 0), kernel("a", 0)]),
         ];
-        judge(&tiers).unwrap();
+        verdict(&tiers, Vec::new()).unwrap();
+        assert!(verdict(&tiers, vec!["too many registers".into()]).is_err());
     }
 
     #[test]
     fn spills_and_missing_kernels_are_faults() {
         let spilled = vec![(NvvmArch::Compute75, vec![kernel("a", 8)])];
         assert!(
-            judge(&spilled)
+            verdict(&spilled, Vec::new())
                 .unwrap_err()
                 .to_string()
                 .contains("a for sm_75")
@@ -207,9 +276,9 @@ mod tests {
             (NvvmArch::Compute75, vec![kernel("a", 0)]),
             (NvvmArch::Compute90, vec![kernel("b", 0)]),
         ];
-        assert!(judge(&missing).is_err());
+        assert!(verdict(&missing, Vec::new()).is_err());
         assert!(table(&missing).contains("absent"), "{}", table(&missing));
-        assert!(judge(&vec![(NvvmArch::Compute75, Vec::new())]).is_err());
+        assert!(verdict(&vec![(NvvmArch::Compute75, Vec::new())], Vec::new()).is_err());
     }
 
     #[test]
@@ -230,5 +299,7 @@ mod tests {
     fn tiers_are_parsed() {
         assert_eq!(parse_arch("sm_80"), Ok(NvvmArch::Compute80));
         assert!(parse_arch("sm_10").unwrap_err().contains("sm_75"));
+        assert_eq!(parse_tier("75"), Ok(NvvmArch::Compute75));
+        assert!(parse_tier("sm_86").unwrap_err().contains("sm_80"));
     }
 }

@@ -1,7 +1,7 @@
 //! `cargo xtask setup`: installs what a stock Rust installation lacks for the GPU kernels.
 
 use clap::Args as ClapArgs;
-use cuda_builder::setup::{Progress, install_core, install_ptxas};
+use cuda_builder::setup::{Progress, install_core, install_nvdisasm, install_ptxas};
 use cuda_builder::{CoreLibrary, Error as BuilderError};
 
 use crate::progress::Shown;
@@ -24,6 +24,11 @@ pub fn run(_: &Args) -> Result<(), Error> {
         Ok(ptxas) => println!("ptxas    {}", ptxas.path.display()),
         // Only the resource figures need it.
         Err(error) => println!("ptxas    missing, `cargo xtask ptx` will not work: {error}"),
+    }
+    match install_nvdisasm(&progress) {
+        Ok(nvdisasm) => println!("nvdisasm {}", nvdisasm.path.display()),
+        // Only the machine code needs it.
+        Err(error) => println!("nvdisasm missing, `cargo xtask bench` shows no code: {error}"),
     }
     drop(progress);
     let tiers: Vec<String> = cuda_builder::TIERS

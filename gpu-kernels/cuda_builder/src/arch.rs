@@ -14,10 +14,16 @@ pub enum NvvmArch {
     Compute80,
     /// Ampere: A10, RTX 30.
     Compute86,
+    /// Ampere: Orin.
+    Compute87,
     /// Ada: L4, RTX 40.
     Compute89,
     /// Hopper: H100, H200.
     Compute90,
+    /// Blackwell: B200.
+    Compute100,
+    /// Blackwell: RTX 50.
+    Compute120,
 }
 
 /// The tiers that the engine embeds. A device loads the highest one that it supports.
@@ -29,12 +35,15 @@ pub const TIERS: [NvvmArch; 3] = [
 
 impl NvvmArch {
     /// Every capability known here, lowest first.
-    pub const ALL: [NvvmArch; 5] = [
+    pub const ALL: [NvvmArch; 8] = [
         NvvmArch::Compute75,
         NvvmArch::Compute80,
         NvvmArch::Compute86,
+        NvvmArch::Compute87,
         NvvmArch::Compute89,
         NvvmArch::Compute90,
+        NvvmArch::Compute100,
+        NvvmArch::Compute120,
     ];
 
     /// Compute capability times ten: 75, 80, 90.
@@ -43,20 +52,35 @@ impl NvvmArch {
             NvvmArch::Compute75 => 75,
             NvvmArch::Compute80 => 80,
             NvvmArch::Compute86 => 86,
+            NvvmArch::Compute87 => 87,
             NvvmArch::Compute89 => 89,
             NvvmArch::Compute90 => 90,
+            NvvmArch::Compute100 => 100,
+            NvvmArch::Compute120 => 120,
         }
     }
 
     /// PTX version times ten.
     ///
     /// The lowest that has what the kernels use, so that old drivers load it: 7.4 (CUDA 11.4) brings
-    /// the cache hints of `ld.global.nc`, 7.8 (CUDA 11.8) is the first that knows sm_89 and sm_90.
+    /// the cache hints of `ld.global.nc`, 7.8 (CUDA 11.8) is the first that knows sm_89 and sm_90,
+    /// 8.6 (CUDA 12.7) and 8.7 (CUDA 12.8) are those of sm_100 and sm_120.
     pub const fn ptx_version(self) -> u32 {
         match self {
-            NvvmArch::Compute75 | NvvmArch::Compute80 | NvvmArch::Compute86 => 74,
+            NvvmArch::Compute75
+            | NvvmArch::Compute80
+            | NvvmArch::Compute86
+            | NvvmArch::Compute87 => 74,
             NvvmArch::Compute89 | NvvmArch::Compute90 => 78,
+            NvvmArch::Compute100 => 86,
+            NvvmArch::Compute120 => 87,
         }
+    }
+
+    /// The tier that a device of this capability loads: the highest that is not above it.
+    pub fn tier(self) -> NvvmArch {
+        let loadable = TIERS.into_iter().filter(|tier| *tier <= self);
+        loadable.max().unwrap_or(TIERS[0])
     }
 
     /// The capability written as `sm_75` or `75`.
@@ -88,7 +112,15 @@ mod tests {
     }
 
     #[test]
+    fn devices_load_the_highest_tier_below() {
+        assert_eq!(NvvmArch::Compute75.tier(), NvvmArch::Compute75);
+        assert_eq!(NvvmArch::Compute89.tier(), NvvmArch::Compute80);
+        assert_eq!(NvvmArch::Compute120.tier(), NvvmArch::Compute90);
+    }
+
+    #[test]
     fn tiers_rise() {
+        assert!(NvvmArch::ALL.is_sorted_by(|low, high| low < high));
         assert!(TIERS.is_sorted_by(|low, high| low < high));
     }
 }

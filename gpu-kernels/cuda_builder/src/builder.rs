@@ -22,6 +22,7 @@ pub struct CudaBuilder {
     arch: NvvmArch,
     copy_to: Option<PathBuf>,
     target_dir: Option<PathBuf>,
+    line_directives: bool,
 }
 
 /// What a build produced.
@@ -56,7 +57,16 @@ impl CudaBuilder {
             arch: NvvmArch::Compute75,
             copy_to: None,
             target_dir: None,
+            line_directives: false,
         }
+    }
+
+    /// Whether the PTX says which source line each instruction comes from. It is for reading: such
+    /// a build belongs in a target folder of its own.
+    #[must_use]
+    pub fn line_directives(mut self, wanted: bool) -> CudaBuilder {
+        self.line_directives = wanted;
+        self
     }
 
     /// Sets the compute capability to compile for.
@@ -177,9 +187,17 @@ impl CudaBuilder {
             .env("CARGO_ENCODED_RUSTFLAGS", shared.join("\u{1f}"))
             // For this child only: the host crates stay on the stable language.
             .env("RUSTC_BOOTSTRAP", "1")
-            // The workspace's release profile is made for the host. Debug lines in particular would
-            // mark the PTX `debug`, which switches the driver's optimiser off.
-            .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
+            // The workspace's release profile is made for the host. Its debug lines in particular
+            // would mark the PTX `debug`, which switches the driver's optimiser off; directives
+            // alone do not.
+            .env(
+                "CARGO_PROFILE_RELEASE_DEBUG",
+                if self.line_directives {
+                    "line-directives-only"
+                } else {
+                    "0"
+                },
+            )
             .env("CARGO_PROFILE_RELEASE_LTO", "off")
             .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "3")
             .env("CARGO_PROFILE_RELEASE_OVERFLOW_CHECKS", "false")

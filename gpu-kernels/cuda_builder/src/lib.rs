@@ -18,7 +18,8 @@
 //! | [`CudaBuilder`] | runs a child cargo for the device target and returns the PTX file |
 //! | [`CoreLibrary`] | which `core` the device build uses |
 //! | [`ptxas`] | registers, shared memory, stack and spills of each kernel |
-//! | [`setup`] | installs what is missing: `core`'s sources, `ptxas` |
+//! | [`nvdisasm`] | the machine code of each kernel |
+//! | [`setup`] | installs what is missing: `core`'s sources, `ptxas`, `nvdisasm` |
 
 mod arch;
 mod builder;
@@ -26,6 +27,7 @@ pub mod cache;
 mod child;
 mod core_library;
 mod error;
+pub mod nvdisasm;
 pub mod ptxas;
 pub mod setup;
 

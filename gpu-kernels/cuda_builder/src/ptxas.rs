@@ -59,15 +59,9 @@ impl Ptxas {
     /// Looks in `PATH`, in the CUDA installation that `CUDA_HOME` or `CUDA_PATH` names, in
     /// `/usr/local/cuda`, and where [`crate::setup::install_ptxas`] puts it.
     pub fn find() -> Option<Ptxas> {
-        let path = env::var_os("PATH").unwrap_or_default();
-        let in_path = env::split_paths(&path).collect::<Vec<_>>();
-        let in_cuda = ["CUDA_HOME", "CUDA_PATH"]
-            .iter()
-            .filter_map(env::var_os)
-            .map(|dir| PathBuf::from(dir).join("bin"))
-            .chain([PathBuf::from("/usr/local/cuda/bin")]);
         let in_cache = cache::dir().map(|dir| crate::setup::ptxas_dir(&dir));
-        first_in(in_path.into_iter().chain(in_cuda).chain(in_cache))
+        let path = first_in("ptxas", installed_dirs().into_iter().chain(in_cache))?;
+        Some(Ptxas { path })
     }
 
     /// Assembles a PTX file for `arch` and returns the figures of every kernel in it.
@@ -75,11 +69,25 @@ impl Ptxas {
     /// # Errors
     /// [`Error::Tool`] with what `ptxas` says when it rejects the file.
     pub fn figures(&self, ptx: &Path, arch: NvvmArch) -> Result<Vec<KernelFigures>, Error> {
+        self.assemble(ptx, arch).map(|(_, figures)| figures)
+    }
+
+    /// Assembles a PTX file for `arch` into a cubin beside it, with the source lines where the PTX
+    /// names them, and returns the figures of every kernel.
+    ///
+    /// # Errors
+    /// [`Error::Tool`] with what `ptxas` says when it rejects the file.
+    pub fn assemble(
+        &self,
+        ptx: &Path,
+        arch: NvvmArch,
+    ) -> Result<(PathBuf, Vec<KernelFigures>), Error> {
         let mut command = Command::new(&self.path);
         // Not /dev/null: a failing ptxas removes its output file, which root is able to do even there.
         let cubin = ptx.with_extension(format!("{arch}.cubin"));
         command
             .arg("-v")
+            .arg("-lineinfo")
             .arg(format!("-arch={arch}"))
             .arg("-o")
             .arg(&cubin)
@@ -97,7 +105,7 @@ impl Ptxas {
                 output: child::last_lines(&text, 12),
             });
         }
-        Ok(parse(&text))
+        Ok((cubin, parse(&text)))
     }
 
     /// As [`Ptxas::find`].
@@ -110,10 +118,21 @@ impl Ptxas {
     }
 }
 
-fn first_in(dirs: impl Iterator<Item = PathBuf>) -> Option<Ptxas> {
-    dirs.map(|dir| dir.join("ptxas"))
+/// Folders in which CUDA's programs may be installed: `PATH`, then the CUDA installation.
+pub(crate) fn installed_dirs() -> Vec<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let in_cuda = ["CUDA_HOME", "CUDA_PATH"]
+        .iter()
+        .filter_map(env::var_os)
+        .map(|dir| PathBuf::from(dir).join("bin"))
+        .chain([PathBuf::from("/usr/local/cuda/bin")]);
+    env::split_paths(&path).chain(in_cuda).collect()
+}
+
+/// The program of that name in the first folder that has it.
+pub(crate) fn first_in(program: &str, dirs: impl Iterator<Item = PathBuf>) -> Option<PathBuf> {
+    dirs.map(|dir| dir.join(program))
         .find(|path| path.is_file())
-        .map(|path| Ptxas { path })
 }
 
 /// Reads the report of `ptxas -v`.
@@ -204,20 +223,10 @@ ptxas info    : Used 255 registers, used 1 barriers, 128 bytes cumulative stack 
             fs::create_dir(folder).unwrap();
         }
         let folders = || [first.clone(), second.clone()].into_iter();
-        assert_eq!(first_in(folders()), None);
+        assert_eq!(first_in("ptxas", folders()), None);
         fs::write(second.join("ptxas"), "").unwrap();
-        assert_eq!(
-            first_in(folders()),
-            Some(Ptxas {
-                path: second.join("ptxas")
-            })
-        );
+        assert_eq!(first_in("ptxas", folders()), Some(second.join("ptxas")));
         fs::write(first.join("ptxas"), "").unwrap();
-        assert_eq!(
-            first_in(folders()),
-            Some(Ptxas {
-                path: first.join("ptxas")
-            })
-        );
+        assert_eq!(first_in("ptxas", folders()), Some(first.join("ptxas")));
     }
 }

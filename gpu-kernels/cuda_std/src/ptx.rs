@@ -59,6 +59,36 @@ pub unsafe fn shuffle_idx(mask: u32, value: u32, lane: u32) -> u32 {
     unsafe { shfl_sync_idx(mask, value, lane, WHOLE_WARP) }
 }
 
+/// `mma.sync` has no intrinsic that can be declared from Rust: its operands are LLVM vectors, which
+/// the target's ABI refuses. The block has an effect, so LLVM keeps it where it is.
+#[inline(always)]
+pub fn mma_m16n8k16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
+    let [mut c0, mut c1, mut c2, mut c3] = c;
+    // SAFETY: registers only.
+    unsafe {
+        asm!("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{{c0}, {c1}, {c2}, {c3}}}, \
+              {{{a0}, {a1}, {a2}, {a3}}}, {{{b0}, {b1}}}, {{{c0}, {c1}, {c2}, {c3}}};",
+            c0 = inout(reg32) c0, c1 = inout(reg32) c1, c2 = inout(reg32) c2, c3 = inout(reg32) c3,
+            a0 = in(reg32) a[0], a1 = in(reg32) a[1], a2 = in(reg32) a[2], a3 = in(reg32) a[3],
+            b0 = in(reg32) b[0], b1 = in(reg32) b[1], options(nomem, nostack));
+    }
+    [c0, c1, c2, c3]
+}
+
+/// As [`mma_m16n8k16`], of half the depth.
+#[inline(always)]
+pub fn mma_m16n8k8(a: [u32; 2], b: u32, c: [f32; 4]) -> [f32; 4] {
+    let [mut c0, mut c1, mut c2, mut c3] = c;
+    // SAFETY: registers only.
+    unsafe {
+        asm!("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{{c0}, {c1}, {c2}, {c3}}}, \
+              {{{a0}, {a1}}}, {{{b}}}, {{{c0}, {c1}, {c2}, {c3}}};",
+            c0 = inout(reg32) c0, c1 = inout(reg32) c1, c2 = inout(reg32) c2, c3 = inout(reg32) c3,
+            a0 = in(reg32) a[0], a1 = in(reg32) a[1], b = in(reg32) b, options(nomem, nostack));
+    }
+    [c0, c1, c2, c3]
+}
+
 /// `%laneid`
 #[inline(always)]
 pub fn lane_id() -> u32 {

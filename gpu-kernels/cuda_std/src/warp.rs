@@ -98,6 +98,40 @@ pub fn all(mask: u32, predicate: bool) -> bool {
     ballot(mask, !predicate) == 0
 }
 
+/// `mma.sync.m16n8k16` of halves onto single precision, by all 32 lanes: `A B + C` with A (16, 16),
+/// B (16, 8) and C (16, 8), each spread over the warp. Capability 8.0 on.
+///
+/// With `g = lane / 4`, `q = lane % 4` and two halves a register, the lower one first, a lane holds
+///
+/// ```text
+/// a[0]  A[g,     2q .. 2q + 2]        b[0]  B[2q .. 2q + 2,      g]
+/// a[1]  A[g + 8, 2q .. 2q + 2]        b[1]  B[2q + 8 .. 2q + 10, g]
+/// a[2]  A[g,     2q + 8 .. 2q + 10]   c[0], c[1]  C[g,     2q], C[g,     2q + 1]
+/// a[3]  A[g + 8, 2q + 8 .. 2q + 10]   c[2], c[3]  C[g + 8, 2q], C[g + 8, 2q + 1]
+/// ```
+///
+/// and gets its part of the result in the places of C. Products are exact; the device does not say
+/// in which order and with which rounding it adds them, the emulator adds in double precision and
+/// rounds once.
+///
+/// The device's form is an `asm!` block with an effect: LLVM neither drops nor moves it, but may
+/// copy it into the branches of a condition before it. Where it stands, that has to be one on which
+/// the whole warp agrees.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn mma_m16n8k16_f16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
+    ptx::mma_m16n8k16(a, b, c)
+}
+
+/// `mma.sync.m16n8k8` of halves onto single precision: the first half of what
+/// [`mma_m16n8k16_f16`] does, with A (16, 8) in its `a[0]` and `a[1]` and B (8, 8) in its `b[0]`.
+/// Capability 7.5 on.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub fn mma_m16n8k8_f16(a: [u32; 2], b: u32, c: [f32; 4]) -> [f32; 4] {
+    ptx::mma_m16n8k8(a, b, c)
+}
+
 /// Sum over the 32 lanes, the same bits in every lane: an xor butterfly 16, 8, 4, 2, 1.
 ///
 /// Needs all 32 lanes.

@@ -293,3 +293,70 @@ fn emulation_is_fast_enough_for_tests() {
     assert_eq!(y.to_vec().unwrap(), [2000.0; 1000]);
     assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
 }
+
+/// A of small whole numbers, a half each; element `i` of the 16 x 16 (or 8) row by row.
+fn a_element(row: usize, k: usize) -> f32 {
+    (row * 3 + k * 5) as f32 % 17.0 - 8.0
+}
+
+fn b_element(k: usize, column: usize) -> f32 {
+    (k * 7 + column * 11) as f32 % 13.0 - 6.0
+}
+
+fn pair(low: f32, high: f32) -> u32 {
+    let bits = |x| u32::from(half::f16::from_f32(x).to_bits());
+    bits(low) | bits(high) << 16
+}
+
+/// One warp's product in both forms; c is the row plus a hundredth of the column.
+#[kernel]
+unsafe fn warp_products(wide: *mut [f32; 4], narrow: *mut [f32; 4]) {
+    let lane = warp::lane_id() as usize;
+    let (g, q) = (lane / 4, lane % 4 * 2);
+    let a = |row, k| pair(a_element(row, k), a_element(row, k + 1));
+    let b = |k| pair(b_element(k, g), b_element(k + 1, g));
+    let c = [0, 1, 2, 3].map(|i| (g + i / 2 * 8) as f32 + (q + i % 2) as f32 / 128.0);
+    let fragments = [a(g, q), a(g + 8, q), a(g, q + 8), a(g + 8, q + 8)];
+    let product = warp::mma_m16n8k16_f16(fragments, [b(q), b(q + 8)], c);
+    store_global(wide.wrapping_add(lane), product);
+    let first = warp::mma_m16n8k8_f16([fragments[0], fragments[1]], b(q), c);
+    let second = warp::mma_m16n8k8_f16([fragments[2], fragments[3]], b(q + 8), first);
+    store_global(narrow.wrapping_add(lane), second);
+}
+
+#[test]
+fn a_warp_multiplies_matrices() {
+    for launch in orders(Launch::new([1, 1, 1], [32, 1, 1])) {
+        let wide = Buffer::<[f32; 4]>::uninit(32);
+        let narrow = Buffer::<[f32; 4]>::uninit(32);
+        let arguments = [wide.address(), narrow.address()];
+        launch_entry(&WARP_PRODUCTS_ENTRY, &launch, &arguments).unwrap();
+        let wide = wide.to_vec().unwrap();
+        for (lane, product) in wide.iter().enumerate() {
+            for (i, &got) in product.iter().enumerate() {
+                let (row, column) = (lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2);
+                let sum: f32 = (0..16).map(|k| a_element(row, k) * b_element(k, column)).sum();
+                assert_eq!(got, sum + row as f32 + column as f32 / 128.0);
+            }
+        }
+        assert_eq!(narrow.to_vec().unwrap(), wide);
+    }
+}
+
+/// The upper half of the warp leaves out the product.
+#[kernel]
+unsafe fn half_a_warp_multiplies(y: *mut [f32; 4]) {
+    let lane = warp::lane_id();
+    if lane < 16 {
+        let product = warp::mma_m16n8k16_f16([0; 4], [0; 2], [0.0; 4]);
+        store_global(y.wrapping_add(lane as usize), product);
+    }
+}
+
+#[test]
+fn a_product_needs_the_whole_warp() {
+    let y = Buffer::<[f32; 4]>::uninit(32);
+    let launch = Launch::new([1, 1, 1], [32, 1, 1]);
+    let fault = launch_entry(&HALF_A_WARP_MULTIPLIES_ENTRY, &launch, &[y.address()]).unwrap_err();
+    assert!(fault.to_string().contains("mma.sync"), "{fault}");
+}

@@ -5,56 +5,125 @@ use cpu_kernels::attention::AttentionShape;
 use half::f16;
 
 use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within};
-use crate::attention;
+use crate::attention::split::{self, Tuning};
+use crate::attention::{self, Scratch, block_a_head};
+use crate::launch::DeviceSlice;
 
 /// Exponentials by an approximate instruction, sums of some hundred products.
 const SOFTMAX: f64 = 3e-6;
+/// The same with sums inside the matrix units, which cut off rather than round.
+const MATRIX_SOFTMAX: f64 = 1e-5;
 
 /// Query heads, kv heads, head width, capacity, position.
 type Geometry = (usize, usize, usize, usize, usize);
 
-const SMALL: [Geometry; 14] = [
+const BLOCK_A_HEAD: [Geometry; 8] = [
     (9, 3, 64, 301, 0),
-    (9, 3, 64, 301, 1),
-    (9, 3, 64, 301, 37),
     (9, 3, 64, 301, 300),
     (4, 2, 32, 64, 31),
-    (4, 2, 32, 64, 32),
     (2, 2, 80, 40, 37),
     (2, 1, 96, 7, 6),
     (3, 1, 128, 40, 39),
-    (1, 1, 256, 40, 33),
-    (2, 1, 192, 5, 3),
     (2, 1, 34, 40, 37),
     (1, 1, 2, 3, 2),
-    (1, 1, 64, 700, 600),
 ];
 
-const LARGE: [Geometry; 3] = [
+/// With the tuning of the device: one split up to 128 positions.
+const SPLIT: [Geometry; 22] = [
+    (9, 3, 64, 301, 0),
+    (9, 3, 64, 301, 1),
+    (9, 3, 64, 301, 37),
+    (9, 3, 64, 301, 127),
+    (9, 3, 64, 301, 128),
+    (9, 3, 64, 301, 300),
+    (4, 2, 32, 64, 31),
+    (4, 2, 32, 64, 32),
+    (1, 1, 8, 40, 37),
+    (1, 1, 64, 700, 600),
+    (14, 2, 64, 150, 149),
+    (2, 2, 80, 40, 37),
+    (10, 1, 80, 150, 140),
+    (2, 1, 96, 7, 6),
+    (24, 8, 96, 40, 16),
+    (3, 1, 128, 40, 39),
+    (17, 1, 128, 300, 280),
+    (12, 2, 128, 200, 199),
+    (4, 2, 112, 33, 31),
+    (1, 1, 256, 40, 33),
+    (8, 1, 256, 200, 190),
+    (2, 1, 192, 5, 3),
+];
+
+/// As many splits as the tuning says, of a tile or more: with 3 splits some warps have several
+/// tiles, with 128 each split is one.
+const TUNED: [(Geometry, Tuning); 5] = [
+    ((6, 2, 64, 450, 444), tuning(3, 1)),
+    ((7, 1, 96, 600, 577), tuning(4, 2)),
+    ((12, 2, 128, 300, 299), tuning(128, 1)),
+    ((5, 1, 128, 530, 520), tuning(2, 1)),
+    ((4, 1, 256, 300, 270), tuning(9, 1)),
+];
+
+const LARGE: [Geometry; 7] = [
     (9, 3, 64, 8192, 8191),
     (12, 2, 128, 4096, 4000),
     (32, 8, 64, 2100, 2049),
+    (16, 2, 128, 20_000, 19_990),
+    (14, 2, 64, 9000, 8999),
+    (8, 2, 256, 3000, 2998),
+    (12, 2, 128, 40_000, 39_999),
 ];
 
+const fn tuning(splits: u32, min_tiles: u32) -> Tuning {
+    Tuning { splits, min_tiles }
+}
+
+/// How to launch.
+#[derive(Clone, Copy)]
+enum How {
+    BlockAHead,
+    Split(Option<Tuning>),
+}
+
 pub fn cases() -> Vec<Case> {
-    SMALL.map(case).into()
+    let mut cases: Vec<Case> = BLOCK_A_HEAD
+        .map(|geometry| case(geometry, How::BlockAHead))
+        .into();
+    cases.extend(SPLIT.map(|geometry| case(geometry, How::Split(None))));
+    cases.extend(TUNED.map(|(geometry, tuning)| case(geometry, How::Split(Some(tuning)))));
+    cases
 }
 
 pub fn large() -> Vec<Case> {
-    LARGE.map(case).into()
+    let mut cases: Vec<Case> = LARGE
+        .map(|geometry| case(geometry, How::Split(None)))
+        .into();
+    cases.push(case((9, 3, 64, 8192, 8000), How::BlockAHead));
+    cases
 }
 
-fn case(geometry: Geometry) -> Case {
+fn case(geometry: Geometry, how: How) -> Case {
     let (heads, kv_heads, head_dim, context, position) = geometry;
-    let shape = format!("H={heads} KV={kv_heads} Dh={head_dim} S={context} position={position}");
-    Case::new("attention_decode_f16", shape, move |device| {
-        attention(device, geometry)
+    let mut shape =
+        format!("H={heads} KV={kv_heads} Dh={head_dim} S={context} position={position}");
+    let kernel = match how {
+        How::BlockAHead => "attention_decode_f16",
+        How::Split(tuning) => {
+            if let Some(Tuning { splits, min_tiles }) = tuning {
+                shape.push_str(&format!(" splits={splits} min_tiles={min_tiles}"));
+            }
+            split::kernel(head_dim)
+        }
+    };
+    Case::new(kernel, shape, move |device| {
+        attention(device, geometry, how)
     })
 }
 
 fn attention(
     device: &mut dyn Device,
     (heads, kv_heads, head_dim, context, position): Geometry,
+    how: How,
 ) -> Result<f64, CaseError> {
     let mut inputs = Inputs::new(10);
     let q = inputs.floats(heads * head_dim, 2.0);
@@ -67,25 +136,53 @@ fn attention(
         }
     }
     let scale = 1.0 / (head_dim as f32).sqrt();
+    let shape = attention::Shape {
+        heads,
+        kv_heads,
+        head_dim,
+        context,
+        scale,
+    };
+    let info = device.info();
     let got = same_twice(device, |device| {
+        let tuning = match how {
+            How::BlockAHead => None,
+            How::Split(tuning) => Some(tuning.unwrap_or(Tuning::of(&info, &shape))),
+        };
+        let (partials, arrived) = match tuning {
+            None => (DeviceSlice::NONE, DeviceSlice::NONE),
+            Some(tuning) => {
+                let Scratch { partials, arrived } = tuning.scratch(&shape);
+                (
+                    device.uninit(partials)?,
+                    device.upload(&vec![0; arrived as usize])?,
+                )
+            }
+        };
         let ops = attention::Operands {
             q: device.put_f32(&q)?,
             k_cache: device.put_f16(&k_cache)?,
             v_cache: device.put_f16(&v_cache)?,
             state: device.put_u32(&[position as u32])?,
             out: device.uninit(q.len() as u64 * 4)?,
+            partials,
+            arrived,
         };
-        let shape = attention::Shape {
-            heads,
-            kv_heads,
-            head_dim,
-            context,
-            scale,
+        let call = match tuning {
+            None => block_a_head::plan(&info, &shape, &ops)?,
+            Some(tuning) => split::plan(&info, &shape, &ops, tuning)?,
         };
-        device.run(&attention::plan(&device.info(), &shape, &ops)?)?;
+        device.run(&call)?;
+        // As a graph runs it again: the counters have to be back at zero.
+        device.run(&call)?;
+        if arrived != DeviceSlice::NONE {
+            for count in device.take_u32(arrived)? {
+                super::sample::equal("counter", count, 0)?;
+            }
+        }
         Ok(device.take_f32(ops.out)?)
     })?;
-    let shape = AttentionShape {
+    let reference = AttentionShape {
         heads,
         kv_heads,
         head_dim,
@@ -94,6 +191,10 @@ fn attention(
         scale,
     };
     let mut want = vec![0.0; q.len()];
-    cpu_kernels::attention::reference(&q, &k_cache, &v_cache, &mut want, &shape);
-    within(&got, &want, SOFTMAX)
+    cpu_kernels::attention::reference(&q, &k_cache, &v_cache, &mut want, &reference);
+    let bound = match how {
+        How::BlockAHead => SOFTMAX,
+        How::Split(_) => MATRIX_SOFTMAX,
+    };
+    within(&got, &want, bound)
 }

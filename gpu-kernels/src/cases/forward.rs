@@ -9,7 +9,7 @@ use super::{Buffers, Case, CaseError, Device, Inputs, within};
 use crate::launch::{Call, DeviceSlice};
 use crate::linear::gemv_int4;
 use crate::variant::Choice;
-use crate::{add, attention, embed, kv_append, logits, rmsnorm, rope, sample, swiglu};
+use crate::{add, attention, embed, kv_append, logits, rmsnorm, rope, swiglu};
 
 const VOCAB: usize = 101;
 const WIDTH: usize = 96;
@@ -290,12 +290,15 @@ impl Builder<'_> {
             scale: SCALE,
         };
         let out = self.floats(HEADS * HEAD_DIM)?;
+        let scratch = attention::scratch(&info, &shape);
         let ops = attention::Operands {
             q,
             k_cache,
             v_cache,
             state: self.state,
             out,
+            partials: self.device.uninit(scratch.partials)?,
+            arrived: self.device.upload(&vec![0; scratch.arrived as usize])?,
         };
         self.calls.push(attention::plan(&info, &shape, &ops)?);
         let projected = self.linear(&layer.o, None, out)?;
@@ -353,31 +356,27 @@ impl Program {
         }
         let normed = builder.norm(x, &model.norm)?;
         let logits = builder.floats(VOCAB)?;
+        let scratch = vec![0; logits::scratch_bytes(&info) as usize];
         let ops = logits::Operands {
             quants,
             scales,
             x: normed,
             logits,
+            scratch: builder.device.upload(&scratch)?,
         };
         let shape = logits::Shape {
             vocab: VOCAB,
             width: WIDTH,
             group,
         };
-        builder.calls.push(logits::plan(&info, &shape, &ops)?);
-        let ops = sample::ArgmaxOperands {
-            logits,
+        let greedy = logits::Greedy {
+            context: CONTEXT,
             tokens,
             state,
+            advance: true,
         };
-        let shape = sample::ArgmaxShape {
-            vocab: VOCAB,
-            context: CONTEXT,
-        };
-        builder
-            .calls
-            .push(sample::plan_argmax(&info, &shape, &ops)?);
-        builder.calls.push(sample::plan_advance(&info, state)?);
+        let call = logits::plan(&info, &shape, &ops, Some(&greedy))?;
+        builder.calls.push(call);
         Ok(Program {
             calls: builder.calls,
             logits,
@@ -389,7 +388,7 @@ impl Program {
 /// A case of no single kernel: it is listed under the last of the step.
 pub fn cases() -> Vec<Case> {
     vec![Case::new(
-        "advance_position",
+        "logits_int8",
         "after a whole forward pass".into(),
         decode,
     )]

@@ -1,9 +1,8 @@
-//! The matrix-vector products: INT4 in each variant, INT8, logits.
+//! The matrix-vector products: INT4 in each variant, INT8.
 
 use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within_of};
 use crate::launch::DeviceSlice;
 use crate::linear::{gemv_int4, gemv_int8};
-use crate::logits;
 use crate::variant::{Choice, INT4_GEMV, Variant};
 
 /// Single-precision sums of some thousand products, in another order than the reference's.
@@ -62,7 +61,6 @@ pub fn cases() -> Vec<Case> {
     }
     for case in INT8 {
         cases.push(int8_case(case, false));
-        cases.push(logits_case(case));
     }
     cases.push(int8_case((193, 576, 32), true));
     cases
@@ -75,7 +73,6 @@ pub fn large() -> Vec<Case> {
         .collect();
     for case in INT8_LARGE {
         cases.push(int8_case(case, false));
-        cases.push(logits_case(case));
     }
     cases
 }
@@ -98,12 +95,6 @@ fn int8_case(case: Int8Case, bias: bool) -> Case {
     Case::new("linear_gemv_int8_multirow", shape, move |device| {
         int8(device, case, bias)
     })
-}
-
-fn logits_case(case: Int8Case) -> Case {
-    let (vocab, width, group) = case;
-    let shape = format!("V={vocab} D={width} group={group}");
-    Case::new("logits_int8", shape, move |device| logits(device, case))
 }
 
 fn int4(
@@ -166,29 +157,5 @@ fn int8(
     })?;
     let mut want = vec![0.0; rows];
     cpu_kernels::linear::int8::reference(&w, bias.as_deref(), &x, &mut want);
-    within_of(&got, &want, TYPICAL, SUMS)
-}
-
-fn logits(device: &mut dyn Device, (vocab, width, group): Int8Case) -> Result<f64, CaseError> {
-    let mut inputs = Inputs::new(9);
-    let w = inputs.int8(vocab, width, group);
-    let x = inputs.floats(width, 1.0);
-    let got = same_twice(device, |device| {
-        let ops = logits::Operands {
-            quants: device.put_i8(&w.quants)?,
-            scales: device.put_f16(&w.scales)?,
-            x: device.put_f32(&x)?,
-            logits: device.uninit(vocab as u64 * 4)?,
-        };
-        let shape = logits::Shape {
-            vocab,
-            width,
-            group,
-        };
-        device.run(&logits::plan(&device.info(), &shape, &ops)?)?;
-        Ok(device.take_f32(ops.logits)?)
-    })?;
-    let mut want = vec![0.0; vocab];
-    cpu_kernels::logits::reference(&w, None, &x, &mut want);
     within_of(&got, &want, TYPICAL, SUMS)
 }

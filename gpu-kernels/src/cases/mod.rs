@@ -10,6 +10,8 @@ mod emulator;
 mod forward;
 mod inputs;
 mod linear;
+mod logits;
+mod read;
 mod sample;
 
 use thiserror::Error;
@@ -125,8 +127,10 @@ impl Case {
 pub fn all() -> Vec<Case> {
     let mut cases = elementwise::cases();
     cases.extend(linear::cases());
+    cases.extend(logits::cases());
     cases.extend(attention::cases());
     cases.extend(sample::cases());
+    cases.extend(read::cases());
     cases.extend(forward::cases());
     cases
 }
@@ -134,6 +138,7 @@ pub fn all() -> Vec<Case> {
 /// Shapes of real models, too slow for the emulator.
 pub fn large() -> Vec<Case> {
     let mut cases = linear::large();
+    cases.extend(logits::large());
     cases.extend(attention::large());
     cases
 }

@@ -210,3 +210,29 @@ fn a_fault_names_the_line_that_called_the_accessor() {
         names_its_line(|| st_shared_v4_f32(base(), 56, [1.0; 4]));
     }
 }
+
+#[test]
+fn packed_halves_subtract_on_their_own() {
+    // 1024 + 200 and 1024 + 3, less 1152: what bytes under the exponent of 1024 become.
+    assert_eq!(sub_f16x2(0x6403_64c8, 0x6480_6480), {
+        u32::from(f32_to_f16(-125.0)) << 16 | u32::from(f32_to_f16(72.0))
+    });
+    assert_eq!(
+        sub_f16x2(0x3c00_7c00, 0x3c00_7c00),
+        0x7fff,
+        "infinity less itself"
+    );
+}
+
+#[test]
+fn bytes_are_picked_from_two_registers() {
+    let (a, b) = (0x3322_1100, 0x7766_5544);
+    assert_eq!(permute_bytes(a, b, 0x3210), a);
+    assert_eq!(permute_bytes(a, b, 0x5410), 0x5544_1100);
+    assert_eq!(permute_bytes(a, b, 0x7632), 0x7766_3322);
+}
+
+#[test]
+fn two_floats_become_two_halves() {
+    assert_eq!(f32x2_to_f16x2(1.0, -2.0), 0xc000_3c00);
+}

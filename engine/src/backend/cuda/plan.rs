@@ -6,8 +6,9 @@
 //!           '------------------------------------------ full -----------------------------------------------'
 //! ```
 //!
-//! Both lists end with `advance_position`; the full one chooses the next token before that. Tokens
-//! and the position live in device memory, so a list can be recorded once and replayed unchanged.
+//! Both lists end by advancing the position: the prompt's with `advance_position`, the full one in
+//! the logits kernel, which also chooses the next token. Tokens and the position live in device
+//! memory, so a list can be recorded once and replayed unchanged.
 //! A prompt token whose logits nobody reads only has to leave its keys and values in the cache:
 //! its list ends at the last write to it.
 
@@ -121,7 +122,7 @@ pub fn compile(
         return Err(Error::input("a context of 0 tokens holds nothing"));
     }
     let compiler = Compiler::new(model, context, device, memory)?;
-    let mut calls = Vec::with_capacity(model.recipe.steps.len() + 2);
+    let mut calls = Vec::with_capacity(model.recipe.steps.len());
     let mut prompt_calls = 0;
     for step in &model.recipe.steps {
         calls.push(compiler.call(step)?);
@@ -135,21 +136,8 @@ pub fn compile(
     };
     let logits = compiler.buffer(*dst);
     let advance = sample::plan_advance(device, state).map_err(unsupported)?;
-    let shape = sample::ArgmaxShape {
-        vocab: model.recipe.config.vocab,
-        context,
-    };
-    let operands = sample::ArgmaxOperands {
-        logits,
-        tokens,
-        state,
-    };
-    let argmax = sample::plan_argmax(device, &shape, &operands).map_err(unsupported)?;
-
     let mut prompt = calls[..prompt_calls].to_vec();
-    prompt.push(advance.clone());
-    calls.push(argmax);
-    calls.push(advance);
+    prompt.push(advance);
     Ok(Plan {
         prompt,
         full: calls,
@@ -199,6 +187,10 @@ struct Compiler<'a> {
     /// In the order of [`Buffer::ALL`].
     buffers: Vec<DeviceSlice>,
     caches: Vec<Cache>,
+    /// What the blocks of an attention leave for each other: one layer at a time.
+    partials: DeviceSlice,
+    arrived: DeviceSlice,
+    logits_scratch: DeviceSlice,
     cos: DeviceSlice,
     sin: DeviceSlice,
     state: DeviceSlice,
@@ -233,6 +225,20 @@ impl<'a> Compiler<'a> {
                 })
             })
             .collect::<Result<Vec<_>, Error>>()?;
+        let scratch = model.recipe.steps.iter().find_map(|step| match *step {
+            Step::Attention { scale, .. } => Some(attention::scratch(
+                device,
+                &attention_shape(model, context, scale),
+            )),
+            _ => None,
+        });
+        let (partials, arrived) = match scratch {
+            Some(scratch) if scratch.partials > 0 => (
+                memory.reserve(scratch.partials)?,
+                memory.upload(&vec![0; scratch.arrived as usize])?,
+            ),
+            _ => (DeviceSlice::NONE, DeviceSlice::NONE),
+        };
         let table_bytes = bytes_of(&[context, config.head_dim / 2, size_of::<f32>()])?;
         let mut table = |sine: bool| {
             memory.upload_made(table_bytes, &mut || {
@@ -249,6 +255,9 @@ impl<'a> Compiler<'a> {
             weights,
             buffers,
             caches,
+            partials,
+            arrived,
+            logits_scratch: memory.upload(&vec![0; logits::scratch_bytes(device) as usize])?,
             cos,
             sin,
             state: memory.upload(bytemuck::cast_slice(&[0u32]))?,
@@ -429,13 +438,7 @@ impl<'a> Compiler<'a> {
                     keys: k_cache,
                     values: v_cache,
                 } = self.cache(layer)?;
-                let shape = attention::Shape {
-                    heads: config.heads,
-                    kv_heads: config.kv_heads,
-                    head_dim: config.head_dim,
-                    context,
-                    scale,
-                };
+                let shape = attention_shape(self.model, context, scale);
                 let (q, out) = (self.buffer(query), self.buffer(dst));
                 let operands = attention::Operands {
                     q,
@@ -443,6 +446,8 @@ impl<'a> Compiler<'a> {
                     v_cache,
                     state,
                     out,
+                    partials: self.partials,
+                    arrived: self.arrived,
                 };
                 attention::plan(device, &shape, &operands)
             }
@@ -476,20 +481,34 @@ impl<'a> Compiler<'a> {
                     width: cols,
                     group,
                 };
-                let (x, logits) = (self.buffer(src), self.buffer(dst));
-                logits::plan(
-                    device,
-                    &shape,
-                    &logits::Operands {
-                        quants,
-                        scales,
-                        x,
-                        logits,
-                    },
-                )
+                let operands = logits::Operands {
+                    quants,
+                    scales,
+                    x: self.buffer(src),
+                    logits: self.buffer(dst),
+                    scratch: self.logits_scratch,
+                };
+                let greedy = logits::Greedy {
+                    context,
+                    tokens,
+                    state,
+                    advance: true,
+                };
+                logits::plan(device, &shape, &operands, Some(&greedy))
             }
         }
         .map_err(unsupported)
+    }
+}
+
+fn attention_shape(model: &LoadedModel, context: usize, scale: f32) -> attention::Shape {
+    let config = &model.recipe.config;
+    attention::Shape {
+        heads: config.heads,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        context,
+        scale,
     }
 }
 

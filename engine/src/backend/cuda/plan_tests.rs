@@ -171,14 +171,11 @@ fn a_call_for_each_step_and_no_work_that_a_prompt_token_does_not_need() {
     let model = model("tiny-qwen2", DType::Q4_0);
     let plan = compile(&model, 7, &DeviceInfo::T4, &mut Counter::default()).expect("a plan");
     let steps = &model.recipe.steps;
-    assert_eq!(plan.full.len(), steps.len() + 2);
+    assert_eq!(plan.full.len(), steps.len());
     let names = |calls: &[Call]| calls.iter().map(|call| call.kernel).collect::<Vec<_>>();
     let (full, prompt) = (names(&plan.full), names(&plan.prompt));
     assert_eq!(full.first(), Some(&"embed_int8"));
-    assert_eq!(
-        full[full.len() - 3..],
-        ["logits_int8", "argmax_f32", "advance_position"]
-    );
+    assert!(full[full.len() - 1].starts_with("logits_int8"));
     // As the full step up to the last write into the cache, of the last layer.
     let (last, same) = prompt.split_last().expect("calls");
     assert_eq!(*last, "advance_position");
@@ -204,8 +201,13 @@ fn the_counter_counts_weights_cache_and_buffers() {
     let cache = |s: usize| (4 * config.layers * config.kv_heads * s * config.head_dim) as u64;
     let tables = |s: usize| (4 * s * config.head_dim) as u64;
     let tokens = |s: usize| (4 * s as u64 + 4).next_multiple_of(Counter::ALIGN);
-    let grows = cache(256) - cache(64) + tables(256) - tables(64) + tokens(256) - tokens(64);
-    assert_eq!(bytes(256) - bytes(64), grows);
+    let partials = |s: usize| {
+        let shape = attention_shape(&model, s, 1.0);
+        let scratch = attention::scratch(&DeviceInfo::T4, &shape);
+        scratch.partials.next_multiple_of(Counter::ALIGN)
+    };
+    let all = |s: usize| cache(s) + tables(s) + tokens(s) + partials(s);
+    assert_eq!(bytes(256) - bytes(64), all(256) - all(64));
 }
 
 #[test]

@@ -14,10 +14,15 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::{CoreLibrary, DEVICE_TARGET, Error, Toolchain, cache, child, ptxas::Ptxas};
+use crate::nvdisasm::Nvdisasm;
+use crate::ptxas::Ptxas;
+use crate::{CoreLibrary, DEVICE_TARGET, Error, Toolchain, cache, child};
 
 /// The release of NVIDIA's compiler package that `ptxas` is taken from.
 const NVCC_VERSION: &str = "13.5.37";
+
+/// The release of NVIDIA's disassembler package: that of the same CUDA as [`NVCC_VERSION`].
+const NVDISASM_VERSION: &str = "13.5.37";
 
 /// How long one rustup call may take. It downloads a few megabytes when it works at all.
 const RUSTUP_LIMIT: Duration = Duration::from_secs(180);
@@ -160,6 +165,11 @@ pub fn ptxas_dir(cache: &Path) -> PathBuf {
     cache.join(format!("ptxas-{NVCC_VERSION}"))
 }
 
+/// Where [`install_nvdisasm`] puts the program, inside the cache folder.
+pub fn nvdisasm_dir(cache: &Path) -> PathBuf {
+    cache.join(format!("nvdisasm-{NVDISASM_VERSION}"))
+}
+
 /// Finds `ptxas`, or fetches it.
 ///
 /// # Errors
@@ -168,24 +178,55 @@ pub fn install_ptxas(progress: &dyn Progress) -> Result<Ptxas, Error> {
     if let Some(ptxas) = Ptxas::find() {
         return Ok(ptxas);
     }
+    let package = python::Package {
+        name: "nvidia-cuda-nvcc",
+        version: NVCC_VERSION,
+    };
+    let path = install_program("ptxas", &package, &ptxas_dir(&cache::dir()?), progress)?;
+    Ok(Ptxas { path })
+}
+
+/// Finds `nvdisasm`, or fetches it.
+///
+/// # Errors
+/// There is no package for this machine, or it cannot be fetched.
+pub fn install_nvdisasm(progress: &dyn Progress) -> Result<Nvdisasm, Error> {
+    if let Some(nvdisasm) = Nvdisasm::find() {
+        return Ok(nvdisasm);
+    }
+    let package = python::Package {
+        name: "nvidia-cuda-nvdisasm",
+        version: NVDISASM_VERSION,
+    };
+    let path = install_program(
+        "nvdisasm",
+        &package,
+        &nvdisasm_dir(&cache::dir()?),
+        progress,
+    )?;
+    Ok(Nvdisasm { path })
+}
+
+/// Takes a program out of one of NVIDIA's packages into `dir`; returns its path.
+fn install_program(
+    name: &str,
+    package: &python::Package<'_>,
+    dir: &Path,
+    progress: &dyn Progress,
+) -> Result<PathBuf, Error> {
     let cache = cache::dir()?;
     let _lock = lock(&cache)?;
-    let dir = ptxas_dir(&cache);
-    let path = dir.join("ptxas");
+    let path = dir.join(name);
     if !path.is_file() {
-        let package = python::Package {
-            name: "nvidia-cuda-nvcc",
-            version: NVCC_VERSION,
-        };
-        let scratch = Scratch::new(cache.join("ptxas.part"))?;
-        let wheel = python::download(&package, scratch.path(), progress)?;
-        let fetched = scratch.path().join("ptxas");
-        python::extract(&wheel, "nvidia/cu13/bin/ptxas", &fetched)?;
+        let scratch = Scratch::new(cache.join(format!("{name}.part")))?;
+        let wheel = python::download(package, scratch.path(), progress)?;
+        let fetched = scratch.path().join(name);
+        python::extract(&wheel, &format!("nvidia/cu13/bin/{name}"), &fetched)?;
         make_executable(&fetched)?;
-        fs::create_dir_all(&dir).map_err(Error::io("cannot create", &dir))?;
+        fs::create_dir_all(dir).map_err(Error::io("cannot create", dir))?;
         fs::rename(&fetched, &path).map_err(Error::io("cannot create", &path))?;
     }
-    Ok(Ptxas { path })
+    Ok(path)
 }
 
 fn make_executable(path: &Path) -> Result<(), Error> {

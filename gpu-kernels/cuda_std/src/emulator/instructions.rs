@@ -2,6 +2,7 @@
 
 use super::machine::{current, raise, suspend, with_run};
 use super::memory::MEMORY;
+use super::mma::{Depth, Fragments};
 use super::shared::BASE;
 use super::warp::{Operation, Request};
 use std::panic::Location;
@@ -87,6 +88,38 @@ pub fn shuffle_idx(mask: u32, value: u32, source: u32) -> u32 {
 #[track_caller]
 pub fn vote_ballot(mask: u32, predicate: bool) -> u32 {
     warp_operation(Operation::Ballot, mask, u32::from(predicate), 0)
+}
+
+#[track_caller]
+fn mma(depth: Depth, fragments: Fragments) -> [f32; 4] {
+    let request = Request {
+        operation: Operation::Mma(depth),
+        mask: u32::MAX,
+        value: 0,
+        operand: 0,
+        location: Location::caller(),
+    };
+    with_run(|run, current| {
+        run.warp(current).give(current.rank as usize % 32, fragments);
+        run.reach_warp_operation(current, request)
+    });
+    suspend();
+    with_run(|run, current| Ok(run.warp(current).product(current.rank as usize % 32)))
+}
+
+#[track_caller]
+pub fn mma_m16n8k16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
+    mma(Depth::K16, Fragments { a, b, c })
+}
+
+#[track_caller]
+pub fn mma_m16n8k8(a: [u32; 2], b: u32, c: [f32; 4]) -> [f32; 4] {
+    let fragments = Fragments {
+        a: [a[0], a[1], 0, 0],
+        b: [b, 0],
+        c,
+    };
+    mma(Depth::K8, fragments)
 }
 
 /// Lets the others run first: the point at which threads meet in another order with another seed.

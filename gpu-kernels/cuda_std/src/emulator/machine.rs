@@ -290,6 +290,11 @@ impl Run {
         Ok(())
     }
 
+    /// The running thread's warp.
+    pub fn warp(&mut self, current: &Current) -> &mut Warp {
+        &mut self.blocks[current.resident_block as usize].warps[current.rank as usize / 32]
+    }
+
     fn complete(&mut self, block: usize, warp: u32, completed: &Completed) {
         if completed.operation == Operation::Barrier {
             self.blocks[block]

@@ -13,7 +13,7 @@
 //! | `Uninitialised` | a read of global or shared memory that nothing wrote |
 //! | `Barrier` | a barrier that a thread of the block leaves out, or reaches at another source line |
 //! | `Race` | two threads touch a shared word, at least one writing, with no barrier between |
-//! | `Shuffle` | a shuffle or vote with a lane that does not take part, or a read from one |
+//! | `Shuffle` | a shuffle, vote or `mma.sync` with a lane that does not take part, or a read from one |
 //! | `NonCoherentRead` | `ld.global.nc` of what this launch wrote |
 //! | `Deadlock` | every thread that can run only polls, or one loads without end |
 //! | `Panic` | the kernel panicked: an index out of range, an arithmetic overflow |
@@ -32,6 +32,7 @@ mod fault;
 pub(crate) mod instructions;
 mod machine;
 mod memory;
+mod mma;
 mod scheduler;
 mod shared;
 mod warp;
@@ -49,6 +50,21 @@ pub const MAX_RESIDENT_THREADS: u64 = 16 * 1024;
 
 /// Most dynamic shared memory of a block, bytes (227 KiB: sm_90 with opt-in).
 pub const MAX_SHARED_BYTES: u32 = 227 * 1024;
+
+std::thread_local! {
+    static COMPUTE_CAPABILITY: std::cell::Cell<u32> = const { std::cell::Cell::new(90) };
+}
+
+/// The compute capability, times ten, that launches of this OS thread stand for: kernels whose
+/// source has one form a tier ask for it where the device build asks `cfg!(target_feature)`.
+pub fn compute_capability() -> u32 {
+    COMPUTE_CAPABILITY.get()
+}
+
+/// Sets [`compute_capability`]; it starts as 90.
+pub fn set_compute_capability(capability: u32) {
+    COMPUTE_CAPABILITY.set(capability);
+}
 
 /// A kernel that can be launched by value: what `#[kernel]` makes beside the function.
 #[derive(Debug, Clone, Copy)]

@@ -1,6 +1,7 @@
 //! Warp operations: shuffles, votes and the warp barrier, with their rules about lanes.
 
 use super::fault::{FaultKind, Problem, line, same_line};
+use super::mma::{self, Fragments};
 use super::shared::lanes;
 use std::panic::Location;
 
@@ -17,6 +18,8 @@ pub enum Operation {
     Ballot,
     /// `bar.warp.sync`
     Barrier,
+    /// `mma.sync`, of this many columns of A.
+    Mma(mma::Depth),
 }
 
 impl Operation {
@@ -27,6 +30,7 @@ impl Operation {
             Operation::Index => "shfl.sync.idx",
             Operation::Ballot => "vote.sync.ballot",
             Operation::Barrier => "bar.warp.sync",
+            Operation::Mma(_) => "mma.sync",
         }
     }
 
@@ -97,6 +101,10 @@ pub struct Warp {
     waiting: u32,
     /// Lanes that have returned, or that the block does not have.
     gone: u32,
+    /// What each lane gave to its last `mma.sync`.
+    fragments: [Fragments; 32],
+    /// What each lane got from it.
+    products: [[f32; 4]; 32],
 }
 
 impl Warp {
@@ -111,7 +119,19 @@ impl Warp {
             pending: [None; 32],
             waiting: 0,
             gone,
+            fragments: [Fragments::default(); 32],
+            products: [[0.0; 4]; 32],
         }
+    }
+
+    /// A lane's registers for the `mma.sync` that it is about to reach.
+    pub fn give(&mut self, lane: usize, fragments: Fragments) {
+        self.fragments[lane] = fragments;
+    }
+
+    /// A lane's result of the last `mma.sync`: it stays until every lane has reached the next.
+    pub fn product(&self, lane: usize) -> [f32; 4] {
+        self.products[lane]
     }
 
     /// What a lane is waiting in.
@@ -184,6 +204,14 @@ impl Warp {
                 _ => return Ok(None),
             }
         }
+        if let Operation::Mma(depth) = request.operation {
+            if taking_part != u32::MAX {
+                let absent = lanes(!taking_part).next().unwrap_or(0);
+                let detail = format!("mma.sync by lane {lane} without lane {absent}");
+                return Err(request.refused(lane, detail));
+            }
+            self.products = mma::products(depth, &self.fragments);
+        }
         let values = self
             .pending
             .map(|request| request.map_or(0, |request| request.value));
@@ -202,7 +230,7 @@ impl Warp {
                 Operation::Down if lane + operand > 31 => lane,
                 Operation::Down => lane + operand,
                 Operation::Index => operand,
-                Operation::Ballot | Operation::Barrier => {
+                Operation::Ballot | Operation::Barrier | Operation::Mma(_) => {
                     results[lane] = votes;
                     continue;
                 }

@@ -1,7 +1,4 @@
-//! Grouped-query attention of one token over the cache: `out[h] = softmax(scale q[h] K^T) V`, keys
-//! and values of the positions `0 ..= position`.
-//!
-//! Shapes: q and out `(H, Dh)` f32, caches `(KV, S, Dh)` f16; head h reads kv head `h / (H/KV)`.
+//! A block a query head, for head widths that the split kernel does not take.
 //!
 //! ```text
 //! block h            -> query head h
@@ -11,22 +8,21 @@
 //! end                -> thread t: element t of the head, over the warps' results in warp order
 //! ```
 //!
-//! The position is read from device memory and the grid does not depend on it: a captured launch
-//! serves every position. The combination runs in a fixed order: two runs give identical bits.
-//!
 //! Bytes moved: `4 Dh (position + 1)` a query head; the H/KV heads of a kv head share theirs in
 //! L2. A lane walks its key's row with 16-byte loads, so a line is fetched once and used up from
 //! L1. q is read from shared memory by all lanes at once (broadcast), the warps' partial sums are
 //! written by neighbouring lanes: no bank conflicts.
 //!
-//! Wins while the cache is short (a few thousand positions); with long caches and few heads the
-//! positions of a head have to be split over blocks.
+//! Wins nowhere: with few heads most multiprocessors have nothing to do. It is here for head
+//! widths that are even but no multiple of 8.
 
 use cuda_std::shared::Shared;
 use cuda_std::{kernel, shared, thread, warp};
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
+use super::{Operands, Shape};
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::launch::{Call, CallBuilder, DeviceInfo, Launch, ShapeError};
 use crate::ptx;
 
 /// Warps a block.
@@ -36,48 +32,15 @@ const CHUNK_KEYS: u32 = 32;
 /// Rows of V that a warp has in flight.
 const ROWS_IN_FLIGHT: usize = 4;
 const _: () = assert!(CHUNK_KEYS.is_multiple_of(ROWS_IN_FLIGHT as u32));
-/// Widest head.
-#[cfg(not(target_arch = "nvptx64"))]
-const MAX_HEAD_DIM: usize = 256;
-
-/// Dimensions of the attention.
-#[cfg(not(target_arch = "nvptx64"))]
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Shape {
-    /// H: query heads.
-    pub heads: usize,
-    /// KV: key/value heads; divides H.
-    pub kv_heads: usize,
-    /// Dh: head width, even, at most 256.
-    pub head_dim: usize,
-    /// S: positions that the cache holds.
-    pub context: usize,
-    /// Multiplies the scores: `1 / sqrt(Dh)`.
-    pub scale: f32,
-}
-
-/// Buffers of the attention.
-#[cfg(not(target_arch = "nvptx64"))]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Operands {
-    /// `(H, Dh)` f32, already turned.
-    pub q: DeviceSlice,
-    /// `(KV, S, Dh)` f16, this token's keys included.
-    pub k_cache: DeviceSlice,
-    /// `(KV, S, Dh)` f16, this token's values included.
-    pub v_cache: DeviceSlice,
-    /// `(1,)` u32: the position, below S.
-    pub state: DeviceSlice,
-    /// `(H, Dh)` f32.
-    pub out: DeviceSlice,
-}
-
 /// The launch of `attention_decode_f16`.
 ///
 /// # Errors
 /// Heads that kv heads do not divide, an odd or too wide head, a short or misaligned buffer.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, ShapeError> {
+    let mut call = CallBuilder::new("attention_decode_f16");
+    super::require_heads(&call, shape)?;
+    super::tensors(&mut call, shape, ops, 4)?;
     let &Shape {
         heads,
         kv_heads,
@@ -85,28 +48,6 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, 
         context,
         scale,
     } = shape;
-    let mut call = CallBuilder::new("attention_decode_f16");
-    let divides = kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads);
-    call.require(
-        divides,
-        "kv_heads",
-        kv_heads,
-        "it must divide the query heads",
-    )?;
-    call.require(heads < 1 << 31, "heads", heads, "it must be in 1..2^31")?;
-    let narrow = head_dim.is_multiple_of(2) && head_dim <= MAX_HEAD_DIM;
-    call.require(
-        narrow,
-        "head_dim",
-        head_dim,
-        "it must be even and at most 256",
-    )?;
-    let cache = tensor_bytes(&[kv_heads, context, head_dim], 2);
-    call.tensor("q", ops.q, tensor_bytes(&[heads, head_dim], 4), 4)?;
-    call.tensor("k_cache", ops.k_cache, cache, 16)?;
-    call.tensor("v_cache", ops.v_cache, cache, 16)?;
-    call.tensor("state", ops.state, 4, 4)?;
-    call.tensor("out", ops.out, tensor_bytes(&[heads, head_dim], 4), 4)?;
     call.u32((heads / kv_heads) as u32);
     let head_dim = call.dim("head_dim", head_dim)?;
     call.dim("context", context)?;
@@ -362,6 +303,7 @@ pub unsafe fn attention_decode_f16(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::launch::DeviceSlice;
 
     #[test]
     fn shared_memory_regions_do_not_overlap() {
@@ -392,6 +334,8 @@ mod tests {
             v_cache: slice,
             state: slice,
             out: slice,
+            partials: DeviceSlice::NONE,
+            arrived: DeviceSlice::NONE,
         };
         let shape = Shape {
             heads: 9,

@@ -1,0 +1,138 @@
+//! Grouped-query attention of one token over the cache: `out[h] = softmax(scale q[h] K^T) V`, keys
+//! and values of the positions `0 ..= position`.
+//!
+//! Shapes: q and out `(H, Dh)` f32, caches `(KV, S, Dh)` f16; head h reads kv head `h / (H/KV)`.
+//!
+//! | kernel | head widths | how |
+//! |---|---|---|
+//! | [`split`] | multiples of 8 | the context split over blocks, K and V read once for all heads of a kv head |
+//! | [`block_a_head`] | even | a block a query head |
+//!
+//! The position is read from device memory and the grid does not depend on it: a captured launch
+//! serves every position. Everything is added up in a fixed order: two runs give identical bits.
+
+pub mod block_a_head;
+pub mod split;
+
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, ShapeError, tensor_bytes};
+
+/// Widest head.
+#[cfg(not(target_arch = "nvptx64"))]
+const MAX_HEAD_DIM: usize = 256;
+
+/// Dimensions of the attention.
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Shape {
+    /// H: query heads.
+    pub heads: usize,
+    /// KV: key/value heads; divides H.
+    pub kv_heads: usize,
+    /// Dh: head width, even, at most 256.
+    pub head_dim: usize,
+    /// S: positions that the cache holds.
+    pub context: usize,
+    /// Multiplies the scores: `1 / sqrt(Dh)`.
+    pub scale: f32,
+}
+
+/// Buffers of the attention.
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Operands {
+    /// `(H, Dh)` f32, already turned.
+    pub q: DeviceSlice,
+    /// `(KV, S, Dh)` f16, this token's keys included.
+    pub k_cache: DeviceSlice,
+    /// `(KV, S, Dh)` f16, this token's values included.
+    pub v_cache: DeviceSlice,
+    /// `(1,)` u32: the position, below S.
+    pub state: DeviceSlice,
+    /// `(H, Dh)` f32.
+    pub out: DeviceSlice,
+    /// [`Scratch::partials`] bytes, with any contents.
+    pub partials: DeviceSlice,
+    /// [`Scratch::arrived`] bytes, zero before the first launch; every launch leaves them zero.
+    pub arrived: DeviceSlice,
+}
+
+/// Bytes of device memory that a launch needs besides its operands, and that launches which do not
+/// overlap can share. None for the kernel that does not split.
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scratch {
+    /// What each block leaves for the last one.
+    pub partials: u64,
+    /// Counters of the blocks that are done.
+    pub arrived: u64,
+}
+
+/// What [`plan`] needs for this shape.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn scratch(device: &DeviceInfo, shape: &Shape) -> Scratch {
+    if split::takes(shape) {
+        split::Tuning::of(device, shape).scratch(shape)
+    } else {
+        Scratch {
+            partials: 0,
+            arrived: 0,
+        }
+    }
+}
+
+/// The launch for this shape: [`split`] wherever it takes the head width, else [`block_a_head`].
+///
+/// # Errors
+/// Heads that kv heads do not divide, an odd or too wide head, a short or misaligned buffer.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, ShapeError> {
+    if split::takes(shape) {
+        split::plan(device, shape, ops, split::Tuning::of(device, shape))
+    } else {
+        block_a_head::plan(device, shape, ops)
+    }
+}
+
+/// What both kernels want of a shape.
+#[cfg(not(target_arch = "nvptx64"))]
+fn require_heads(call: &CallBuilder, shape: &Shape) -> Result<(), ShapeError> {
+    let &Shape {
+        heads,
+        kv_heads,
+        head_dim,
+        ..
+    } = shape;
+    let divides = kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads);
+    call.require(
+        divides,
+        "kv_heads",
+        kv_heads,
+        "it must divide the query heads",
+    )?;
+    call.require(heads < 1 << 31, "heads", heads, "it must be in 1..2^31")?;
+    let narrow = head_dim.is_multiple_of(2) && (1..=MAX_HEAD_DIM).contains(&head_dim);
+    call.require(
+        narrow,
+        "head_dim",
+        head_dim,
+        "it must be even and at most 256",
+    )
+}
+
+/// Adds the pointers that both kernels take first: q, caches, state, out.
+#[cfg(not(target_arch = "nvptx64"))]
+fn tensors(
+    call: &mut CallBuilder,
+    shape: &Shape,
+    ops: &Operands,
+    align: u64,
+) -> Result<(), ShapeError> {
+    let per_token = tensor_bytes(&[shape.heads, shape.head_dim], 4);
+    let cache = tensor_bytes(&[shape.kv_heads, shape.context, shape.head_dim], 2);
+    call.tensor("q", ops.q, per_token, align)?;
+    call.tensor("k_cache", ops.k_cache, cache, 16)?;
+    call.tensor("v_cache", ops.v_cache, cache, 16)?;
+    call.tensor("state", ops.state, 4, 4)?;
+    call.tensor("out", ops.out, per_token, align)
+}

@@ -1,0 +1,297 @@
+//! The context split over blocks (flash-decoding: Dao et al. 2023), products by the matrix units.
+//!
+//! ```text
+//! block (s, y)   -> split s of the positions, for up to 8 query heads of one kv head
+//! warp w         -> tiles of 16 positions w, w + 8, ... of the split: its own online softmax
+//! lane (g, t)    -> g = lane / 4, t = lane % 4
+//!   keys         -> positions g, g + 8 of the tile, elements 32i + 8t .. +8:   16 bytes a load
+//!   values       -> positions 2t, 2t + 1, 2t + 8, 2t + 9, elements 64b + 8g .. +8
+//!   scores       -> head g, positions 2t, 2t + 1, 2t + 8, 2t + 9
+//! end of a block -> thread: 4 elements of a head, over the warps' results in warp order
+//! end of all     -> the last block of y: the same over the splits' results in split order
+//! ```
+//!
+//! Both products are `mma.m16n8k16` with the heads as rows, so K and V are read once for all heads
+//! of a kv head and no lane reduces anything across the warp but maxima. Half precision would cost
+//! q and the softmax weights 13 bits: each is given as the sum of two halves, the high parts in
+//! rows 0..8 and the low parts in rows 8..16 of the same product, which keeps 22 bits. Scores and
+//! sums are single precision (scores of Qwen2 overflow halves). Which element of a head stands for
+//! which k of the product is free as long as both factors agree: it is chosen so that every load
+//! is 16 bytes of a row, straight from the cache into the product's registers.
+//!
+//! The grid is fixed by the device and the shape, while the position comes from device memory: a
+//! split gets `max(tiles / splits, min_tiles)` tiles, blocks without any return at once. The next
+//! tile's keys are fetched as soon as the scores are done, its values as soon as the weighted sum
+//! is.
+//!
+//! Bytes moved: `4 KV Dh (position + 1)`, and `4 Dh` a head and split that is written and read
+//! back from L2. Shared memory: q in the order of the product's lanes; the warps' results in rows
+//! of 8 words more than a multiple of 32, 16-byte chunks exchanged pairwise in half of them: no
+//! bank conflicts in either direction.
+
+mod combine;
+mod layout;
+#[cfg(not(target_arch = "nvptx64"))]
+mod plan;
+mod tile;
+
+use cuda_std::{kernel, shared, thread, warp};
+
+use self::combine::{Partials, Target, combine_splits, combine_warps};
+use self::layout::Layout;
+#[cfg(not(target_arch = "nvptx64"))]
+pub use self::plan::{Tuning, kernel, plan, takes};
+use self::tile::{
+    Rows, Sums, add_scores, add_values, load_keys, load_values, pack_rest, stage_query,
+};
+use crate::arrive::last_to_arrive;
+use crate::ptx;
+use crate::unroll::unroll;
+
+/// Warps a block.
+const WARPS: u32 = 8;
+/// Query heads a block: the high and low parts of 8 are the 16 rows of a product.
+const HEADS: u32 = 8;
+const _: () = assert!(WARPS == HEADS, "the last block gives each head a warp");
+/// Positions of a tile: k of the second product.
+const TILE: u32 = 16;
+/// Splits at most: four a lane where a warp goes over them.
+const MAX_SPLITS: u32 = 128;
+/// Weights of the softmax are computed times 2^15, which is in the range of a half and leaves the
+/// low parts of small ones above its subnormals. The factor cancels.
+const WEIGHT_BITS: f32 = 15.0;
+
+/// The lane's place in the operands of a product.
+#[derive(Clone, Copy)]
+struct Place {
+    g: u32,
+    t: u32,
+}
+
+/// The body. `NK` loads of keys cover a head, `NV` of values. With `AHEAD` they are fetched a tile
+/// ahead, which a wide head leaves no registers for.
+///
+/// # Safety
+/// Launched as [`plan`] says.
+#[inline(always)]
+unsafe fn attend<const NK: usize, const NV: usize, const AHEAD: bool>(
+    q: *const f32,
+    [k_cache, v_cache]: [*const u16; 2],
+    state: *const u32,
+    out: *mut f32,
+    partials: *mut f32,
+    arrived: *mut u32,
+    [heads_per_kv, head_dim, context, min_tiles]: [u32; 4],
+    scale_log2: f32,
+) {
+    let (split, y) = (thread::block_idx_x(), thread::block_idx_y());
+    let splits = thread::grid_dim_x();
+    let lane = warp::lane_id();
+    let warp_id = warp::warp_id();
+    let at = Place {
+        g: lane / 4,
+        t: lane % 4,
+    };
+
+    // SAFETY: a launch argument.
+    let keys = unsafe { ptx::ld_global_u32(state) } + 1;
+    let tiles = keys.div_ceil(TILE);
+    let mut per_split = min_tiles;
+    if tiles > splits * min_tiles {
+        per_split = tiles.div_ceil(splits);
+    }
+    let first_tile = split * per_split;
+    if first_tile >= tiles {
+        return;
+    }
+    let end = (first_tile + per_split).min(tiles);
+
+    // Groups of a kv head: 8 heads each but the last.
+    let groups = heads_per_kv.div_ceil(HEADS);
+    let (kv, group) = (y / groups, y % groups);
+    let head = kv * heads_per_kv + group * HEADS;
+    let heads = (heads_per_kv - group * HEADS).min(HEADS);
+    let elems = kv as usize * context as usize * head_dim as usize;
+    let rows = |base: *const u16| Rows {
+        base: base.wrapping_add(elems),
+        head_dim,
+        keys,
+    };
+    let (k_rows, v_rows) = (rows(k_cache), rows(v_cache));
+    let smem = shared::dynamic_shared_mem();
+    let layout = Layout::new(NK as u32, NV as u32, heads_per_kv.min(HEADS));
+
+    let mut tile = first_tile + warp_id;
+    let mut next_keys = [[[0; 4]; NK]; 2];
+    let mut next_values = [[[0; 4]; 4]; NV];
+    let mut maximum = f32::NEG_INFINITY;
+    // Of this lane's positions only, until the end.
+    let mut weight = 0.0f32;
+    let mut sums: Sums<NV> = [[[0.0; 4]; 8]; NV];
+    // SAFETY: rows are clamped to those that are filled; q is staged before the barrier.
+    unsafe {
+        if AHEAD && tile < end {
+            next_keys = load_keys::<NK>(&k_rows, tile, 0, at);
+            next_values = load_values::<NV>(&v_rows, tile, 0, at);
+        }
+        let query = q.wrapping_add((head * head_dim) as usize);
+        stage_query::<NK>(query, heads, head_dim, smem, layout);
+        thread::sync_threads();
+
+        while tile < end {
+            let next = tile + WARPS;
+            let mut products = [[0.0; 4]; 2];
+            if AHEAD {
+                add_scores::<NK>(&mut products, &next_keys, 0, smem, layout);
+                if next < end {
+                    next_keys = load_keys::<NK>(&k_rows, next, 0, at);
+                }
+            } else {
+                unroll!(I < NK => {
+                    let keys = load_keys::<1>(&k_rows, tile, I, at);
+                    add_scores::<1>(&mut products, &keys, I, smem, layout);
+                });
+            }
+            let [near, far] = products;
+            let mut s = [
+                near[0] + near[2],
+                near[1] + near[3],
+                far[0] + far[2],
+                far[1] + far[3],
+            ];
+
+            let position = tile * TILE + 2 * at.t;
+            unroll!(I < 4 => {
+                let position = position + (I % 2 + I / 2 * 8) as u32;
+                let scaled = s[I] * scale_log2;
+                s[I] = if position < keys { scaled } else { f32::NEG_INFINITY };
+            });
+            let mut new_maximum = s[0].max(s[1]).max(s[2].max(s[3])).max(maximum);
+            new_maximum = new_maximum.max(warp::shuffle_xor_f32(warp::FULL_MASK, new_maximum, 1));
+            new_maximum = new_maximum.max(warp::shuffle_xor_f32(warp::FULL_MASK, new_maximum, 2));
+            // A tile has at least one position, so the maximum is finite from here on. It soon
+            // stops growing: then there is nothing to correct.
+            if warp::any(warp::FULL_MASK, new_maximum > maximum) {
+                let correction = ptx::exp2(maximum - new_maximum);
+                maximum = new_maximum;
+                weight *= correction;
+                unroll!(B < NV => {
+                    unroll!(J < 8 => {
+                        unroll!(I < 4 => { sums[B][J][I] *= correction; });
+                    });
+                });
+            }
+            let offset = WEIGHT_BITS - maximum;
+            let p = [
+                ptx::exp2(s[0] + offset),
+                ptx::exp2(s[1] + offset),
+                ptx::exp2(s[2] + offset),
+                ptx::exp2(s[3] + offset),
+            ];
+            weight += (p[0] + p[1]) + (p[2] + p[3]);
+            let halves = [
+                ptx::f32x2_to_f16x2(p[0], p[1]),
+                ptx::f32x2_to_f16x2(p[2], p[3]),
+            ];
+            let weights = [
+                halves[0],
+                pack_rest(p[0], p[1], halves[0]),
+                halves[1],
+                pack_rest(p[2], p[3], halves[1]),
+            ];
+
+            if AHEAD {
+                add_values::<NV, NV>(&mut sums, weights, &next_values, 0);
+                if next < end {
+                    next_values = load_values::<NV>(&v_rows, next, 0, at);
+                }
+            } else {
+                unroll!(B < NV => {
+                    let values = load_values::<1>(&v_rows, tile, B, at);
+                    add_values::<1, NV>(&mut sums, weights, &values, B);
+                });
+            }
+            tile = next;
+        }
+
+        weight += warp::shuffle_xor_f32(warp::FULL_MASK, weight, 1);
+        weight += warp::shuffle_xor_f32(warp::FULL_MASK, weight, 2);
+        if at.t == 0 {
+            ptx::st_shared_f32(smem, layout.maximum(warp_id, at.g), maximum);
+            ptx::st_shared_f32(smem, layout.weight(warp_id, at.g), weight);
+        }
+    }
+
+    let partials = Partials {
+        base: partials,
+        head_dim,
+        splits,
+        y,
+    };
+    let alone = per_split >= tiles;
+    let target = Target {
+        out: out.wrapping_add((head * head_dim) as usize),
+        alone,
+        split,
+        heads,
+        partials,
+    };
+    // SAFETY: all threads get here; the plan sized shared memory and buffers.
+    unsafe {
+        combine_warps::<NV>(&sums, at, smem, layout, &target);
+        if alone {
+            return;
+        }
+        let active = tiles.div_ceil(per_split);
+        let flag = smem.offset_bytes(layout.last());
+        if last_to_arrive(arrived.wrapping_add(y as usize), active, flag) {
+            combine_splits(active, smem, layout, &target);
+        }
+    }
+}
+
+/// The kernels: one for each count of loads that cover a head.
+macro_rules! kernels {
+    ($($name:ident: $limits:literal, [$nk:literal, $nv:literal, $ahead:literal];)*) => {$(
+        #[doc = concat!("Attention of a split of the positions, heads of ", $limits, ".")]
+        ///
+        /// # Safety
+        /// Launched as [`plan`] says, with a position below S and the rows up to it filled.
+        #[kernel]
+        pub unsafe fn $name(
+            q: *const f32,       // (H, Dh)
+            k_cache: *const u16, // (KV, S, Dh) f16
+            v_cache: *const u16, // (KV, S, Dh) f16
+            state: *const u32,   // (1) position
+            out: *mut f32,       // (H, Dh)
+            partials: *mut f32,  // (groups, splits, 8, Dh), then (groups, 8, splits, 2)
+            arrived: *mut u32,   // (groups)
+            heads_per_kv: u32,
+            head_dim: u32,
+            context: u32,
+            min_tiles: u32,
+            scale_log2: f32,
+        ) {
+            // SAFETY: launched as `plan` says.
+            unsafe {
+                attend::<$nk, $nv, $ahead>(
+                    q,
+                    [k_cache, v_cache],
+                    state,
+                    out,
+                    partials,
+                    arrived,
+                    [heads_per_kv, head_dim, context, min_tiles],
+                    scale_log2,
+                );
+            }
+        }
+    )*};
+}
+
+kernels! {
+    attention_split_f16_d64: "8 to 64 elements", [2, 1, true];
+    attention_split_f16_d96: "72 to 96 elements", [3, 2, true];
+    attention_split_f16_d128: "104 to 128 elements", [4, 2, true];
+    attention_split_f16_d256: "136 to 256 elements", [8, 4, false];
+}

@@ -1,0 +1,134 @@
+//! Where things lie in shared memory.
+
+use super::{HEADS, MAX_SPLITS, WARPS};
+
+/// Where things lie in shared memory, in bytes: q as the lanes of the product take it, each warp's
+/// maxima and sums of weights, the warps' weighted sums. When the last block combines, it takes
+/// over the room of the sums for the weights of the splits.
+#[derive(Clone, Copy)]
+pub struct Layout {
+    query_bytes: u32,
+    /// Heads of the block.
+    rows: u32,
+    /// Words of a head's row.
+    stride: u32,
+}
+
+impl Layout {
+    #[inline(always)]
+    pub fn new(key_loads: u32, value_loads: u32, rows: u32) -> Layout {
+        Layout {
+            query_bytes: key_loads * 2 * 32 * 16,
+            rows,
+            stride: pass_elems(value_loads) + 8,
+        }
+    }
+
+    /// Four words of a lane: the operand of step `step` of the scores.
+    #[inline(always)]
+    pub fn query(self, step: u32, lane: u32) -> u32 {
+        (step * 32 + lane) * 16
+    }
+
+    #[inline(always)]
+    pub fn maximum(self, warp: u32, row: u32) -> u32 {
+        self.query_bytes + (warp * HEADS + row) * 4
+    }
+
+    #[inline(always)]
+    pub fn weight(self, warp: u32, row: u32) -> u32 {
+        self.maximum(WARPS + warp, row)
+    }
+
+    /// Whether this is the last block: one word.
+    #[inline(always)]
+    pub fn last(self) -> u32 {
+        self.maximum(2 * WARPS, 0)
+    }
+
+    /// Four elements from `4 chunk` on of a head, as counted within a pass.
+    #[inline(always)]
+    pub fn sum(self, warp: u32, row: u32, chunk: u32) -> u32 {
+        let chunk = chunk ^ ((chunk >> 3) & 1);
+        self.last() + 16 + ((warp * self.rows + row) * self.stride + chunk * 4) * 4
+    }
+
+    /// What a split's sum counts in a head's.
+    #[inline(always)]
+    pub fn share(self, row: u32, split: u32) -> u32 {
+        self.last() + 16 + (row * MAX_SPLITS + split) * 4
+    }
+
+    #[cfg(not(target_arch = "nvptx64"))]
+    pub fn bytes(self) -> u32 {
+        self.sum(WARPS, 0, 0).max(self.share(self.rows, 0))
+    }
+}
+
+/// Elements of a head that the warps of a block exchange at a time.
+#[inline(always)]
+pub const fn pass_elems(value_loads: u32) -> u32 {
+    if value_loads < 2 { 64 } else { 128 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_memory_regions_do_not_overlap_and_fit() {
+        for (key_loads, value_loads) in [(2, 1), (3, 2), (4, 2), (8, 4)] {
+            for rows in 1..=HEADS {
+                let layout = Layout::new(key_loads, value_loads, rows);
+                assert_eq!(
+                    layout.query(key_loads * 2 - 1, 31) + 16,
+                    layout.maximum(0, 0)
+                );
+                assert_eq!(
+                    layout.maximum(WARPS - 1, HEADS - 1) + 4,
+                    layout.weight(0, 0)
+                );
+                assert_eq!(layout.weight(WARPS - 1, HEADS - 1) + 4, layout.last());
+                assert!(layout.last() + 4 <= layout.sum(0, 0, 0));
+                let last_chunk = pass_elems(value_loads) / 4 - 1;
+                let end = layout.sum(WARPS - 1, rows - 1, last_chunk) + 16;
+                assert!(end <= layout.bytes(), "{end} of {}", layout.bytes());
+                assert!(layout.bytes() <= 48 * 1024);
+            }
+        }
+    }
+
+    #[test]
+    fn chunks_of_a_row_are_a_permutation() {
+        let layout = Layout::new(4, 2, 8);
+        let mut places: Vec<u32> = (0..32).map(|chunk| layout.sum(3, 5, chunk)).collect();
+        places.sort_unstable();
+        assert!(places.windows(2).all(|pair| pair[1] == pair[0] + 16));
+    }
+
+    /// Stores of 8 lanes at a time (two heads, four t) and loads of 8 neighbours.
+    #[test]
+    fn eight_lanes_never_share_a_bank_group() {
+        for value_loads in [1, 2] {
+            let layout = Layout::new(4, value_loads, 8);
+            let distinct = |offsets: Vec<u32>| {
+                offsets
+                    .iter()
+                    .fold(0u32, |seen, o| seen | 1 << (o / 16 % 8))
+                    == 0xff
+            };
+            for c in 0..4 {
+                for block in 0..pass_elems(value_loads) / 64 {
+                    let chunk = |t: u32| block * 16 + t * 4 + c;
+                    let lanes = (2..4).flat_map(|g| (0..4).map(move |t| (g, t)));
+                    assert!(distinct(
+                        lanes.map(|(g, t)| layout.sum(1, g, chunk(t))).collect()
+                    ));
+                }
+            }
+            assert!(distinct(
+                (8..16).map(|chunk| layout.sum(1, 2, chunk)).collect()
+            ));
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! Grid, scratch memory and checks of a launch.
+
+use super::layout::Layout;
+use super::{HEADS, MAX_SPLITS, TILE, WARPS};
+use crate::attention::{self, Operands, Scratch, Shape};
+use crate::launch::{Call, CallBuilder, DeviceInfo, Launch, ShapeError};
+
+/// Grid and granularity of a launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tuning {
+    /// Blocks a group of heads, at most 128.
+    pub splits: u32,
+    /// Tiles of 16 positions that a split has at least, unless there are no more.
+    pub min_tiles: u32,
+}
+
+impl Tuning {
+    /// A block a multiprocessor once the context is long, with a tile a warp at least.
+    pub fn of(device: &DeviceInfo, shape: &Shape) -> Tuning {
+        let min_tiles = WARPS;
+        let useful = shape.context.div_ceil((min_tiles * TILE) as usize);
+        let most = useful.clamp(1, MAX_SPLITS as usize) as u32;
+        let groups = u32::try_from(head_groups(shape)).unwrap_or(u32::MAX);
+        let splits = (device.multiprocessors / groups.max(1)).clamp(1, most);
+        Tuning { splits, min_tiles }
+    }
+
+    /// What a launch of this grid needs.
+    pub fn scratch(self, shape: &Shape) -> Scratch {
+        let groups = head_groups(shape) as u64;
+        // Each head's weighted sum, its maximum and its sum of weights.
+        let floats = u64::from(self.splits * HEADS) * (shape.head_dim as u64 + 2);
+        Scratch {
+            partials: groups.saturating_mul(floats * 4),
+            arrived: groups.saturating_mul(4),
+        }
+    }
+}
+
+/// Groups of up to 8 query heads that share a kv head.
+fn head_groups(shape: &Shape) -> usize {
+    let per_kv = shape.heads / shape.kv_heads.max(1);
+    shape
+        .kv_heads
+        .saturating_mul(per_kv.div_ceil(HEADS as usize))
+}
+
+/// Whether the kernels here take the head width.
+pub fn takes(shape: &Shape) -> bool {
+    shape.head_dim.is_multiple_of(8) && (8..=attention::MAX_HEAD_DIM).contains(&shape.head_dim)
+}
+
+/// The kernel for a head width: the narrowest that takes it.
+pub fn kernel(head_dim: usize) -> &'static str {
+    match head_dim {
+        0..=64 => "attention_split_f16_d64",
+        65..=96 => "attention_split_f16_d96",
+        97..=128 => "attention_split_f16_d128",
+        _ => "attention_split_f16_d256",
+    }
+}
+
+/// The launch of the [`kernel`] for the head width.
+///
+/// # Errors
+/// Heads that kv heads do not divide, a head width that [`takes`] refuses, a tuning out of range,
+/// a short or misaligned buffer.
+pub fn plan(
+    device: &DeviceInfo,
+    shape: &Shape,
+    ops: &Operands,
+    tuning: Tuning,
+) -> Result<Call, ShapeError> {
+    let &Shape {
+        heads,
+        kv_heads,
+        head_dim,
+        context,
+        scale,
+    } = shape;
+    let mut call = CallBuilder::new(kernel(head_dim));
+    attention::require_heads(&call, shape)?;
+    call.require(
+        takes(shape),
+        "head_dim",
+        head_dim,
+        "it must be a multiple of 8",
+    )?;
+    let splits = tuning.splits;
+    call.require(
+        (1..=MAX_SPLITS).contains(&splits),
+        "splits",
+        splits as usize,
+        "it must be in 1..=128",
+    )?;
+    let within = (context as u64).saturating_mul(head_dim as u64) < 1 << 31;
+    call.require(
+        within,
+        "context",
+        context,
+        "the elements of a head's cache must be below 2^31",
+    )?;
+    attention::tensors(&mut call, shape, ops, 16)?;
+    let scratch = tuning.scratch(shape);
+    call.tensor("partials", ops.partials, scratch.partials, 16)?;
+    call.tensor("arrived", ops.arrived, scratch.arrived, 4)?;
+    call.u32((heads / kv_heads) as u32);
+    let width = call.dim("head_dim", head_dim)?;
+    call.dim("context", context)?;
+    call.dim("min_tiles", tuning.min_tiles as usize)?;
+    call.f32(scale * core::f32::consts::LOG2_E);
+    let groups = head_groups(shape);
+    call.require(groups <= 65_535, "kv_heads", kv_heads, "too many heads")?;
+    let (key_loads, value_loads) = (width.div_ceil(32), width.div_ceil(64));
+    let (key_loads, value_loads) = match key_loads {
+        0..=2 => (2, 1),
+        3 => (3, 2),
+        4 => (4, value_loads),
+        _ => (8, 4),
+    };
+    let rows = HEADS.min((heads / kv_heads) as u32);
+    let layout = Layout::new(key_loads, value_loads, rows);
+    call.build(
+        device,
+        Launch {
+            grid: [splits, groups as u32, 1],
+            block: [WARPS * 32, 1, 1],
+            shared_bytes: layout.bytes(),
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launch::DeviceSlice;
+
+    const SHAPE: Shape = Shape {
+        heads: 12,
+        kv_heads: 2,
+        head_dim: 128,
+        context: 4096,
+        scale: 0.088,
+    };
+
+    const H200: DeviceInfo = DeviceInfo {
+        multiprocessors: 132,
+        shared_bytes_per_block: 48 * 1024,
+        compute_capability: 90,
+    };
+
+    fn operands() -> Operands {
+        let slice = DeviceSlice {
+            address: 0x1000,
+            bytes: 1 << 24,
+        };
+        Operands {
+            q: slice,
+            k_cache: slice,
+            v_cache: slice,
+            state: slice,
+            out: slice,
+            partials: slice,
+            arrived: slice,
+        }
+    }
+
+    #[test]
+    fn splits_fill_the_device_and_leave_no_block_without_a_use() {
+        let splits = |shape| Tuning::of(&H200, &shape).splits;
+        assert_eq!(splits(SHAPE), 32);
+        assert_eq!(
+            splits(Shape {
+                context: 131_072,
+                ..SHAPE
+            }),
+            66
+        );
+        assert_eq!(
+            splits(Shape {
+                context: 1,
+                ..SHAPE
+            }),
+            1
+        );
+        let llama = Shape {
+            heads: 32,
+            kv_heads: 8,
+            context: 131_072,
+            ..SHAPE
+        };
+        assert_eq!(splits(llama), 16);
+        let wide = Shape {
+            heads: 64,
+            kv_heads: 1,
+            context: 131_072,
+            ..SHAPE
+        };
+        assert_eq!(splits(wide), 16);
+    }
+
+    #[test]
+    fn plan_picks_the_kernel_by_width_and_checks_its_scratch() {
+        let planned = |shape, ops| plan(&H200, &shape, &ops, Tuning::of(&H200, &shape));
+        let call = planned(SHAPE, operands()).unwrap();
+        assert_eq!(call.kernel, "attention_split_f16_d128");
+        assert_eq!(call.launch.grid, [32, 2, 1]);
+        assert_eq!(call.args[7..11], [6, 128, 4096, 8]);
+        let name = |head_dim| {
+            planned(Shape { head_dim, ..SHAPE }, operands())
+                .unwrap()
+                .kernel
+        };
+        assert_eq!(name(64), "attention_split_f16_d64");
+        assert_eq!(name(80), "attention_split_f16_d96");
+        assert_eq!(name(256), "attention_split_f16_d256");
+        assert!(
+            planned(
+                Shape {
+                    head_dim: 34,
+                    ..SHAPE
+                },
+                operands()
+            )
+            .is_err()
+        );
+        assert!(
+            planned(
+                Shape {
+                    head_dim: 264,
+                    ..SHAPE
+                },
+                operands()
+            )
+            .is_err()
+        );
+        let mut short = operands();
+        short.partials.bytes = Tuning::of(&H200, &SHAPE).scratch(&SHAPE).partials - 1;
+        assert!(planned(SHAPE, short).is_err());
+        let none = Tuning {
+            splits: 0,
+            min_tiles: 8,
+        };
+        assert!(plan(&H200, &SHAPE, &operands(), none).is_err());
+    }
+}

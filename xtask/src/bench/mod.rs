@@ -1,0 +1,271 @@
+//! `cargo xtask bench`: a kernel from its source to its figures, in one command.
+
+mod known;
+pub mod sass;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime};
+
+use clap::Args as ClapArgs;
+use cuda_builder::NvvmArch;
+
+use crate::{Error, ptx, setup, workspace};
+
+/// Rebuilds the kernels, checks them against the CPU and, if all is right, times them on the GPU.
+///
+/// With a GPU it prints one table a tier: time a launch (median, 5th and 95th percentile) in a CUDA
+/// graph over operands that no cache holds; bytes a second; that time over the time of a kernel
+/// that only reads as many bytes; speed-up over the baseline variant and over the last recorded
+/// run; registers, memory, occupancy. Every run is appended to benches/results/<gpu>.jsonl.
+///
+/// Without one it checks the kernels on the emulator and shows what can be known: ptxas figures for
+/// every GPU generation, and from the machine code what the main loop is made of, the bytes that it
+/// loads and the instructions that it spends on a weight. It says that nothing was timed.
+#[derive(Debug, ClapArgs)]
+#[command(
+    after_help = "Examples:\n  cargo xtask bench linear_gemv_int4 --shape 8960x1536 --tier sm_90\n  \
+    cargo xtask bench --model qwen2.5-1.5b --json /tmp/1.5b.json\n  \
+    cargo xtask bench attention --watch           (again whenever a kernel is saved)\n  \
+    cargo xtask bench int4 --compare main~3       (what that revision recorded)\n  \
+    cargo xtask ptx --show linear_gemv_int4_multirow --sass   (the code, with Rust lines)"
+)]
+pub struct Args {
+    /// Only kernels whose name contains this.
+    kernel: Option<String>,
+    /// Only matrices of this shape, as in 8960x1536; one that is not listed is made.
+    #[arg(long, value_name = "NxK")]
+    shape: Option<String>,
+    /// The matrices, the logits and the attention of this model, as in qwen2.5-1.5b.
+    #[arg(long, conflicts_with = "shape")]
+    model: Option<String>,
+    /// Only this variant: its number, or its part of the kernel's name. Its baseline is timed too.
+    #[arg(long, value_name = "ID")]
+    variant: Option<String>,
+    /// Weights that share a scale: 32, 64, 128.
+    #[arg(long, value_name = "G")]
+    group: Option<u32>,
+    /// Only the kernels of this tier [default: all].
+    #[arg(long, value_name = "SM", value_parser = ptx::parse_tier)]
+    tier: Option<NvvmArch>,
+    /// Compare with `baseline`, as is always done, or with what this git revision recorded.
+    #[arg(long, value_name = "BASELINE|REV")]
+    compare: Option<String>,
+    /// Write the figures of this run here, as a JSON array.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Run again whenever a source of the kernels changes, until interrupted.
+    #[arg(long)]
+    watch: bool,
+    /// Show what can be known without a GPU, even where there is one.
+    #[arg(long)]
+    no_gpu: bool,
+}
+
+/// Runs the task.
+pub fn run(args: &Args) -> Result<(), Error> {
+    setup::core()?;
+    if !args.watch {
+        return once(args);
+    }
+    let sources = workspace::root().join("gpu-kernels");
+    loop {
+        let seen = newest(&sources);
+        let start = Instant::now();
+        match once(args) {
+            // Another save will not mend a wrong command line.
+            Err(error @ Error::Usage(_)) => return Err(error),
+            Err(error) => eprintln!("error: {error}"),
+            Ok(()) => {}
+        }
+        eprintln!(
+            "-- {:.1} s; waiting for a change in {} (Ctrl-C ends)",
+            start.elapsed().as_secs_f32(),
+            sources.display()
+        );
+        while newest(&sources) == seen {
+            sleep(Duration::from_millis(300));
+        }
+    }
+}
+
+/// When a file under `folder` was last changed.
+fn newest(folder: &Path) -> Option<SystemTime> {
+    let entries = folder.read_dir().ok()?.flatten();
+    entries
+        .filter_map(|entry| {
+            let metadata = entry.metadata().ok()?;
+            // An editor's own files are no change.
+            let is_source = entry
+                .path()
+                .extension()
+                .is_some_and(|e| e == "rs" || e == "toml");
+            match metadata.is_dir() {
+                true => newest(&entry.path()),
+                false => metadata.modified().ok().filter(|_| is_source),
+            }
+        })
+        .max()
+}
+
+fn once(args: &Args) -> Result<(), Error> {
+    let program = workspace::build_program(
+        &["--package", "benches", "--bin", "edgellm-bench"],
+        "edgellm-bench",
+    )?;
+    match gpu(&program, args.no_gpu)? {
+        Ok(()) => on_gpu(&program, args),
+        Err(reason) => without_gpu(&program, args, &reason),
+    }
+}
+
+/// Whether there is a GPU to time on, or why not.
+fn gpu(program: &Path, unwanted: bool) -> Result<Result<(), String>, Error> {
+    if unwanted {
+        return Ok(Err("--no-gpu".to_owned()));
+    }
+    let output = Command::new(program)
+        .arg("device")
+        .output()
+        .map_err(Error::io("cannot run", program))?;
+    Ok(if output.status.success() {
+        Ok(())
+    } else {
+        let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        Err(text.trim_start_matches("error: ").to_owned())
+    })
+}
+
+fn on_gpu(program: &Path, args: &Args) -> Result<(), Error> {
+    let mut command = Command::new(program);
+    command.arg("kernels").args(args.selection());
+    if let Some(tier) = args.tier {
+        command.args(["--tier", &tier.to_string()]);
+    }
+    if let Some(compare) = args.compare.as_deref().filter(|with| *with != "baseline") {
+        command.args(["--compare", &commit(compare)?]);
+    }
+    if let Some(json) = &args.json {
+        command
+            .arg("--json")
+            .arg(std::path::absolute(json).map_err(Error::io("no path", json))?);
+    }
+    finish(command.current_dir(workspace::root()), program)
+}
+
+/// The recorded form of a revision that git knows.
+fn commit(revision: &str) -> Result<String, Error> {
+    let output = Command::new("git")
+        .args(["rev-parse", "--verify", "--short=12"])
+        .arg(format!("{revision}^{{commit}}"))
+        .current_dir(workspace::root())
+        .output()
+        .map_err(Error::io("cannot run", "git"))?;
+    if !output.status.success() {
+        return Err(Error::Usage(format!(
+            "`{revision}` is neither `baseline` nor a revision that git knows"
+        )));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+fn without_gpu(program: &Path, args: &Args, reason: &str) -> Result<(), Error> {
+    let mut emulate = Command::new(program);
+    emulate.arg("emulate").args(args.selection());
+    let checked = finish(&mut emulate, program);
+    if matches!(checked, Err(Error::Usage(_))) {
+        return checked;
+    }
+    let kernel = args.kernel.as_deref().unwrap_or_default();
+    let figures = known::figures(args.tier, |name| {
+        name.contains(kernel)
+            && args
+                .variant
+                .as_deref()
+                // A number stands in a table of the program.
+                .is_none_or(|id| {
+                    id.parse::<u32>().is_ok() || format!("{name}_").contains(&format!("_{id}_"))
+                })
+    })?;
+    print!("\n{}", known::table(&figures));
+    println!("nothing was timed: {reason}");
+    if let Some(json) = &args.json {
+        std::fs::write(json, known::json(&figures)).map_err(Error::io("cannot write", json))?;
+    }
+    checked
+}
+
+fn finish(command: &mut Command, program: &Path) -> Result<(), Error> {
+    let status = command.status().map_err(Error::io("cannot run", program))?;
+    match status.code() {
+        Some(0) => Ok(()),
+        Some(2) => Err(Error::Usage("see above".into())),
+        _ => Err(Error::failed(
+            "the kernels are wrong, or the run failed: see above",
+        )),
+    }
+}
+
+impl Args {
+    /// The arguments that choose kernels and shapes, as `edgellm-bench` takes them.
+    fn selection(&self) -> Vec<String> {
+        let mut arguments = Vec::new();
+        let group = self.group.map(|group| group.to_string());
+        for (name, value) in [
+            ("--shape", &self.shape),
+            ("--model", &self.model),
+            ("--variant", &self.variant),
+            ("--group", &group),
+        ] {
+            if let Some(value) = value {
+                arguments.extend([name.to_owned(), value.clone()]);
+            }
+        }
+        arguments.extend(self.kernel.clone());
+        arguments
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn choices_are_passed_on() {
+        let line = "bench int4 --shape 8960x1536 --variant multirow --tier 90 --watch";
+        let args = Cli::parse_from(line.split(' ')).args;
+        assert_eq!(
+            args.selection().join(" "),
+            "--shape 8960x1536 --variant multirow int4"
+        );
+        assert_eq!(args.tier, Some(NvvmArch::Compute90));
+        assert!(args.watch);
+        assert!(Cli::try_parse_from(["bench", "--tier", "sm_86"]).is_err());
+        assert!(Cli::try_parse_from(["bench", "--model", "a", "--shape", "1x1"]).is_err());
+    }
+
+    #[test]
+    fn a_saved_source_is_noticed_and_other_files_are_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let inner = folder.path().join("src");
+        std::fs::create_dir(&inner).unwrap();
+        assert_eq!(newest(folder.path()), None);
+        std::fs::write(inner.join(".kernel.rs.swp"), "").unwrap();
+        assert_eq!(newest(folder.path()), None);
+        std::fs::write(inner.join("kernel.rs"), "").unwrap();
+        assert!(newest(folder.path()).is_some());
+    }
+
+    #[test]
+    fn revisions_are_named_as_they_are_recorded() {
+        assert_eq!(commit("no such revision").unwrap_err().exit_code(), 2);
+    }
+}
