@@ -6,6 +6,7 @@
 //! - [`rows`]: what is timed: kernel, shape, bytes that it has to move.
 //! - [`time`]: how it is timed: a CUDA graph over rotating copies of the operands.
 //! - [`kernels`]: a whole run, from check to table; [`table`] lays it out.
+//! - [`tilings`]: a matrix product in every way to spread it over warps and blocks.
 //! - [`resources`]: registers, memory and occupancy, as the driver compiled a kernel.
 //! - [`results`]: one JSON object a line, in `results/<gpu>.jsonl`.
 
@@ -17,6 +18,7 @@ pub mod results;
 pub mod rows;
 pub mod select;
 pub mod table;
+pub mod tilings;
 pub mod time;
 
 use std::sync::Arc;

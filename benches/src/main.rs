@@ -57,6 +57,18 @@ enum Command {
         #[arg(long)]
         revision: Option<String>,
     },
+    /// Time an INT4 matrix on the matrix units in every tiling, and show the best.
+    Tilings {
+        /// Matrices, as in 8960x1536 [default: those of Qwen2.5-1.5B and Llama 8B].
+        #[arg(value_name = "NxK", value_parser = parse_shape)]
+        shapes: Vec<(usize, usize)>,
+        /// Weights that share a scale.
+        #[arg(long, default_value_t = 128, value_parser = parse_group)]
+        group: usize,
+        /// Only this tier: sm_75, sm_80, sm_90 [default: every one that the GPU runs].
+        #[arg(long, value_parser = parse_tier)]
+        tier: Option<u32>,
+    },
     /// Print the GPU's name and its highest tier; fails, with the reason, where there is none.
     Device,
     /// Print what would be timed, and the bytes that each has to move.
@@ -134,6 +146,11 @@ fn main() -> ExitCode {
         }
         Command::Ptx { folder } => write_ptx(&folder),
         Command::Check { tier, filter } => on_gpu(tier, |tier| check_tier(tier, &filter)),
+        Command::Tilings {
+            shapes,
+            group,
+            tier,
+        } => tilings(tier, &shapes, group),
         Command::Emulate { wanted } => emulated(&wanted.selection()),
         Command::Kernels {
             wanted,
@@ -178,6 +195,32 @@ fn on_gpu(
         all_right &= work(tier)?;
     }
     Ok(all_right)
+}
+
+/// Matrices whose tilings are timed if none is named.
+const TILED: [(usize, usize); 7] = [
+    (1536, 1536),
+    (8960, 1536),
+    (1536, 8960),
+    (4096, 4096),
+    (14_336, 4096),
+    (4096, 14_336),
+    (151_936, 1536),
+];
+
+fn tilings(tier: Option<u32>, shapes: &[(usize, usize)], group: usize) -> Result<bool, Error> {
+    on_gpu(tier, |tier| {
+        let Some(gpu) = open(tier)? else {
+            println!("skipped: this GPU cannot run sm_{tier}");
+            return Ok(true);
+        };
+        println!("{} with sm_{tier} kernels", gpu.name());
+        let shapes = if shapes.is_empty() { &TILED } else { shapes };
+        for (n, k) in shapes {
+            benches::tilings::run(&gpu, *n, *k, group)?;
+        }
+        Ok(true)
+    })
 }
 
 fn check_tier(tier: u32, filter: &str) -> Result<bool, Error> {

@@ -15,7 +15,7 @@ use engine::Error;
 use engine::backend::cuda::device::{DeviceMemory, Gpu};
 use engine::backend::cuda::launch::Graph;
 use engine::backend::cuda::plan::Memory;
-use gpu_kernels::launch::{Call, DeviceSlice};
+use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
 
 use crate::rows::{Operands, Row};
 
@@ -74,12 +74,9 @@ fn cuda(what: &str) -> impl Fn(cust::error::CudaError) -> Error + '_ {
     }
 }
 
-/// Copies of the operands to rotate over, so that `rotate_bytes` go by.
-fn copies(row: &Row, rotate_bytes: u64) -> usize {
-    if !row.streams {
-        return 1;
-    }
-    (rotate_bytes.div_ceil(row.bytes) as usize).clamp(1, MAX_COPIES)
+/// Copies of operands of `bytes` to rotate over, so that `rotate_bytes` go by.
+fn copies(bytes: u64, rotate_bytes: u64) -> usize {
+    (rotate_bytes.div_ceil(bytes) as usize).clamp(1, MAX_COPIES)
 }
 
 /// Bytes to rotate over on the device of the current context.
@@ -97,6 +94,16 @@ struct Copies {
     activations: Vec<DeviceSlice>,
     /// How many of them the copy at hand has taken.
     taken: usize,
+}
+
+impl Copies {
+    fn new(gpu: &Arc<Gpu>) -> Copies {
+        Copies {
+            memory: DeviceMemory::new(gpu),
+            activations: Vec::new(),
+            taken: 0,
+        }
+    }
 }
 
 impl Memory for Copies {
@@ -129,27 +136,65 @@ impl Operands for Copies {
 /// # Errors
 /// [`Error::Machine`] from the device, [`Error::Input`] for a shape that the kernel cannot take.
 pub fn kernel(gpu: &Arc<Gpu>, row: &Row) -> Result<(Timing, Call), Error> {
-    let mut memory = Copies {
-        memory: DeviceMemory::new(gpu),
-        activations: Vec::new(),
-        taken: 0,
-    };
-    let copies = copies(row, rotate_bytes()?);
+    let mut memory = Copies::new(gpu);
     let info = gpu.info();
+    let copies = if row.streams {
+        copies(row.bytes, rotate_bytes()?)
+    } else {
+        1
+    };
     let distinct = (0..copies)
         .map(|_| {
             memory.taken = 0;
             (row.make)(&info, &mut memory)
         })
         .collect::<Result<Vec<_>, _>>()?;
+    // SAFETY: the calls' memory is `memory`, dropped after it.
+    let timing = unsafe { rotation(gpu, &distinct) }?;
+    Ok((timing, distinct[0].clone()))
+}
+
+/// Times several calls of the same operands, each over copies of these that rotate. `make`
+/// allocates one copy, of `bytes`, and plans all the calls of it.
+///
+/// # Errors
+/// As [`kernel`].
+pub fn forms(
+    gpu: &Arc<Gpu>,
+    bytes: u64,
+    make: impl Fn(&DeviceInfo, &mut dyn Operands) -> Result<Vec<Call>, Error>,
+) -> Result<Vec<Timing>, Error> {
+    let mut memory = Copies::new(gpu);
+    let info = gpu.info();
+    let copies = (0..copies(bytes, rotate_bytes()?))
+        .map(|_| {
+            memory.taken = 0;
+            make(&info, &mut memory)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    (0..copies[0].len())
+        .map(|form| {
+            let calls: Vec<Call> = copies.iter().map(|forms| forms[form].clone()).collect();
+            // SAFETY: the calls' memory is `memory`, dropped after it.
+            unsafe { rotation(gpu, &calls) }
+        })
+        .collect()
+}
+
+/// Times a graph of the calls, one after another, repeated until there are enough of them.
+///
+/// # Safety
+/// The memory that the calls name outlives this function.
+unsafe fn rotation(gpu: &Arc<Gpu>, distinct: &[Call]) -> Result<Timing, Error> {
+    let copies = distinct.len();
     let launches = copies * MIN_LAUNCHES.div_ceil(copies);
     let calls: Vec<_> = distinct.iter().cycle().take(launches).cloned().collect();
-    // SAFETY: the calls' memory is `memory`, dropped after the graph below and its last run.
+    // SAFETY: by the caller's promise; the graph's last run ends in `sample`.
     let graph = unsafe { Graph::capture(gpu, &calls) }?;
     let us = sample(gpu, || graph.launch())?;
     drop(graph);
     let us = us.into_iter().map(|us| us / launches as f64).collect();
-    Ok((Timing::new(us, launches, copies), distinct[0].clone()))
+    Ok(Timing::new(us, launches, copies))
 }
 
 /// Times a copy of [`ROTATE_BYTES`] within device memory: what this device's memory does at best.
@@ -221,7 +266,7 @@ mod tests {
     #[test]
     fn enough_copies_to_leave_the_caches() {
         for row in crate::rows::all().iter().filter(|row| row.streams) {
-            let copies = copies(row, ROTATE_BYTES);
+            let copies = copies(row.bytes, ROTATE_BYTES);
             assert!(
                 copies == MAX_COPIES || copies as u64 * row.bytes >= ROTATE_BYTES,
                 "{} {}",

@@ -39,11 +39,23 @@ pub mod variant;
 
 /// Every kernel, for the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
-pub static ENTRIES: [&cuda_std::emulator::Entry; 19] = [
+pub static ENTRIES: [&cuda_std::emulator::Entry; 31] = [
     &embed::EMBED_INT8_ENTRY,
     &rmsnorm::RMSNORM_F32_ENTRY,
     &linear::gemv_int4::LINEAR_GEMV_INT4_BASELINE_ENTRY,
     &linear::gemv_int4::LINEAR_GEMV_INT4_MULTIROW_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_MIN_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_MIN_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_MIN_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_TOKENS_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_TOKENS_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_TOKENS_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_MIN_TOKENS_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_MIN_TOKENS_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_MIN_TOKENS_ENTRY,
     &linear::gemv_int8::LINEAR_GEMV_INT8_MULTIROW_ENTRY,
     &rope::ROPE_F32_ENTRY,
     &kv_append::KV_APPEND_F16_ENTRY,

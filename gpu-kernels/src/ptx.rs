@@ -11,6 +11,7 @@
 //! | `ld_global_*` | `ld.global` | data that this launch may have written |
 //! | `ld_global_nc_*` | `ld.global.nc` | data that is constant during the launch: inputs |
 //! | `ld_global_nc_v4_*` | `ld.global.nc.L1::no_allocate` | weights: read once, kept out of L1 |
+//! | `ld_global_*_if` | `@p ld.global` | loads that may not be there, without a branch |
 //! | `st_global_*`, `ld_shared_*`, `st_shared_*` | `st.global`, `ld.shared`, `st.shared` | |
 //!
 //! Addresses have to be multiples of the access width: 16 bytes for `v4` of 32-bit values.
@@ -153,6 +154,109 @@ load_global_v4! {
     ld_global_nc_v4_f32: f32 = "ld.global.nc.L1::no_allocate.v4.f32", load_global_nc;
 }
 
+/// Loads that are made only where `condition` holds, without a branch: elsewhere the result is
+/// `otherwise`, and nothing is accessed.
+macro_rules! load_global_if {
+    ($($(#[$doc:meta])* $name:ident: $ty:ty = $instruction:literal, $twin:ident;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// As the load without a condition, if `condition` holds.
+        #[inline(always)]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+        pub unsafe fn $name(condition: bool, p: *const $ty, otherwise: $ty) -> $ty {
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let mut value = otherwise;
+                // SAFETY: the caller vouches for `p`.
+                unsafe {
+                    asm!("{{ .reg .pred there; setp.ne.u32 there, {}, 0;",
+                        concat!("@there ", $instruction, " {}, [{}]; }}"),
+                        in(reg32) u32::from(condition), inout(reg32) value, in(reg64) p,
+                        options(pure, readonly, nostack));
+                }
+                value
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            if condition { access::$twin(p) } else { otherwise }
+        }
+    )*};
+}
+
+load_global_if! {
+    /// `@p ld.global.f32`
+    ld_global_f32_if: f32 = "ld.global.f32", load_global;
+    /// `@p ld.global.nc.u32`
+    ld_global_nc_u32_if: u32 = "ld.global.nc.u32", load_global_nc;
+}
+
+/// As [`ld_global_nc_u32_if`], of two values: `@p ld.global.nc.v2.u32`.
+///
+/// # Safety
+/// As [`ld_global_nc_v2_u32`], if `condition` holds.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn ld_global_nc_v2_u32_if(
+    condition: bool,
+    p: *const u32,
+    otherwise: [u32; 2],
+) -> [u32; 2] {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let [mut a, mut b] = otherwise;
+        // SAFETY: the caller vouches for `p`.
+        unsafe {
+            asm!("{{ .reg .pred there; setp.ne.u32 there, {}, 0;",
+                "@there ld.global.nc.v2.u32 {{{}, {}}}, [{}]; }}",
+                in(reg32) u32::from(condition), inout(reg32) a, inout(reg32) b, in(reg64) p,
+                options(pure, readonly, nostack));
+        }
+        [a, b]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    if condition {
+        access::load_global_nc(p.cast())
+    } else {
+        otherwise
+    }
+}
+
+/// As [`load_global_if`], of four values next to each other.
+macro_rules! load_global_v4_if {
+    ($($(#[$doc:meta])* $name:ident: $ty:ty = $instruction:literal, $twin:ident;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// As the load without a condition, if `condition` holds.
+        #[inline(always)]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+        pub unsafe fn $name(condition: bool, p: *const $ty, otherwise: [$ty; 4]) -> [$ty; 4] {
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let [mut a, mut b, mut c, mut d] = otherwise;
+                // SAFETY: the caller vouches for `p`.
+                unsafe {
+                    asm!("{{ .reg .pred there; setp.ne.u32 there, {}, 0;",
+                        concat!("@there ", $instruction, " {{{}, {}, {}, {}}}, [{}]; }}"),
+                        in(reg32) u32::from(condition), inout(reg32) a, inout(reg32) b,
+                        inout(reg32) c, inout(reg32) d, in(reg64) p,
+                        options(pure, readonly, nostack));
+                }
+                [a, b, c, d]
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            if condition { access::$twin(p.cast()) } else { otherwise }
+        }
+    )*};
+}
+
+load_global_v4_if! {
+    /// `@p ld.global.v4.f32`
+    ld_global_v4_f32_if: f32 = "ld.global.v4.f32", load_global;
+    /// `@p ld.global.nc.L1::no_allocate.v4.u32`
+    ld_global_nc_v4_u32_if: u32 = "ld.global.nc.L1::no_allocate.v4.u32", load_global_nc;
+}
+
 /// Stores of one value to global memory.
 macro_rules! store_global {
     ($($(#[$doc:meta])* $name:ident: $ty:ty = $instruction:literal, $class:ident;)*) => {$(
@@ -291,6 +395,47 @@ pub unsafe fn st_shared_v4_f32(base: Shared, offset_bytes: u32, value: [f32; 4])
         asm!("st.shared.v4.f32 [{}], {{{}, {}, {}, {}}};", in(reg32) address,
             in(reg32) value[0], in(reg32) value[1], in(reg32) value[2], in(reg32) value[3],
             options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    access::store_shared(address, value);
+}
+
+/// `ld.shared.v4.u32`: four values at `base` + `offset_bytes`, a multiple of 16.
+///
+/// # Safety
+/// As [`ld_shared_u32`], for 16 bytes.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn ld_shared_v4_u32(base: Shared, offset_bytes: u32) -> [u32; 4] {
+    let address = base.offset_bytes(offset_bytes).address();
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let (a, b, c, d);
+        // SAFETY: the caller vouches for the address.
+        unsafe {
+            asm!("ld.shared.v4.u32 {{{}, {}, {}, {}}}, [{}];",
+                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) address,
+                options(pure, readonly, nostack));
+        }
+        [a, b, c, d]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    access::load_shared(address)
+}
+
+/// `st.shared.v2.u32`: two values at `base` + `offset_bytes`, a multiple of 8.
+///
+/// # Safety
+/// As [`st_shared_u32`], for 8 bytes.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn st_shared_v2_u32(base: Shared, offset_bytes: u32, value: [u32; 2]) {
+    let address = base.offset_bytes(offset_bytes).address();
+    // SAFETY: the caller vouches for the address; the block is a memory clobber.
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("st.shared.v2.u32 [{}], {{{}, {}}};", in(reg32) address,
+            in(reg32) value[0], in(reg32) value[1], options(nostack));
     }
     #[cfg(not(target_arch = "nvptx64"))]
     access::store_shared(address, value);

@@ -60,7 +60,7 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, 
 
 /// `silu(gate) * up`. A very negative gate gives `exp = inf`, whose reciprocal is 0.
 #[inline(always)]
-fn gated(gate: f32, up: f32) -> f32 {
+pub(crate) fn gated(gate: f32, up: f32) -> f32 {
     gate * ptx::rcp(1.0 + ptx::exp(-gate)) * up
 }
 

@@ -10,7 +10,7 @@ use std::{env, fs, thread};
 
 use serde::Deserialize;
 
-use crate::{CoreLibrary, DEVICE_TARGET, Error, NvvmArch, Toolchain, child};
+use crate::{CoreLibrary, DEVICE_TARGET, Error, NvvmArch, Toolchain, child, directives};
 
 /// Builds one kernel crate into PTX.
 ///
@@ -140,10 +140,14 @@ impl CudaBuilder {
                 functions,
             });
         }
+        let done = directives::apply(&text);
+        if done != text {
+            fs::write(&run.ptx, done.as_bytes()).map_err(Error::io("cannot write", &run.ptx))?;
+        }
         let ptx = match &self.copy_to {
             Some(path) => {
-                if fs::read_to_string(path).ok().as_deref() != Some(text.as_str()) {
-                    fs::write(path, &text).map_err(Error::io("cannot write", path))?;
+                if fs::read_to_string(path).ok().as_deref() != Some(&*done) {
+                    fs::write(path, done.as_bytes()).map_err(Error::io("cannot write", path))?;
                 }
                 path.clone()
             }

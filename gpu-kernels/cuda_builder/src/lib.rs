@@ -26,6 +26,7 @@ mod builder;
 pub mod cache;
 mod child;
 mod core_library;
+mod directives;
 mod error;
 pub mod nvdisasm;
 pub mod ptxas;

@@ -89,6 +89,13 @@ pub fn mma_m16n8k8(a: [u32; 2], b: u32, c: [f32; 4]) -> [f32; 4] {
     [c0, c1, c2, c3]
 }
 
+/// Leaves `// .maxntid N` in the PTX.
+#[inline(always)]
+pub fn remark_max_threads<const N: u32>() {
+    // SAFETY: a remark.
+    unsafe { asm!("// .maxntid {}", const N, options(nomem, nostack)) }
+}
+
 /// `%laneid`
 #[inline(always)]
 pub fn lane_id() -> u32 {

@@ -75,3 +75,15 @@ pub fn sync_threads() {
     #[cfg(not(target_arch = "nvptx64"))]
     ptx::barrier();
 }
+
+/// Promises the assembler that no block of the kernel has more than `N` threads: it may then use as
+/// many registers as `N` threads leave each other, and no more, so that such a block can be
+/// launched. Called once in the kernel, before anything else.
+///
+/// rustc has no attribute for it. On the device this leaves a remark in the PTX, which
+/// `cuda_builder` turns into the kernel's `.maxntid`; the emulator does not check it.
+#[inline(always)]
+pub fn max_block_threads<const N: u32>() {
+    #[cfg(target_arch = "nvptx64")]
+    ptx::remark_max_threads::<N>();
+}

@@ -335,7 +335,9 @@ fn a_warp_multiplies_matrices() {
         for (lane, product) in wide.iter().enumerate() {
             for (i, &got) in product.iter().enumerate() {
                 let (row, column) = (lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2);
-                let sum: f32 = (0..16).map(|k| a_element(row, k) * b_element(k, column)).sum();
+                let sum: f32 = (0..16)
+                    .map(|k| a_element(row, k) * b_element(k, column))
+                    .sum();
                 assert_eq!(got, sum + row as f32 + column as f32 / 128.0);
             }
         }

@@ -70,6 +70,7 @@ impl Device for EmulatorDevice {
             cooperative: false,
             seed: self.seed,
         };
+        emulator::set_compute_capability(self.info.compute_capability);
         emulator::launch_entry(entry, &launch, &call.args)
             .map(|_report| ())
             .map_err(|fault| DeviceError(fault.to_string()))

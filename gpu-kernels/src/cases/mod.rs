@@ -10,6 +10,7 @@ mod emulator;
 mod forward;
 mod inputs;
 mod linear;
+mod linear_mma;
 mod logits;
 mod read;
 mod sample;
@@ -128,6 +129,7 @@ pub fn all() -> Vec<Case> {
     let mut cases = elementwise::cases();
     cases.extend(linear::cases());
     cases.extend(logits::cases());
+    cases.extend(linear_mma::cases());
     cases.extend(attention::cases());
     cases.extend(sample::cases());
     cases.extend(read::cases());
@@ -139,6 +141,7 @@ pub fn all() -> Vec<Case> {
 pub fn large() -> Vec<Case> {
     let mut cases = linear::large();
     cases.extend(logits::large());
+    cases.extend(linear_mma::large());
     cases.extend(attention::large());
     cases
 }

@@ -14,6 +14,7 @@
 //! the threads that fill the slots.
 
 pub mod gemv_int4;
+pub mod gemv_int4_mma;
 pub mod gemv_int8;
 
 use cuda_std::shared::Shared;

@@ -1,9 +1,11 @@
 //! Weight formats: block layout, encode, decode. One file a format.
 
 pub mod int4;
+pub mod int4_tiled;
 pub mod int8;
 
 pub use int4::{Int4Form, Int4Matrix};
+pub use int4_tiled::Int4Tiled;
 pub use int8::Int8Matrix;
 
 use half::f16;

@@ -100,7 +100,8 @@ fn mma(depth: Depth, fragments: Fragments) -> [f32; 4] {
         location: Location::caller(),
     };
     with_run(|run, current| {
-        run.warp(current).give(current.rank as usize % 32, fragments);
+        run.warp(current)
+            .give(current.rank as usize % 32, fragments);
         run.reach_warp_operation(current, request)
     });
     suspend();

@@ -1,0 +1,395 @@
+//! Shapes, operands and launches of `linear_gemv_int4_mma`.
+
+use super::kernel::DEPTH;
+use super::{FLAG_ACCUMULATE, FLAG_SWIGLU, Regions, TILE_COLS, TILE_ROWS, max_block_threads};
+use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
+
+/// Most tokens: the columns of a matrix product.
+const MAX_TOKENS: usize = 8;
+
+/// What becomes of the products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Epilogue {
+    /// They are y.
+    #[default]
+    Store,
+    /// They are added to y: the residual.
+    Add,
+    /// `y = silu(gate) up`, of tiles of 8 gate and 8 up rows.
+    SwiGlu,
+}
+
+/// Dimensions of the product.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Shape {
+    /// N: rows of y. With [`Epilogue::SwiGlu`] the matrix has twice as many.
+    pub rows: usize,
+    /// K, a multiple of 32.
+    pub cols: usize,
+    /// Weights that share a scale: 32, 64 or 128; the last group of a row may be short.
+    pub group: usize,
+    /// T: 1 to 8.
+    pub tokens: usize,
+    /// What becomes of the products.
+    pub epilogue: Epilogue,
+    /// Added to the mean square of the norm in front, if there is one.
+    pub eps: f32,
+}
+
+impl Shape {
+    /// One token, nothing before or after.
+    pub fn plain(rows: usize, cols: usize, group: usize) -> Shape {
+        Shape {
+            rows,
+            cols,
+            group,
+            tokens: 1,
+            epilogue: Epilogue::Store,
+            eps: 0.0,
+        }
+    }
+
+    fn tile_outputs(&self) -> usize {
+        match self.epilogue {
+            Epilogue::SwiGlu => TILE_ROWS as usize / 2,
+            Epilogue::Store | Epilogue::Add => TILE_ROWS as usize,
+        }
+    }
+
+    fn row_tiles(&self) -> usize {
+        self.rows.div_ceil(self.tile_outputs())
+    }
+
+    fn depth_tiles(&self) -> usize {
+        self.cols.div_ceil(TILE_COLS as usize)
+    }
+}
+
+/// Buffers of the product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Operands {
+    /// Tiles of 1 KiB.
+    pub quants: DeviceSlice,
+    /// Scales of the tiles, f16.
+    pub scales: DeviceSlice,
+    /// Minima of the tiles, f16, or none: symmetric.
+    pub mins: DeviceSlice,
+    /// `(N,)` f32, or none. Not with [`Epilogue::SwiGlu`].
+    pub bias: DeviceSlice,
+    /// `(T, K)` f32.
+    pub x: DeviceSlice,
+    /// `(K,)` f32: weights of an RMSNorm of x in front, or none: x as it is.
+    pub gain: DeviceSlice,
+    /// `(T, N)` f32.
+    pub y: DeviceSlice,
+}
+
+/// How the tiles are spread over warps and blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tiling {
+    /// Warps that share a row tile, each its part of K.
+    pub split: u32,
+    /// Row tiles that a block works on at a time.
+    pub teams: u32,
+    /// Blocks.
+    pub blocks: u32,
+}
+
+/// The tiling for a shape: a block a multiprocessor, all its warps with as
+/// many tiles in flight as registers allow where the matrix has that many.
+pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
+    let warps = max_warps(shape.group);
+    let depth = shape.depth_tiles().min(u32::MAX as usize) as u32;
+    let row_tiles = shape.row_tiles().min(u32::MAX as usize) as u32;
+    let blocks = row_tiles.clamp(1, device.multiprocessors.max(1));
+    let tiles_per_block = row_tiles.div_ceil(blocks).max(1);
+    // Enough warps for a row tile to be fetched at one go, and as many row tiles as that leaves.
+    let split = depth.div_ceil(DEPTH as u32).clamp(1, warps);
+    let teams = (warps / split).min(tiles_per_block);
+    // Warps that are left over shorten everybody's part; as few as do that.
+    let split = (warps / teams).min(depth).max(1);
+    let split = depth.div_ceil(depth.div_ceil(split)).max(1);
+    Tiling {
+        split,
+        teams,
+        blocks,
+    }
+}
+
+/// Warps a block at most.
+pub fn max_warps(group: usize) -> u32 {
+    max_block_threads(group as u32) / 32
+}
+
+/// Entry of a format and number of tokens.
+pub fn entry(group: usize, mins: bool, tokens: usize) -> &'static str {
+    match (group, mins, tokens == 1) {
+        (32, false, true) => "linear_gemv_int4_mma_g32",
+        (64, false, true) => "linear_gemv_int4_mma_g64",
+        (_, false, true) => "linear_gemv_int4_mma_g128",
+        (32, true, true) => "linear_gemv_int4_mma_g32_min",
+        (64, true, true) => "linear_gemv_int4_mma_g64_min",
+        (_, true, true) => "linear_gemv_int4_mma_g128_min",
+        (32, false, false) => "linear_gemv_int4_mma_g32_tokens",
+        (64, false, false) => "linear_gemv_int4_mma_g64_tokens",
+        (_, false, false) => "linear_gemv_int4_mma_g128_tokens",
+        (32, true, false) => "linear_gemv_int4_mma_g32_min_tokens",
+        (64, true, false) => "linear_gemv_int4_mma_g64_min_tokens",
+        (_, true, false) => "linear_gemv_int4_mma_g128_min_tokens",
+    }
+}
+
+/// The launch of `linear_gemv_int4_mma_*`, with the tiling of [`rule`] or another.
+///
+/// # Errors
+/// A K that is no multiple of 32, an unsupported group, more than 8 tokens, a bias with
+/// [`Epilogue::SwiGlu`], a tiling of more warps than the format takes, a short or misaligned buffer.
+pub fn plan(
+    device: &DeviceInfo,
+    shape: &Shape,
+    ops: &Operands,
+    tiling: Option<Tiling>,
+) -> Result<Call, ShapeError> {
+    let &Shape {
+        rows,
+        cols,
+        group,
+        tokens,
+        ..
+    } = shape;
+    let mins = ops.mins != DeviceSlice::NONE;
+    let mut call = CallBuilder::new(entry(group, mins, tokens));
+    call.require(
+        cols.is_multiple_of(32),
+        "cols",
+        cols,
+        "it must be a multiple of 32",
+    )?;
+    call.require(
+        matches!(group, 32 | 64 | 128),
+        "group",
+        group,
+        "it must be 32, 64 or 128",
+    )?;
+    call.require(
+        (1..=MAX_TOKENS).contains(&tokens),
+        "tokens",
+        tokens,
+        "it must be in 1..=8",
+    )?;
+    let swiglu = shape.epilogue == Epilogue::SwiGlu;
+    call.require(
+        !swiglu || ops.bias == DeviceSlice::NONE,
+        "bias",
+        rows,
+        "SwiGLU takes none",
+    )?;
+    let tiling = tiling.unwrap_or_else(|| rule(device, shape));
+    let warps = tiling.split.saturating_mul(tiling.teams);
+    call.require(
+        (1..=max_warps(group)).contains(&warps) && tiling.blocks > 0,
+        "warps",
+        warps as usize,
+        "a block of this format has not as many",
+    )?;
+
+    let tiles = shape.row_tiles().saturating_mul(shape.depth_tiles());
+    let per_tile = 2 * (TILE_ROWS * TILE_COLS) as usize / group.max(1);
+    let scale_bytes = tensor_bytes(&[tiles, per_tile], 1);
+    let tile_bytes = (TILE_ROWS * TILE_COLS / 2) as usize;
+    call.tensor(
+        "quants",
+        ops.quants,
+        tensor_bytes(&[tiles, tile_bytes], 1),
+        16,
+    )?;
+    call.tensor("scales", ops.scales, scale_bytes, 16)?;
+    call.optional("mins", ops.mins, scale_bytes, 16)?;
+    call.optional("bias", ops.bias, tensor_bytes(&[rows], 4), 4)?;
+    call.tensor("x", ops.x, tensor_bytes(&[tokens, cols], 4), 16)?;
+    call.optional("gain", ops.gain, tensor_bytes(&[cols], 4), 16)?;
+    call.tensor("y", ops.y, tensor_bytes(&[tokens, rows], 4), 4)?;
+    call.require(
+        tiles < 1 << 31,
+        "tiles",
+        tiles,
+        "they must be fewer than 2^31",
+    )?;
+    let rows = call.dim("rows", rows)?;
+    let cols = call.dim("cols", cols)?;
+    call.require(
+        tokens.saturating_mul(rows.max(cols) as usize) < 1 << 31,
+        "tokens",
+        tokens,
+        "x and y must be shorter than 2^31",
+    )?;
+    let tokens = call.dim("tokens", tokens)?;
+
+    let regions = |chunk| Regions::new(chunk, group as u32, mins, tokens, warps);
+    let chunk = chunk(cols.div_ceil(TILE_COLS), tiling.split, |chunk| {
+        regions(chunk).bytes <= device.shared_bytes_per_block
+    });
+    call.u32(chunk);
+    call.f32(shape.eps);
+    call.u32(match shape.epilogue {
+        Epilogue::Store => 0,
+        Epilogue::Add => FLAG_ACCUMULATE,
+        Epilogue::SwiGlu => FLAG_SWIGLU,
+    });
+    call.build(
+        device,
+        Launch {
+            grid: [tiling.blocks, 1, 1],
+            block: [32, tiling.split, tiling.teams],
+            shared_bytes: regions(chunk).bytes,
+        },
+    )
+}
+
+/// Tiles along K to stage at a time: as few chunks as fit, each whole rounds of the team or at least
+/// a tile for each of its warps, if that can be.
+fn chunk(depth: u32, split: u32, fits: impl Fn(u32) -> bool) -> u32 {
+    (1..=depth)
+        .flat_map(|chunks| {
+            let even = depth.div_ceil(chunks);
+            [DEPTH as u32 * split, split, 1].map(|unit| even.next_multiple_of(unit).min(depth))
+        })
+        .find(|&chunk| fits(chunk))
+        .unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOPPER: DeviceInfo = DeviceInfo {
+        multiprocessors: 132,
+        shared_bytes_per_block: 48 * 1024,
+        compute_capability: 90,
+    };
+
+    fn of(rows: usize, cols: usize) -> [u32; 3] {
+        let Tiling {
+            split,
+            teams,
+            blocks,
+        } = rule(&HOPPER, &Shape::plain(rows, cols, 128));
+        [split, teams, blocks]
+    }
+
+    #[test]
+    fn every_multiprocessor_has_its_share_in_flight() {
+        assert_eq!(of(1536, 1536), [12, 1, 96]);
+        assert_eq!(of(8960, 1536), [3, 5, 132]);
+        assert_eq!(of(1536, 8960), [14, 1, 96]);
+        assert_eq!(of(4096, 4096), [8, 2, 132]);
+        assert_eq!(of(14_336, 4096), [8, 2, 132]);
+        assert_eq!(of(4096, 14_336), [16, 1, 132]);
+        assert_eq!(of(151_936, 1536), [3, 5, 132]);
+        assert_eq!(of(1, 32), [1, 1, 1]);
+    }
+
+    #[test]
+    fn a_block_is_never_too_large() {
+        for (rows, cols) in [
+            (1, 32),
+            (17, 160),
+            (896, 4864),
+            (1 << 20, 64),
+            (96, 1 << 20),
+        ] {
+            for device in [HOPPER, DeviceInfo::T4] {
+                let tiling = rule(&device, &Shape::plain(rows, cols, 32));
+                assert!((1..=12).contains(&(tiling.split * tiling.teams)));
+                assert!(tiling.blocks >= 1);
+            }
+        }
+    }
+
+    #[test]
+    fn activations_that_do_not_fit_are_staged_in_chunks() {
+        assert_eq!(chunk(70, 4, |_| true), 70);
+        assert_eq!(chunk(70, 4, |tiles| tiles <= 40), 36);
+        assert_eq!(chunk(70, 4, |tiles| tiles <= 20), 20);
+        assert_eq!(chunk(3, 4, |tiles| tiles <= 3), 3);
+        assert_eq!(chunk(37, 13, |tiles| tiles <= 20), 19);
+    }
+
+    fn operands() -> Operands {
+        let slice = DeviceSlice {
+            address: 0x1000,
+            bytes: 1 << 20,
+        };
+        Operands {
+            quants: slice,
+            scales: slice,
+            mins: DeviceSlice::NONE,
+            bias: DeviceSlice::NONE,
+            x: slice,
+            gain: DeviceSlice::NONE,
+            y: slice,
+        }
+    }
+
+    #[test]
+    fn shapes_that_the_kernel_cannot_take_are_refused() {
+        let good = Shape::plain(100, 1024, 64);
+        let plan = |shape: Shape, ops: Operands| plan(&HOPPER, &shape, &ops, None);
+        let call = plan(good, operands()).unwrap();
+        assert_eq!(call.kernel, "linear_gemv_int4_mma_g64");
+        assert!(plan(Shape { cols: 1000, ..good }, operands()).is_err());
+        assert!(plan(Shape { group: 16, ..good }, operands()).is_err());
+        assert!(plan(Shape { group: 0, ..good }, operands()).is_err());
+        assert!(plan(Shape { tokens: 9, ..good }, operands()).is_err());
+        assert!(plan(Shape { tokens: 0, ..good }, operands()).is_err());
+        assert!(
+            plan(
+                Shape {
+                    rows: usize::MAX,
+                    ..good
+                },
+                operands()
+            )
+            .is_err()
+        );
+        let gated = Shape {
+            epilogue: Epilogue::SwiGlu,
+            ..good
+        };
+        let with_bias = Operands {
+            bias: operands().x,
+            ..operands()
+        };
+        assert!(plan(gated, operands()).is_ok());
+        assert!(plan(gated, with_bias).is_err());
+        // 1024 x 1024 of INT4 with padding is half a mebibyte; a row tile more is too long.
+        assert!(plan(Shape::plain(2048, 1024, 64), operands()).is_ok());
+        assert!(plan(Shape::plain(2064, 1024, 64), operands()).is_err());
+    }
+
+    #[test]
+    fn shared_memory_fits_at_the_limits() {
+        let huge = DeviceSlice {
+            address: 0x1000,
+            bytes: 1 << 40,
+        };
+        let ops = Operands {
+            quants: huge,
+            scales: huge,
+            mins: huge,
+            x: huge,
+            y: huge,
+            ..operands()
+        };
+        for tokens in 1..=8 {
+            for (rows, cols) in [(1536, 8960), (4096, 18_944), (64, 32)] {
+                let shape = Shape {
+                    tokens,
+                    ..Shape::plain(rows, cols, 32)
+                };
+                let call = plan(&DeviceInfo::T4, &shape, &ops, None).unwrap();
+                assert!(call.launch.shared_bytes <= 48 * 1024, "{shape:?}");
+            }
+        }
+    }
+}
