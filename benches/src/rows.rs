@@ -5,13 +5,17 @@ use std::sync::LazyLock;
 use engine::Error;
 use engine::backend::cuda::plan::Memory;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
-use gpu_kernels::linear::gemv_int4_mma;
 use gpu_kernels::variant::{Choice, INT4_GEMV, VariantId};
 use gpu_kernels::{
     add, attention, embed, kv_append, linear, logits, read as read_kernel, rmsnorm, rope, sample,
     swiglu,
 };
 use half::f16;
+
+use tiled::fused_int4;
+pub use tiled::{Tiled, gemv_int4_mma, gemv_int4_mma_in};
+
+mod tiled;
 
 /// Allocates a kernel's operands and plans the call.
 pub type Make = Box<dyn Fn(&DeviceInfo, &mut dyn Operands) -> Result<Call, Error>>;
@@ -245,178 +249,6 @@ fn gemv_int4(rows: usize, cols: usize, group: usize, with_mins: bool) -> Vec<Row
         ..Tiled::plain(rows, cols, group)
     }));
     all
-}
-
-/// A product on the matrix units, with what surrounds it.
-#[derive(Debug, Clone, Copy)]
-pub struct Tiled {
-    /// Dimensions and what becomes of the product.
-    pub shape: gemv_int4_mma::Shape,
-    /// Whether the format has minima.
-    pub mins: bool,
-    /// Whether there is a norm in front.
-    pub norm: bool,
-    /// Another tiling than the rule's.
-    pub tiling: Option<gemv_int4_mma::Tiling>,
-}
-
-impl Tiled {
-    /// The bare product of one token, scales only.
-    pub fn plain(rows: usize, cols: usize, group: usize) -> Tiled {
-        Tiled {
-            shape: gemv_int4_mma::Shape::plain(rows, cols, group),
-            mins: false,
-            norm: false,
-            tiling: None,
-        }
-    }
-}
-
-/// What a decoder layer of Qwen2.5-1.5B makes of the kernel, and several tokens at a time.
-fn fused_int4() -> Vec<Row> {
-    use gemv_int4_mma::Epilogue;
-    let of = |n, k, norm, epilogue, tokens| {
-        let mut product = Tiled::plain(n, k, 128);
-        product.norm = norm;
-        product.shape.epilogue = epilogue;
-        product.shape.tokens = tokens;
-        gemv_int4_mma(&product)
-    };
-    let mut rows = vec![
-        of(2048, 1536, true, Epilogue::Store, 1),
-        of(1536, 1536, false, Epilogue::Add, 1),
-        of(8960, 1536, true, Epilogue::SwiGlu, 1),
-        of(1536, 8960, false, Epilogue::Add, 1),
-    ];
-    for tokens in [2, 4, 8] {
-        rows.push(of(8960, 1536, false, Epilogue::Store, tokens));
-        rows.push(of(1536, 8960, false, Epilogue::Store, tokens));
-    }
-    // Every format.
-    for (group, mins) in [
-        (32, false),
-        (32, true),
-        (64, false),
-        (64, true),
-        (128, true),
-    ] {
-        for tokens in [1, 8] {
-            let mut product = Tiled::plain(8960, 1536, group);
-            product.mins = mins;
-            product.shape.tokens = tokens;
-            rows.push(gemv_int4_mma(&product));
-        }
-    }
-    rows
-}
-
-/// The product on the matrix units.
-pub fn gemv_int4_mma(product: &Tiled) -> Row {
-    use gemv_int4_mma::Epilogue;
-    let product = *product;
-    let Tiled {
-        shape,
-        mins,
-        norm,
-        tiling,
-    } = product;
-    let (rows, cols, tokens) = (shape.rows, shape.cols, shape.tokens);
-    let matrix_rows = match shape.epilogue {
-        Epilogue::SwiGlu => 2 * rows,
-        Epilogue::Store | Epilogue::Add => rows,
-    };
-    let groups = matrix_rows * cols.div_ceil(shape.group) * if mins { 2 } else { 1 };
-    let vectors = 4 * tokens * (rows + cols) + if norm { 4 * cols } else { 0 };
-    let mut text = format!("{rows} x {cols} group {}", shape.group);
-    if tokens > 1 {
-        text.push_str(&format!(", {tokens} tokens"));
-    }
-    for (what, on) in [
-        (" minima", mins),
-        (" norm", norm),
-        (" add", shape.epilogue == Epilogue::Add),
-        (" swiglu", shape.epilogue == Epilogue::SwiGlu),
-    ] {
-        text.push_str(if on { what } else { "" });
-    }
-    if let Some(tiling) = tiling {
-        text.push_str(&format!(
-            " tiling {}/{}/{}",
-            tiling.split, tiling.teams, tiling.blocks
-        ));
-    }
-    Row {
-        kernel: gemv_int4_mma::entry(shape.group, mins, tokens),
-        shape: text,
-        bytes: (matrix_rows * cols / 2 + 2 * groups + vectors) as u64,
-        streams: true,
-        make: Box::new(move |device, memory| {
-            let operands = tiled_operands(&product, memory)?;
-            planned(gemv_int4_mma::plan(device, &shape, &operands, tiling))
-        }),
-    }
-}
-
-/// Calls of the product in several tilings, all of the same operands.
-///
-/// # Errors
-/// No memory, or a tiling that the kernel does not take.
-pub fn gemv_int4_mma_in(
-    product: &Tiled,
-    tilings: &[gemv_int4_mma::Tiling],
-    device: &DeviceInfo,
-    memory: &mut dyn Operands,
-) -> Result<Vec<Call>, Error> {
-    let operands = tiled_operands(product, memory)?;
-    tilings
-        .iter()
-        .map(|tiling| {
-            planned(gemv_int4_mma::plan(
-                device,
-                &product.shape,
-                &operands,
-                Some(*tiling),
-            ))
-        })
-        .collect()
-}
-
-fn tiled_operands(
-    product: &Tiled,
-    memory: &mut dyn Operands,
-) -> Result<gemv_int4_mma::Operands, Error> {
-    let gemv_int4_mma::Shape {
-        rows,
-        cols,
-        group,
-        tokens,
-        epilogue,
-        ..
-    } = product.shape;
-    // Whole tiles: 16 rows (of y 8, with SwiGLU) by 128 columns.
-    let tile_outputs = match epilogue {
-        gemv_int4_mma::Epilogue::SwiGlu => 8,
-        gemv_int4_mma::Epilogue::Store | gemv_int4_mma::Epilogue::Add => 16,
-    };
-    let tiles = rows.div_ceil(tile_outputs) * cols.div_ceil(128);
-    let groups = tiles * 16 * 128 / group;
-    Ok(gemv_int4_mma::Operands {
-        quants: noise(memory, tiles * 1024)?,
-        scales: halves(memory, groups)?,
-        mins: if product.mins {
-            halves(memory, groups)?
-        } else {
-            DeviceSlice::NONE
-        },
-        bias: DeviceSlice::NONE,
-        x: floats(memory, tokens * cols)?,
-        gain: if product.norm {
-            floats(memory, cols)?
-        } else {
-            DeviceSlice::NONE
-        },
-        y: floats(memory, tokens * rows)?,
-    })
 }
 
 fn gemv_int8(rows: usize, cols: usize, group: usize) -> Row {
