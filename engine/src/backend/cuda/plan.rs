@@ -458,6 +458,9 @@ impl<'a> Compiler<'a> {
                 let (gate, up, out) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
                 swiglu::plan(device, &shape, &swiglu::Operands { gate, up, out })
             }
+            Step::HeadNorm { .. } | Step::RoundToInt8 { .. } | Step::ReluSquaredGlu { .. } => {
+                return Err(not_yet("this architecture"));
+            }
             Step::Add { src, dst } => {
                 let shape = add::Shape {
                     elems: self.model.recipe.elems(dst),
@@ -555,8 +558,16 @@ fn place(weight: &Weight, memory: &mut dyn Memory) -> Result<Placed, Error> {
             quants: memory.upload(bytemuck::cast_slice(quants))?,
             scales: halves(memory, scales)?,
         },
+        Weight::Ternary(_) | Weight::F16(_) => return Err(not_yet("float and ternary weights")),
         Weight::Vector(values) => Placed::Vector(memory.upload(bytemuck::cast_slice(values))?),
     })
+}
+
+/// What the CPU backend alone can do.
+fn not_yet(what: &str) -> Error {
+    Error::input(format!(
+        "{what} cannot run on the CUDA backend: use --backend cpu"
+    ))
 }
 
 #[cfg(test)]
