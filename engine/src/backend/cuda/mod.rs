@@ -95,6 +95,7 @@ impl CudaBackend {
             state,
             tokens,
             logits,
+            ..
         } = plan::compile(model, context, &device, &mut memory)?;
         // One step outside of a graph, call by call: the driver loads each kernel now rather than
         // while it records, and a kernel that fails is named.
