@@ -21,6 +21,7 @@ mod place;
 
 use cust::memory::bytemuck;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
+use gpu_kernels::tuned::Tuned;
 use gpu_kernels::{attention, logits, sample};
 use models::recipe::{Buffer, Step};
 use rayon::prelude::*;
@@ -107,6 +108,15 @@ impl Memory for Counter {
     }
 }
 
+/// What a call is for, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// What it computes, the same in all layers: `norm attn_q attn_k attn_v`.
+    pub step: String,
+    /// How it is launched and why so, where there is a choice; else empty.
+    pub launch: String,
+}
+
 /// The calls of one token, and the buffers that the host reads or writes.
 #[derive(Debug)]
 pub struct Plan {
@@ -114,9 +124,8 @@ pub struct Plan {
     pub prompt: Vec<Call>,
     /// A token whose logits are needed: computes them, chooses the next token from them.
     pub full: Vec<Call>,
-    /// What each call of `full` computes, for people: `norm attn_q attn_k attn_v`. Layers that do
-    /// the same have the same names.
-    pub names: Vec<String>,
+    /// What each call of `full` is for.
+    pub notes: Vec<Note>,
     /// `(1,)` u32: position of the token that the next replay handles.
     pub state: DeviceSlice,
     /// `(context + 1,)` u32: the replay at position p reads `tokens[p]`; a full one writes
@@ -126,7 +135,8 @@ pub struct Plan {
     pub logits: DeviceSlice,
 }
 
-/// Compiles `model` for a cache of `context` tokens. Weights go to `memory` in the process.
+/// Compiles `model` for a cache of `context` tokens, with the launches of `tuned` where it has one.
+/// Weights go to `memory` in the process.
 ///
 /// # Errors
 /// [`Error::Input`] for a recipe that the kernels cannot run, naming what is wrong;
@@ -135,14 +145,16 @@ pub fn compile(
     model: &LoadedModel,
     context: usize,
     device: &DeviceInfo,
+    tuned: &Tuned,
     memory: &mut dyn Memory,
 ) -> Result<Plan, Error> {
     if context == 0 {
         return Err(Error::input("a context of 0 tokens holds nothing"));
     }
     let fuse::Fused { ops, neighbours } = fuse::fuse(model);
-    let mut compiler = Compiler::new(model, context, device, &neighbours, memory)?;
-    let (mut calls, mut names) = (Vec::with_capacity(ops.len()), Vec::with_capacity(ops.len()));
+    let mut compiler = Compiler::new(model, context, device, tuned, &neighbours, memory)?;
+    let mut calls = Vec::with_capacity(ops.len());
+    let mut notes = Vec::with_capacity(ops.len());
     let mut prompt_calls = 0;
     for ops in ops.chunks(PACKED_AT_A_TIME) {
         let keeps = compiler.memory.keeps();
@@ -154,9 +166,14 @@ pub fn compile(
             })
             .collect::<Result<Vec<_>, Error>>()?;
         for (op, packed) in ops.iter().zip(packed) {
+            let mut launch = String::new();
             calls.push(match op {
                 Op::Step(step) => compiler.step(step)?,
-                Op::Product(product) => compiler.product(product, packed.as_ref())?,
+                Op::Product(product) => {
+                    let (call, chosen) = compiler.product(product, packed.as_ref())?;
+                    launch = chosen;
+                    call
+                }
                 Op::RopeKvAppend {
                     layer,
                     query,
@@ -165,7 +182,10 @@ pub fn compile(
                     value,
                 } => compiler.rope_kv_append([*query, *key, *value], *layer, *heads)?,
             });
-            names.push(compiler.name(op));
+            notes.push(Note {
+                step: compiler.name(op),
+                launch,
+            });
             if op.appends() {
                 prompt_calls = calls.len();
             }
@@ -182,7 +202,7 @@ pub fn compile(
     Ok(Plan {
         prompt,
         full: calls,
-        names,
+        notes,
         state,
         tokens,
         logits,
@@ -204,6 +224,7 @@ struct Compiler<'a> {
     model: &'a LoadedModel,
     context: usize,
     device: &'a DeviceInfo,
+    tuned: &'a Tuned,
     memory: &'a mut dyn Memory,
     /// Weights as they are, each placed when a step first asks for it.
     weights: Vec<Option<Placed>>,
@@ -225,6 +246,7 @@ impl<'a> Compiler<'a> {
         model: &'a LoadedModel,
         context: usize,
         device: &'a DeviceInfo,
+        tuned: &'a Tuned,
         neighbours: &[Vec<Buffer>],
         memory: &'a mut dyn Memory,
     ) -> Result<Self, Error> {
@@ -266,6 +288,7 @@ impl<'a> Compiler<'a> {
             model,
             context,
             device,
+            tuned,
             weights: vec![None; model.weights.len()],
             buffers,
             caches,

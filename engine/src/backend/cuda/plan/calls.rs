@@ -193,12 +193,12 @@ impl Compiler<'_> {
         .map_err(unsupported)
     }
 
-    /// The call of INT4 matrices behind one input.
+    /// The call of INT4 matrices behind one input, and how it is launched.
     pub(super) fn product(
         &mut self,
         product: &Product,
         packed: Option<&Int4Tiled>,
-    ) -> Result<Call, Error> {
+    ) -> Result<(Call, String), Error> {
         let tiles = self.tiles(product, packed)?;
         let bias = self.biases(product)?;
         let gain = match product.norm {
@@ -232,7 +232,14 @@ impl Compiler<'_> {
             gain,
             y,
         };
-        gemv_int4_mma::plan(self.device, &shape, &operands, None).map_err(unsupported)
+        let entry =
+            gemv_int4_mma::entry(shape.group, tiles.mins != DeviceSlice::NONE, shape.tokens);
+        let name = shape.name(product.norm.is_some());
+        let rule = || gemv_int4_mma::rule(self.device, &shape);
+        let chosen = self.tuned.choose(entry, &name, rule);
+        let call = gemv_int4_mma::plan(self.device, &shape, &operands, Some(chosen.launch))
+            .map_err(unsupported)?;
+        Ok((call, format!("{name}: {chosen}")))
     }
 
     /// The call of [`Op::RopeKvAppend`].

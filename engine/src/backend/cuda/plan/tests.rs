@@ -112,7 +112,14 @@ fn relative_l2(got: &[f32], want: &[f32]) -> f64 {
 fn emulated_logits_equal_the_cpu(model: LoadedModel) -> Vec<String> {
     const CONTEXT: usize = 12;
     let mut memory = Emulator::default();
-    let plan = compile(&model, CONTEXT, &DeviceInfo::T4, &mut memory).expect("a plan");
+    let plan = compile(
+        &model,
+        CONTEXT,
+        &DeviceInfo::T4,
+        &Tuned::default(),
+        &mut memory,
+    )
+    .expect("a plan");
     let vocab = model.recipe.config.vocab;
     let mut cpu = CpuBackend::new(Arc::new(model), CONTEXT).expect("a CPU backend");
 
@@ -149,7 +156,7 @@ fn emulated_logits_equal_the_cpu(model: LoadedModel) -> Vec<String> {
         );
         cpu.decode(chosen).expect("decode");
     }
-    plan.names
+    plan.notes.into_iter().map(|note| note.step).collect()
 }
 
 #[test]
@@ -216,7 +223,14 @@ fn what_cannot_be_fused_runs_step_by_step() {
 #[test]
 fn six_calls_a_layer_and_no_work_that_a_prompt_token_does_not_need() {
     let model = model("tiny-qwen2", DType::Q4_0);
-    let plan = compile(&model, 7, &DeviceInfo::T4, &mut Counter::default()).expect("a plan");
+    let plan = compile(
+        &model,
+        7,
+        &DeviceInfo::T4,
+        &Tuned::default(),
+        &mut Counter::default(),
+    )
+    .expect("a plan");
     let layer = [
         "norm attn_q attn_k attn_v",
         "rope q k, append",
@@ -229,7 +243,9 @@ fn six_calls_a_layer_and_no_work_that_a_prompt_token_does_not_need() {
     let mut names = vec!["embed"];
     names.extend(layer.repeat(layers));
     names.extend(["norm output_norm", "logits, choice"]);
-    assert_eq!(plan.names, names);
+    let steps: Vec<&str> = plan.notes.iter().map(|note| note.step.as_str()).collect();
+    assert_eq!(steps, names);
+    assert!(plan.notes[1].launch.contains("rule"), "{:?}", plan.notes[1]);
     assert_eq!(plan.full.len(), names.len());
     // As the full step up to the last write into the cache, of the last layer.
     let (last, same) = plan.prompt.split_last().expect("calls");
@@ -246,7 +262,14 @@ fn dependent_launch_where_the_device_has_it() {
             compute_capability,
             ..DeviceInfo::T4
         };
-        let plan = compile(&model, 7, &device, &mut Counter::default()).expect("a plan");
+        let plan = compile(
+            &model,
+            7,
+            &device,
+            &Tuned::default(),
+            &mut Counter::default(),
+        )
+        .expect("a plan");
         plan.full.iter().filter(|call| call.dependent).count()
     };
     assert_eq!(dependent(80), 0);
@@ -258,7 +281,14 @@ fn the_counter_counts_weights_cache_and_buffers() {
     let model = model("tiny", DType::Q4_0);
     let bytes = |context| {
         let mut counter = Counter::default();
-        compile(&model, context, &DeviceInfo::T4, &mut counter).expect("a plan");
+        compile(
+            &model,
+            context,
+            &DeviceInfo::T4,
+            &Tuned::default(),
+            &mut counter,
+        )
+        .expect("a plan");
         counter.bytes
     };
     let weights: u64 = model.weights.iter().map(Weight::bytes).sum();
@@ -282,8 +312,14 @@ fn recipes_that_do_not_fit_are_errors() {
     let refused = |change: &dyn Fn(&mut LoadedModel), context| {
         let mut model = model("tiny", DType::Q4_0);
         change(&mut model);
-        let error = compile(&model, context, &DeviceInfo::T4, &mut Counter::default())
-            .expect_err("a recipe that cannot run");
+        let error = compile(
+            &model,
+            context,
+            &DeviceInfo::T4,
+            &Tuned::default(),
+            &mut Counter::default(),
+        )
+        .expect_err("a recipe that cannot run");
         assert_eq!(error.exit_code(), 2, "{error}");
         error.to_string()
     };
