@@ -18,6 +18,7 @@ pub mod read;
 pub mod relu2_glu;
 pub mod rmsnorm;
 pub mod rope;
+pub mod rope_kv_append;
 pub mod round_int8;
 pub mod sample;
 pub mod swiglu;

@@ -3,6 +3,7 @@
 //! A [`Source`] is what the formats have in common; recipes, weights and the quantiser read nothing
 //! else of a file.
 
+pub mod container;
 mod dtype;
 pub mod gguf;
 pub mod hugging_face;

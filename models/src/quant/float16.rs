@@ -6,7 +6,7 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::{check_finite, check_len, check_shape};
+use super::{Shared, check_finite, check_len, check_shape};
 use crate::Error;
 
 const FORMAT: &str = "F16";
@@ -19,7 +19,7 @@ pub struct F16Matrix {
     /// K, a multiple of 32.
     pub cols: usize,
     /// `(rows, cols)`.
-    pub values: Vec<f16>,
+    pub values: Shared<f16>,
 }
 
 impl F16Matrix {
@@ -27,7 +27,8 @@ impl F16Matrix {
     ///
     /// # Errors
     /// `cols` that is zero or no multiple of 32, values of the wrong count or not finite.
-    pub fn new(rows: usize, cols: usize, values: Vec<f16>) -> Result<Self, Error> {
+    pub fn new(rows: usize, cols: usize, values: impl Into<Shared<f16>>) -> Result<Self, Error> {
+        let values = values.into();
         let elems = check_shape(FORMAT, rows, cols, 1)?;
         check_len(FORMAT, "values", values.len(), elems)?;
         check_finite(FORMAT, "value", &values)?;
@@ -47,7 +48,7 @@ impl F16Matrix {
 
     /// Bytes that reading the whole matrix moves.
     pub fn bytes(&self) -> u64 {
-        size_of_val(self.values.as_slice()) as u64
+        size_of_val(&*self.values) as u64
     }
 }
 

@@ -5,12 +5,14 @@ pub mod floats;
 pub mod int4;
 pub mod int4_tiled;
 pub mod int8;
+mod shared;
 pub mod ternary;
 
 pub use float16::F16Matrix;
 pub use int4::{Int4Form, Int4Matrix};
 pub use int4_tiled::Int4Tiled;
 pub use int8::Int8Matrix;
+pub use shared::Shared;
 pub use ternary::TernaryMatrix;
 
 use half::f16;

@@ -11,7 +11,7 @@
 //! Codes are 0, 1, 2; code 3 (weight 2) is kept as it is where a file has it. One shift and one mask
 //! give eight weights of a cell in order, on a 64-bit word as on a vector of cells.
 
-use super::{check_len, check_shape};
+use super::{Shared, check_len, check_shape};
 use crate::Error;
 
 /// Weights a cell.
@@ -32,9 +32,9 @@ pub struct TernaryMatrix {
     /// Weights that share a scale: a multiple of 32, at most `cols`.
     pub group: usize,
     /// `(rows, cols/4)` cells.
-    pub quants: Vec<u8>,
+    pub quants: Shared<u8>,
     /// `(rows, ceil(cols/group))`.
-    pub scales: Vec<f32>,
+    pub scales: Shared<f32>,
 }
 
 impl TernaryMatrix {
@@ -47,9 +47,10 @@ impl TernaryMatrix {
         rows: usize,
         cols: usize,
         group: usize,
-        quants: Vec<u8>,
-        scales: Vec<f32>,
+        quants: impl Into<Shared<u8>>,
+        scales: impl Into<Shared<f32>>,
     ) -> Result<Self, Error> {
+        let (quants, scales) = (quants.into(), scales.into());
         let fail = |reason| {
             Err(Error::Matrix {
                 format: FORMAT,
@@ -105,7 +106,7 @@ impl TernaryMatrix {
 
     /// Bytes that reading the whole matrix moves.
     pub fn bytes(&self) -> u64 {
-        (self.quants.len() + size_of_val(self.scales.as_slice())) as u64
+        (self.quants.len() + size_of_val(&*self.scales)) as u64
     }
 }
 
