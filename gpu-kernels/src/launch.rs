@@ -74,6 +74,9 @@ pub struct Call {
     pub launch: Launch,
     /// Parameters, one 64-bit slot each.
     pub args: Vec<u64>,
+    /// The launch may start before the one before it has ended (programmatic dependent launch): the
+    /// kernel waits by itself.
+    pub dependent: bool,
 }
 
 /// A launch contract that does not hold.
@@ -128,6 +131,7 @@ pub fn tensor_bytes(dims: &[usize], elem_bytes: u64) -> u64 {
 pub struct CallBuilder {
     kernel: &'static str,
     args: Vec<u64>,
+    waits: bool,
 }
 
 impl CallBuilder {
@@ -136,7 +140,14 @@ impl CallBuilder {
         CallBuilder {
             kernel,
             args: Vec::with_capacity(12),
+            waits: false,
         }
+    }
+
+    /// Says that the kernel calls `ptx::griddep_wait` before it touches what other launches write,
+    /// so that it may be started early where the device can do that.
+    pub fn waits(&mut self) {
+        self.waits = true;
     }
 
     /// Fails with [`ShapeError::Unsupported`] unless `holds`.
@@ -249,6 +260,7 @@ impl CallBuilder {
             kernel: self.kernel,
             launch,
             args: self.args,
+            dependent: self.waits && device.compute_capability >= 90,
         })
     }
 }
@@ -313,6 +325,25 @@ mod tests {
             .build(&DeviceInfo::T4, Launch::linear(1, 32, 0))
             .unwrap();
         assert_eq!(call.args, [0x1000, 0, 7, 0x3f80_0000]);
+    }
+
+    #[test]
+    fn only_a_device_that_can_starts_a_waiting_kernel_early() {
+        let dependent = |waits: bool, compute_capability| {
+            let mut call = CallBuilder::new("k");
+            if waits {
+                call.waits();
+            }
+            let device = DeviceInfo {
+                compute_capability,
+                ..DeviceInfo::T4
+            };
+            let call = call.build(&device, Launch::linear(1, 32, 0)).unwrap();
+            call.dependent
+        };
+        assert!(dependent(true, 90));
+        assert!(!dependent(true, 80));
+        assert!(!dependent(false, 90));
     }
 
     #[test]
