@@ -257,7 +257,7 @@ fn verify(path: &Path, known: &Known<'_>) -> Result<(), Error> {
     if found == known.sha256 {
         Ok(())
     } else {
-        Err(wrong("SHA-256", &found, &known.sha256))
+        Err(wrong("SHA-256", &found, known.sha256))
     }
 }
 
