@@ -6,6 +6,7 @@ mod loaded;
 mod logits;
 mod model_path;
 mod perplexity;
+mod pull;
 mod run;
 mod synthesize;
 
@@ -38,6 +39,7 @@ enum Command {
     Synthesize(synthesize::SynthesizeArgs),
     Logits(logits::LogitsArgs),
     Perplexity(perplexity::PerplexityArgs),
+    Pull(pull::PullArgs),
 }
 
 impl Cli {
@@ -48,6 +50,7 @@ impl Cli {
             Command::Synthesize(args) => synthesize::execute(args),
             Command::Logits(args) => logits::execute(args),
             Command::Perplexity(args) => perplexity::execute(args),
+            Command::Pull(args) => pull::execute(args),
         }
     }
 }
@@ -55,7 +58,7 @@ impl Cli {
 /// Where a model is and what runs it: shared by all commands that load one.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// GGUF file, or the name of a model in the catalogue. Without it the default model is used.
+    /// Model file, or a name that `edgellm pull` takes. Without it the default model is used.
     /// The file must not change while it is in use.
     #[arg(short, long, value_name = "PATH")]
     model: Option<PathBuf>,
@@ -202,6 +205,8 @@ mod tests {
             "edgellm run -i hi --greedy --raw --ids --backend cpu",
             "edgellm synthesize tiny out.gguf --seed 3",
             "edgellm logits -m m.gguf --text-file t.txt --out o.bin",
+            "edgellm pull hf:o/r:m.gguf --into models",
+            "edgellm pull --list",
             "edgellm perplexity -m m.gguf --text t.txt --kl-reference r.logits --chunks 4 --json",
         ] {
             Cli::try_parse_from(line.split(' ')).expect(line);
@@ -219,6 +224,8 @@ mod tests {
             "edgellm run -i hi --tier sm_60",
             "edgellm logits -m m.gguf --out o.bin",
             "edgellm perplexity --chunks 0",
+            "edgellm pull",
+            "edgellm pull name --list",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -72,10 +72,13 @@ impl Hub {
         }
         let mut part = Part::open(target, &about)?;
         progress.set_position(part.bytes);
+        // Not what an attempt brought counts, but what is new: a server may start over every time.
+        let mut most = part.bytes;
         with_patience(|| {
-            let before = part.bytes;
             let result = remote.append(&mut part, &about, progress);
-            result.map_err(|failure| (failure, part.bytes > before))
+            let news = part.bytes > most;
+            most = most.max(part.bytes);
+            result.map_err(|failure| (failure, news))
         })
         .map_err(|error| match error {
             Error::Machine(why) => Error::Machine(format!(
