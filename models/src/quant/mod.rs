@@ -1,11 +1,13 @@
 //! Weight formats: block layout, encode, decode. One file a format.
 
 pub mod int4;
+mod int4_fit;
 pub mod int4_tiled;
 pub mod int8;
 mod shared;
 
 pub use int4::{Int4Form, Int4Matrix};
+pub use int4_fit::Int4Fit;
 pub use int4_tiled::Int4Tiled;
 pub use int8::Int8Matrix;
 pub use shared::Shared;
