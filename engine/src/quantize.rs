@@ -1,0 +1,5 @@
+//! Quantising models.
+
+pub mod awq;
+pub mod gptq;
+pub mod gram;
