@@ -14,7 +14,7 @@ use cpu_kernels::buffer::AlignedBuffer;
 use cpu_kernels::isa::{Isa, OVERRIDE};
 use cpu_kernels::linear::{self, TILE_ROWS};
 use cpu_kernels::team::{Phases, SharedSlice, split};
-use cpu_kernels::{add, embed, kv_append, rmsnorm, rope, sample, swiglu};
+use cpu_kernels::{add, embed, kv_append, relu2_glu, rmsnorm, rope, round_int8, sample, swiglu};
 use half::f16;
 use half::slice::HalfBitsSliceExt;
 use models::quant::Weight;
@@ -322,7 +322,8 @@ impl Job<'_> {
                 let dst = unsafe { dst.slice_mut(own.start * width..own.end * width) };
                 match &self.weights[table] {
                     Weight::Int8(table) => embed::part(isa, table, &self.tokens[own], dst),
-                    _ => unreachable!("the program was compiled with an INT8 table"),
+                    Weight::F16(table) => embed::part(isa, table, &self.tokens[own], dst),
+                    _ => unreachable!("the program was compiled with an INT8 or F16 table"),
                 }
             }
             Step::RmsNorm {
@@ -369,6 +370,28 @@ impl Job<'_> {
                 let last = &src[(tokens - 1) * width..];
                 // SAFETY: this share's elements of `dst`.
                 unsafe { self.linear(table, None, last, dst, own, scratch) };
+            }
+            Step::HeadNorm {
+                weight,
+                eps,
+                buffer,
+                heads,
+            } => {
+                let (dh, weight) = (self.shape.head_dim, self.vector(weight));
+                let buffer = self.buffer(buffer);
+                for unit in split(tokens * heads, 1, part, parts) {
+                    // SAFETY: a head of this share.
+                    let head = unsafe { buffer.slice_mut(unit * dh..(unit + 1) * dh) };
+                    rmsnorm::part_in_place(isa, head, weight, eps);
+                }
+            }
+            Step::RoundToInt8 { buffer } => {
+                let own = split(tokens, 1, part, parts);
+                let buffer = self.buffer(buffer);
+                let width = buffer.len() / tokens;
+                // SAFETY: the rows of this share's tokens.
+                let own = unsafe { buffer.slice_mut(own.start * width..own.end * width) };
+                round_int8::part(isa, own, width);
             }
             Step::Rope { buffer, heads } => {
                 let (dh, half) = (self.shape.head_dim, self.shape.head_dim / 2);
@@ -431,6 +454,16 @@ impl Job<'_> {
                     }
                 }
             }
+            Step::ReluSquaredGlu { gate, up, dst } => {
+                let (gate, up, dst) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
+                for own in columns(dst.len(), tokens, part, parts) {
+                    // SAFETY: this share's columns of all three.
+                    unsafe {
+                        let (gate, up) = (gate.slice(own.clone()), up.slice(own.clone()));
+                        relu2_glu::part(isa, gate, up, dst.slice_mut(own));
+                    }
+                }
+            }
             Step::Add { src, dst } => {
                 let (src, dst) = (self.buffer(src), self.buffer(dst));
                 for own in columns(dst.len(), tokens, part, parts) {
@@ -462,6 +495,14 @@ impl Job<'_> {
             },
             // SAFETY: as above.
             Weight::Int8(w) => unsafe {
+                linear::part(self.isa, w, bias, src, dst, own, scratch);
+            },
+            // SAFETY: as above.
+            Weight::Ternary(w) => unsafe {
+                linear::part(self.isa, w, bias, src, dst, own, scratch);
+            },
+            // SAFETY: as above.
+            Weight::F16(w) => unsafe {
                 linear::part(self.isa, w, bias, src, dst, own, scratch);
             },
             Weight::Vector(_) => unreachable!("the program was compiled with a matrix here"),

@@ -31,7 +31,9 @@ impl LoadedModel {
         for step in &self.recipe.steps {
             match step {
                 Step::Embed { table, .. } => row[*table] = true,
-                Step::RmsNorm { weight, .. } => whole[*weight] = true,
+                Step::RmsNorm { weight, .. } | Step::HeadNorm { weight, .. } => {
+                    whole[*weight] = true
+                }
                 Step::Linear { weight, bias, .. } => {
                     whole[*weight] = true;
                     if let Some(bias) = bias {
@@ -42,26 +44,20 @@ impl LoadedModel {
                 Step::Rope { .. }
                 | Step::KvAppend { .. }
                 | Step::Attention { .. }
+                | Step::RoundToInt8 { .. }
                 | Step::SwiGlu { .. }
+                | Step::ReluSquaredGlu { .. }
                 | Step::Add { .. } => {}
             }
         }
-        let bytes_and_rows = |weight: &Weight| match weight {
-            Weight::Int4(m) => {
-                let halves = m.scales.len() + m.mins.as_ref().map_or(0, |mins| mins.len());
-                (m.quants.len() + 2 * halves, m.rows)
-            }
-            Weight::Int8(m) => (m.quants.len() + 2 * m.scales.len(), m.rows),
-            Weight::Vector(v) => (4 * v.len(), 1),
-        };
         self.weights
             .iter()
             .enumerate()
             .map(|(id, weight)| {
-                let (bytes, rows) = bytes_and_rows(weight);
+                let (bytes, rows) = (weight.bytes(), weight.shape().0 as u64);
                 match (whole[id], row[id]) {
-                    (true, _) => bytes as u64,
-                    (false, true) => (bytes / rows.max(1)) as u64,
+                    (true, _) => bytes,
+                    (false, true) => bytes / rows.max(1),
                     (false, false) => 0,
                 }
             })
