@@ -27,6 +27,7 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::Error;
 use crate::error::shown;
+use crate::file::container::{Container, Layout};
 use crate::file::{DType, Source, Tensor};
 use crate::quant::floats::{self, BLOCK, RowDecoder, SUPER_BLOCK, f16_at};
 use crate::quant::int4::CELL_BYTES;
@@ -48,6 +49,10 @@ const Q8_0_BYTES: usize = 2 + BLOCK;
 /// A tensor that is missing, has another shape than the recipe says or a type that its use cannot
 /// take, a scale or value that is not finite.
 pub fn decode(source: &dyn Source, weight: &WeightRef) -> Result<Weight, Error> {
+    if let Some(container) = source.container() {
+        check(source, weight)?;
+        return container.weight(&weight.name);
+    }
     if weight.kind == WeightKind::Vector {
         return decode_vector(source, weight).map(Weight::Vector);
     }
@@ -97,8 +102,31 @@ pub fn decode_vector(source: &dyn Source, weight: &WeightRef) -> Result<Vec<f32>
 /// # Errors
 /// A tensor that is missing or has another shape, naming both.
 pub fn check(source: &dyn Source, weight: &WeightRef) -> Result<Vec<String>, Error> {
+    if let Some(container) = source.container() {
+        return check_stored(container, weight);
+    }
     check_shape(source.require_tensor(&weight.name)?, weight)?;
     Ok(vec![weight.name.clone()])
+}
+
+/// [`check`] for a weight in kernel form.
+fn check_stored(container: &Container<'_>, weight: &WeightRef) -> Result<Vec<String>, Error> {
+    let parts = container.part_names(&weight.name)?;
+    let stored = container.stored(&weight.name);
+    let fits = stored.is_some_and(|stored| {
+        (stored.rows, stored.cols) == (weight.rows, weight.cols)
+            && (stored.layout == Layout::F32) == (weight.kind == WeightKind::Vector)
+    });
+    match fits {
+        true => Ok(parts),
+        false => Err(fail(
+            weight,
+            format!(
+                "is no {:?} of {} rows and {} columns",
+                weight.kind, weight.rows, weight.cols
+            ),
+        )),
+    }
 }
 
 /// Checks that a tensor has the shape that a recipe expects: `[cols, rows]` for a matrix,
