@@ -111,6 +111,23 @@ pub trait Backend {
     /// [`Error::Machine`] if nothing was appended yet or the device fails.
     fn logits(&mut self) -> Result<Vec<f32>, Error>;
 
+    /// Appends `tokens` and returns the `(T, V)` logits of every one of them, for scoring a text.
+    /// The caller cuts a long text: the result is as large as that.
+    ///
+    /// # Errors
+    /// As [`Backend::prefill`].
+    fn prefill_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
+        if tokens.is_empty() {
+            return Err(Error::input("no tokens to append"));
+        }
+        let mut all = Vec::new();
+        for token in tokens {
+            self.decode(*token)?;
+            all.extend(self.logits()?);
+        }
+        Ok(all)
+    }
+
     /// Tokens in the cache.
     fn position(&self) -> usize;
 

@@ -332,3 +332,24 @@ fn speed() {
         bytes / decode / 1e9
     );
 }
+
+#[test]
+fn logits_of_every_prompt_token_are_those_of_single_steps() {
+    let model = model("tiny", DType::Q4_1, DType::Q8_0);
+    // More than one chunk, and a last one that is not full.
+    let tokens = tokens(&model, CHUNK_TOKENS + 5);
+    let mut steps = backend(&model, 64, Isa::selected(), 2);
+    let mut expected = Vec::new();
+    for token in &tokens {
+        steps.decode(*token).unwrap();
+        expected.extend(steps.logits().unwrap());
+    }
+    let mut prompt = backend(&model, 64, Isa::selected(), 2);
+    prompt.prefill(&tokens[..3]).unwrap();
+    let have = prompt.prefill_logits(&tokens[3..]).unwrap();
+    let vocab = model.recipe.config.vocab;
+    assert_eq!(have, expected[3 * vocab..]);
+    assert_eq!(prompt.position(), tokens.len());
+    assert_eq!(prompt.logits().unwrap(), expected[expected.len() - vocab..]);
+    assert!(prompt.prefill_logits(&[]).is_err());
+}
