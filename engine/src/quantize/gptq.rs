@@ -16,7 +16,10 @@ const BAND_ROWS: usize = 32;
 const BLOCK_COLS: usize = 64;
 
 /// The order in which columns are rounded and how errors spread.
-struct Feedback {
+#[derive(Debug)]
+pub struct Feedback {
+    /// Mean square of each input.
+    importance: Vec<f32>,
     /// Column that comes `i`-th: those with the largest inputs first, while there is most to make up
     /// with. Groups stay where they are, and their levels are those of the weights as they came.
     order: Vec<usize>,
@@ -24,25 +27,38 @@ struct Feedback {
     upper: Vec<f32>,
 }
 
-/// Rounds `weights` `(n, k)` for the inputs that `gram` saw.
+impl Feedback {
+    /// For the inputs that `gram` saw.
+    ///
+    /// # Errors
+    /// As [`Gram::feedback`].
+    pub fn new(gram: &Gram) -> Result<Self, Error> {
+        let importance = gram.mean_squares();
+        let mut order: Vec<usize> = (0..gram.cols()).collect();
+        order.sort_by(|a, b| importance[*b].total_cmp(&importance[*a]));
+        let upper = gram.feedback(&order)?;
+        Ok(Feedback {
+            importance,
+            order,
+            upper,
+        })
+    }
+}
+
+/// Rounds `weights` `(n, k)`.
 ///
 /// # Errors
-/// Weights or inputs that are not finite, a shape that INT4 does not have.
+/// Weights that are not finite, a shape that INT4 does not have.
 pub fn encode(
     weights: &[f32],
-    gram: &Gram,
+    feedback: &Feedback,
     group: usize,
     form: Int4Form,
 ) -> Result<Int4Matrix, Error> {
-    let k = gram.cols();
-    let importance = gram.mean_squares();
-    let mut order: Vec<usize> = (0..k).collect();
-    order.sort_by(|a, b| importance[*b].total_cmp(&importance[*a]));
-    let upper = gram.feedback(&order)?;
-    let feedback = Feedback { order, upper };
+    let k = feedback.order.len();
     let bands: Vec<(Vec<u8>, Vec<Int4Fit>)> = weights
         .par_chunks(BAND_ROWS * k)
-        .map(|band| encode_band(band, &feedback, &importance, group, form))
+        .map(|band| encode_band(band, feedback, group, form))
         .collect();
     let (levels, fits): (Vec<_>, Vec<_>) = bands.into_iter().unzip();
     let matrix = Int4Matrix::from_levels(
@@ -59,10 +75,10 @@ pub fn encode(
 fn encode_band(
     weights: &[f32],
     feedback: &Feedback,
-    importance: &[f32],
     group: usize,
     form: Int4Form,
 ) -> (Vec<u8>, Vec<Int4Fit>) {
+    let importance = &feedback.importance;
     let k = importance.len();
     let (rows, groups) = (weights.len() / k, k.div_ceil(group));
     let fits: Vec<Int4Fit> = weights
@@ -145,7 +161,7 @@ mod tests {
                         Int4Fit::search(w, None, form)
                     })
                     .unwrap();
-                    let gptq = encode(&w, &gram, group, form).unwrap();
+                    let gptq = encode(&w, &Feedback::new(&gram).unwrap(), group, form).unwrap();
                     let [rtn, mse, gptq] = [rtn, mse, gptq].map(|m| output_error(&m, &w, &fresh));
                     assert!(gptq < 0.6 * mse, "{k} {group} {form:?}: {gptq} {mse} {rtn}");
                     assert!(gptq < 0.5 * rtn, "{k} {group} {form:?}: {gptq} {mse} {rtn}");
@@ -167,7 +183,7 @@ mod tests {
             pool.install(|| {
                 let mut gram = Gram::new(k);
                 gram.add(&x);
-                encode(&w, &gram, 64, Int4Form::Symmetric).unwrap()
+                encode(&w, &Feedback::new(&gram).unwrap(), 64, Int4Form::Symmetric).unwrap()
             })
         };
         assert_eq!(on(1), on(3));
@@ -183,11 +199,19 @@ mod tests {
         }
         let mut gram = Gram::new(k);
         gram.add(&x);
-        let matrix = encode(&w, &gram, 32, Int4Form::Asymmetric).unwrap();
+        let matrix = encode(&w, &Feedback::new(&gram).unwrap(), 32, Int4Form::Asymmetric).unwrap();
         let mut row = vec![0.0; k];
         matrix.dequantize_row(0, &mut row);
         assert!((row[5] - w[5]).abs() <= matrix.row_scales(0)[0].to_f32());
         let untouched = Gram::new(k);
-        assert!(encode(&w, &untouched, 32, Int4Form::Symmetric).is_ok());
+        assert!(
+            encode(
+                &w,
+                &Feedback::new(&untouched).unwrap(),
+                32,
+                Int4Form::Symmetric
+            )
+            .is_ok()
+        );
     }
 }

@@ -48,6 +48,17 @@ impl Weight {
         }
     }
 
+    /// Writes row `i` as floats to `out`, which holds as many as a row has.
+    pub fn dequantize_row(&self, i: usize, out: &mut [f32]) {
+        match self {
+            Weight::Int4(matrix) => matrix.dequantize_row(i, out),
+            Weight::Int8(matrix) => matrix.dequantize_row(i, out),
+            Weight::Ternary(matrix) => matrix.dequantize_row(i, out),
+            Weight::F16(matrix) => matrix.dequantize_row(i, out),
+            Weight::Vector(values) => out.copy_from_slice(values),
+        }
+    }
+
     /// `(rows, columns)`; a vector is one row.
     pub fn shape(&self) -> (usize, usize) {
         match self {
