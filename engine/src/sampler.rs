@@ -165,11 +165,23 @@ mod tests {
             let drawn = draws(&logits, &sampling, 2000);
             [0, 1, 2, 3].map(|token| drawn.contains(&token))
         };
-        assert_eq!(kept(Sampling { top_k: 2, ..HOT }), [false, true, true, false]);
+        assert_eq!(
+            kept(Sampling { top_k: 2, ..HOT }),
+            [false, true, true, false]
+        );
         // Token 1 alone holds more than half of the mass; a nucleus includes what crosses it.
-        assert_eq!(kept(Sampling { top_p: 0.5, ..HOT }), [false, true, false, false]);
-        assert_eq!(kept(Sampling { top_p: 0.6, ..HOT }), [false, true, true, false]);
-        assert_eq!(kept(Sampling { min_p: 0.5, ..HOT }), [false, true, true, false]);
+        assert_eq!(
+            kept(Sampling { top_p: 0.5, ..HOT }),
+            [false, true, false, false]
+        );
+        assert_eq!(
+            kept(Sampling { top_p: 0.6, ..HOT }),
+            [false, true, true, false]
+        );
+        assert_eq!(
+            kept(Sampling { min_p: 0.5, ..HOT }),
+            [false, true, true, false]
+        );
     }
 
     #[test]
@@ -195,14 +207,26 @@ mod tests {
     #[test]
     fn bad_settings_and_logits_are_errors() {
         for bad in [
-            Sampling { temperature: -1.0, ..HOT },
-            Sampling { temperature: f32::NAN, ..HOT },
+            Sampling {
+                temperature: -1.0,
+                ..HOT
+            },
+            Sampling {
+                temperature: f32::NAN,
+                ..HOT
+            },
             Sampling { top_k: 0, ..HOT },
             Sampling { top_k: 65, ..HOT },
             Sampling { top_p: 0.0, ..HOT },
-            Sampling { top_p: f32::NAN, ..HOT },
+            Sampling {
+                top_p: f32::NAN,
+                ..HOT
+            },
             Sampling { min_p: 1.1, ..HOT },
-            Sampling { repetition_penalty: 0.0, ..HOT },
+            Sampling {
+                repetition_penalty: 0.0,
+                ..HOT
+            },
         ] {
             assert_eq!(bad.check().expect_err("refused").exit_code(), 2);
         }

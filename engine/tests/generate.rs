@@ -93,17 +93,10 @@ fn play(
     limits: Limits<'_>,
 ) -> Result<(Outcome, Vec<String>), Error> {
     let mut pieces = Vec::new();
-    let outcome = generate(
-        backend,
-        &tokenizer(),
-        &sampling,
-        prompt,
-        limits,
-        |piece| {
-            pieces.push(piece.text.to_owned());
-            Ok(())
-        },
-    )?;
+    let outcome = generate(backend, &tokenizer(), &sampling, prompt, limits, |piece| {
+        pieces.push(piece.text.to_owned());
+        Ok(())
+    })?;
     Ok((outcome, pieces))
 }
 

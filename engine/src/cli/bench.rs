@@ -75,7 +75,10 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
     let config = &model.recipe.config;
     let needed = needed_context(&args)?;
     let context = args.model.context.unwrap_or(needed);
-    for (what, tokens) in [("the model was trained for", config.context), ("--context has", context)] {
+    for (what, tokens) in [
+        ("the model was trained for", config.context),
+        ("--context has", context),
+    ] {
         if needed > tokens {
             return Err(Error::Input(format!(
                 "depth, prompt and tokens need a context of {needed} tokens, {what} {tokens}"
@@ -155,7 +158,10 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
         latency_ms: Latency::of(&decoded.latencies),
         first_tenth_tokens_per_second: decoded.tenth(true),
         last_tenth_tokens_per_second: decoded.tenth(false),
-        ids_hash: decoded.ids.as_deref().map(|ids| format!("{:016x}", fnv(ids))),
+        ids_hash: decoded
+            .ids
+            .as_deref()
+            .map(|ids| format!("{:016x}", fnv(ids))),
         bytes_per_token,
         read_gb_per_second: profile.read_bytes_per_second / 1e9,
         floor_tokens_per_second: floor,
@@ -276,7 +282,11 @@ impl Decoded {
         let (mut tokens, mut seconds) = (0, 0.0);
         for run in &self.latencies {
             let count = run.len().div_ceil(10);
-            let part = if first { &run[..count] } else { &run[run.len() - count..] };
+            let part = if first {
+                &run[..count]
+            } else {
+                &run[run.len() - count..]
+            };
             tokens += count;
             seconds += part.iter().sum::<f64>();
         }
@@ -362,7 +372,10 @@ mod tests {
         decoded.add(run(&[1, 2, 3])).unwrap();
         decoded.add(run(&[1, 2, 3])).unwrap();
         assert_eq!(decoded.rates, [2.0, 2.0]);
-        assert_eq!((decoded.tenth(true), decoded.tenth(false)), (Some(2.0), Some(2.0)));
+        assert_eq!(
+            (decoded.tenth(true), decoded.tenth(false)),
+            (Some(2.0), Some(2.0))
+        );
         let error = decoded.add(run(&[1, 2, 4])).unwrap_err();
         assert!(error.to_string().contains("from token 3 on"), "{error}");
     }

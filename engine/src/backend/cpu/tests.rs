@@ -179,7 +179,11 @@ fn logits_are_those_of_the_references() {
                 let got = backend.logits().unwrap();
                 // A key or value that rounds to the other neighbour in f16 shows here.
                 assert_close(&got, &expected, 2e-4, &what);
-                assert_eq!(backend.choose(&Sampling::GREEDY).unwrap(), sample::reference(&got), "{what}");
+                assert_eq!(
+                    backend.choose(&Sampling::GREEDY).unwrap(),
+                    sample::reference(&got),
+                    "{what}"
+                );
             }
         }
     }
@@ -237,7 +241,10 @@ fn what_cannot_be_appended_is_an_input_error_and_changes_nothing() {
     let model = model("tiny", DType::Q4_0, DType::Q8_0);
     let vocab = model.recipe.config.vocab as u32;
     let mut backend = backend(&model, 4, Isa::selected(), 2);
-    assert!(matches!(backend.choose(&Sampling::GREEDY), Err(Error::Machine(_))));
+    assert!(matches!(
+        backend.choose(&Sampling::GREEDY),
+        Err(Error::Machine(_))
+    ));
     assert!(matches!(backend.logits(), Err(Error::Machine(_))));
     for tokens in [&[][..], &[vocab], &[0, vocab, 1], &[0; 5], &[u32::MAX]] {
         assert!(

@@ -86,7 +86,11 @@ impl TokenReader {
     /// [`Error::Machine`] if the driver gives no stream, event or memory.
     pub fn new(gpu: &Arc<Gpu>) -> Result<TokenReader, Error> {
         gpu.make_current()?;
-        let events = || (0..PLACES).map(|_| Event::new()).collect::<Result<Vec<_>, _>>();
+        let events = || {
+            (0..PLACES)
+                .map(|_| Event::new())
+                .collect::<Result<Vec<_>, _>>()
+        };
         Ok(TokenReader {
             stream: Stream::new(StreamFlags::NON_BLOCKING, None)
                 .map_err(|e| failed("creating a CUDA stream", e))?,

@@ -337,7 +337,9 @@ impl Backend for CudaBackend {
         let tokens = self.tokens.len();
         // The token after the last, so that nothing that was appended changes.
         if tokens == self.context {
-            return Err(Error::machine("the context is full: no token can be profiled"));
+            return Err(Error::machine(
+                "the context is full: no token can be profiled",
+            ));
         }
         let read_bytes_per_second = profile::read_bytes_per_second(&self.gpu)?;
         if !kernels {

@@ -109,7 +109,8 @@ fn timed(gpu: &Gpu, work: impl FnOnce() -> Result<(), Error>) -> Result<f64, Err
     record(&start)?;
     work()?;
     record(&end)?;
-    end.synchronize().map_err(|e| failed("work on the GPU", e))?;
+    end.synchronize()
+        .map_err(|e| failed("work on the GPU", e))?;
     let ms = end.elapsed_time_f32(&start);
     Ok(1e3 * f64::from(ms.map_err(|e| failed("reading a time", e))?))
 }

@@ -180,7 +180,11 @@ impl Report<'_> {
         }
         let lines: Vec<String> = lines
             .iter()
-            .map(|line| line.chars().filter(|c| *c == '\n' || !c.is_control()).collect())
+            .map(|line| {
+                line.chars()
+                    .filter(|c| *c == '\n' || !c.is_control())
+                    .collect()
+            })
             .collect();
         lines.join("\n") + "\n"
     }
