@@ -2,8 +2,11 @@
 
 mod atomic_file;
 mod bench;
+mod interrupt;
+mod loaded;
 mod logits;
 mod model_path;
+mod perplexity;
 mod run;
 mod synthesize;
 
@@ -37,6 +40,7 @@ enum Command {
     Bench(bench::BenchArgs),
     Synthesize(synthesize::SynthesizeArgs),
     Logits(logits::LogitsArgs),
+    Perplexity(perplexity::PerplexityArgs),
 }
 
 impl Cli {
@@ -47,6 +51,7 @@ impl Cli {
             Command::Bench(args) => bench::execute(args),
             Command::Synthesize(args) => synthesize::execute(args),
             Command::Logits(args) => logits::execute(args),
+            Command::Perplexity(args) => perplexity::execute(args),
         }
     }
 }
@@ -204,6 +209,7 @@ mod tests {
             "edgellm bench -m model.gguf",
             "edgellm synthesize tiny out.gguf --seed 3",
             "edgellm logits -m m.gguf --text-file t.txt --out o.bin",
+            "edgellm perplexity -m m.gguf --text t.txt --kl-reference r.logits --chunks 4 --json",
         ] {
             Cli::try_parse_from(line.split(' ')).expect(line);
         }
@@ -222,6 +228,7 @@ mod tests {
             "edgellm run -i hi -n -1",
             "edgellm run -i hi --tier sm_60",
             "edgellm logits -m m.gguf --out o.bin",
+            "edgellm perplexity --chunks 0",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

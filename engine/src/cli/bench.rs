@@ -186,7 +186,7 @@ fn load(args: &BenchArgs) -> Result<LoadedModel, Error> {
     };
     let bytes = synthetic::to_vec(synthetic::shape(name)?, &options)?;
     let file = Gguf::parse(&bytes)?;
-    let recipe = models::arch::recipe_from_gguf(&file)?;
+    let recipe = models::arch::recipe(&file)?;
     let weights = recipe
         .weights
         .par_iter()
