@@ -95,7 +95,11 @@ fn check(device: Device) {
     let backend = &mut *backend;
     for sampling in &SAMPLINGS {
         let ahead = generate(backend, sampling, |_, _, _| ());
-        assert_eq!(generate(backend, sampling, |_, _, _| ()), ahead, "{sampling:?}");
+        assert_eq!(
+            generate(backend, sampling, |_, _, _| ()),
+            ahead,
+            "{sampling:?}"
+        );
 
         let interrupted = generate(backend, sampling, |backend, context, token| {
             if context.len() % 7 < 3 {
