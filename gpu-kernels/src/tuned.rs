@@ -206,7 +206,7 @@ fn fnv(hash: u64, bytes: &[u8]) -> u64 {
 const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
 
 /// The rows for the GPU and the kernels at hand.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Tuned {
     rows: Vec<Row>,
     /// Rows whose kernel has changed since: kernel and shape.
