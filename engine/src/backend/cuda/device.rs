@@ -249,7 +249,7 @@ impl DeviceMemory {
     }
 
     /// The part of an allocation that `slice` names.
-    fn find(&self, slice: DeviceSlice) -> Result<cust::memory::DeviceSlice<u8>, Error> {
+    pub(super) fn find(&self, slice: DeviceSlice) -> Result<cust::memory::DeviceSlice<u8>, Error> {
         let outside = || {
             Error::machine(format!(
                 "{} bytes at {:#x} are not device memory of this model",
