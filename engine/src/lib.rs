@@ -7,6 +7,7 @@ mod error;
 pub mod generate;
 pub mod hub;
 pub mod quality;
+pub mod quantize;
 pub mod sampler;
 pub mod tokenizer;
 pub mod weights;
