@@ -45,7 +45,8 @@ pub fn safetensors(data: &[u8]) {
 
 /// The quantiser's own file, at an address as a mapped file has it.
 pub fn container(data: &[u8]) {
-    if let Ok(file) = Container::parse(Bytes::from(data.to_vec())) {
+    let bytes = Bytes::from(data.to_vec());
+    if let Ok(file) = Container::parse(&bytes) {
         for weight in file.weights() {
             // Unusable weights are errors.
             let _ = file.weight(&weight.name);
