@@ -9,6 +9,8 @@
 mod agreement;
 #[path = "golden/greedy.rs"]
 mod greedy;
+#[path = "golden/hf.rs"]
+mod hf;
 #[path = "golden/logits.rs"]
 mod logits;
 #[path = "golden/support.rs"]

@@ -9,7 +9,7 @@
 //! tensors       NAME          (n,) F32                    a vector
 //!               NAME.quants   (n, k/2) U8 or (n, k) I8    cells of INT4, levels of INT8
 //!               NAME.scales   (n, ceil(k/group)) F16
-//!               NAME.mins     (n, ceil(k/group)) F16      INT4 with minima
+//!               NAME.mins     (n, ceil(k/group)) F16      INT4 with minima or zeros
 //!               NAME.quants   (n, k/4) U8, NAME.scales (n, ceil(k/group)) F32       ternary
 //!               NAME          (n, k) F16                  a float matrix
 //!               padding.I     (n,) U8 zeros               fills up to the next 4,096 bytes
@@ -112,10 +112,7 @@ impl StoredWeight {
     pub fn of(name: String, weight: &Weight) -> StoredWeight {
         let (rows, cols, layout) = match weight {
             Weight::Int4(m) => {
-                let form = match m.mins {
-                    Some(_) => Int4Form::Asymmetric,
-                    None => Int4Form::Symmetric,
-                };
+                let form = m.form();
                 (
                     m.rows,
                     m.cols,
@@ -165,7 +162,7 @@ impl StoredWeight {
                     part(".quants", Dtype::U8, vec![rows, cols / 2]),
                     part(".scales", Dtype::F16, vec![rows, groups]),
                 ];
-                if form == Int4Form::Asymmetric {
+                if form != Int4Form::Symmetric {
                     parts.push(part(".mins", Dtype::F16, vec![rows, groups]));
                 }
                 parts
@@ -313,9 +310,13 @@ impl Container {
                 self.values(stored, &places[1])?,
                 match form {
                     Int4Form::Symmetric => None,
-                    Int4Form::Asymmetric => Some(self.values(stored, &places[2])?),
+                    _ => Some(self.values(stored, &places[2])?),
                 },
             )
+            .and_then(|matrix| match form {
+                Int4Form::Zeros => matrix.with_zeros(),
+                _ => Ok(matrix),
+            })
             .map(Weight::Int4),
             Layout::Int8 { group } => Int8Matrix::from_shared(
                 rows,
