@@ -5,7 +5,7 @@ mod support;
 
 use std::path::PathBuf;
 
-use engine::chat::{ChatTemplate, Message};
+use engine::chat::Message;
 use engine::tokenizer::Tokenizer;
 use engine::weights::ModelFile;
 use models::file::gguf::Gguf;

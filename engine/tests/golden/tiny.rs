@@ -56,7 +56,7 @@ pub fn feed(
     mut agree: impl FnMut(usize, usize, f64, f64),
 ) {
     for prompt in [1, 2, 7, 32, 33, ids.len()] {
-        backend.reset();
+        backend.rewind(0);
         backend.prefill(&ids[..prompt]).expect("prefill");
         for (at, want) in want.iter().enumerate().skip(prompt - 1) {
             if at >= prompt {
