@@ -2,6 +2,7 @@
 
 mod atomic_file;
 mod bench;
+mod eval;
 mod interrupt;
 mod loaded;
 mod logits;
@@ -42,6 +43,7 @@ enum Command {
     Synthesize(synthesize::SynthesizeArgs),
     Logits(logits::LogitsArgs),
     Perplexity(perplexity::PerplexityArgs),
+    Eval(eval::EvalArgs),
     Pull(pull::PullArgs),
 }
 
@@ -54,6 +56,7 @@ impl Cli {
             Command::Synthesize(args) => synthesize::execute(args),
             Command::Logits(args) => logits::execute(args),
             Command::Perplexity(args) => perplexity::execute(args),
+            Command::Eval(args) => eval::execute(args),
             Command::Pull(args) => pull::execute(args),
         }
     }
@@ -214,6 +217,7 @@ mod tests {
             "edgellm logits -m m.gguf --text-file t.txt --out o.bin",
             "edgellm pull hf:o/r:m.gguf --into models",
             "edgellm pull --list",
+            "edgellm eval -m m.gguf --reference r.gguf --questions 20 --json",
             "edgellm perplexity -m m.gguf --text t.txt --kl-reference r.logits --chunks 4 --json",
         ] {
             Cli::try_parse_from(line.split(' ')).expect(line);

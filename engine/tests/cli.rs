@@ -313,6 +313,7 @@ fn help_teaches_with_examples() {
         &["synthesize", "--help"],
         &["logits", "--help"],
         &["perplexity", "--help"],
+        &["eval", "--help"],
         &["pull", "--help"],
     ] {
         let output = Command::new(BINARY)

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use engine::chat::{ChatTemplate, Message};
 use engine::quality::log_probs::LogProbs;
-use engine::tokenizer::Tokenizer;
+use engine::tokenizer::{Specials, Tokenizer};
 use models::catalog::Catalog;
 use models::file::Source;
 use models::file::container::Container;
@@ -16,12 +16,13 @@ use sha2::{Digest, Sha256};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const ALL: [Target; 8] = [
+pub const ALL: [Target; 9] = [
     ("gguf", gguf),
     ("safetensors", safetensors),
     ("container", container),
     ("hugging_face", hugging_face),
     ("tokenizer", tokenizer),
+    ("tokenizer_json", tokenizer_json),
     ("chat_template", chat_template),
     ("catalog", catalog),
     ("saved_logits", saved_logits),
@@ -51,6 +52,7 @@ pub fn container(data: &[u8]) {
             // Unusable weights are errors.
             let _ = file.weight(&weight.name);
         }
+        read(&file);
     }
 }
 
@@ -87,11 +89,29 @@ pub fn tokenizer(data: &[u8]) {
     let tokens = file.metadata.strings("tokenizer.ggml.tokens");
     let vocab = tokens.map_or(0, |tokens| tokens.len());
     if let Ok(tokenizer) = Tokenizer::from_gguf(&file, vocab) {
-        let text = "Hello, wörld! 12 <|im_end|>\n";
-        if let Ok(ids) = tokenizer.encode(text, true) {
-            assert!(ids.iter().all(|id| (*id as usize) < vocab));
-            tokenizer.decode(&ids);
-        }
+        tokenize(&tokenizer);
+    }
+}
+
+/// A `tokenizer.json`, and a text that goes through it.
+pub fn tokenizer_json(data: &[u8]) {
+    let Ok(json) = std::str::from_utf8(data) else {
+        return;
+    };
+    let specials = Specials {
+        eos: Some("<|im_end|>".to_owned()),
+        ..Specials::default()
+    };
+    if let Ok(tokenizer) = Tokenizer::from_json(json, &specials, 64) {
+        tokenize(&tokenizer);
+    }
+}
+
+fn tokenize(tokenizer: &Tokenizer) {
+    let text = "Hello, wörld! 12 <|im_end|>\n";
+    if let Ok(ids) = tokenizer.encode(text, true) {
+        assert!(ids.iter().all(|id| (*id as usize) < tokenizer.vocab()));
+        tokenizer.decode(&ids);
     }
 }
 

@@ -81,7 +81,9 @@ pub fn questions(text: &str, count: usize) -> Result<Vec<Question>, Error> {
         .into_iter()
         .collect();
     let (of_terms, of_links) = (count.div_ceil(2), count / 2);
-    if definitions.len() < of_terms.max(CHOICES) || links.len() < of_links || targets.len() < 2 * CHOICES
+    if definitions.len() < of_terms.max(CHOICES)
+        || links.len() < of_links
+        || targets.len() < 2 * CHOICES
     {
         return Err(Error::Input(format!(
             "the text gives {} definitions and {} references for {count} questions: it has to be a dictionary like \
@@ -104,7 +106,10 @@ pub fn questions(text: &str, count: usize) -> Result<Vec<Question>, Error> {
         let wrong = wrong.map(|other| format!(" {}", definitions[other].1));
         out.push(draw.question(
             Kind::Definition,
-            format!("In the slang of hackers, \u{201c}{}\u{201d} means:", entry.term),
+            format!(
+                "In the slang of hackers, \u{201c}{}\u{201d} means:",
+                entry.term
+            ),
             format!(" {definition}"),
             wrong,
         ));
@@ -179,7 +184,9 @@ fn entries(text: &str) -> Vec<Entry> {
     let mut entries: Vec<Entry> = Vec::new();
     let mut open = false;
     for line in text.lines().map(str::trim) {
-        let head = line.strip_prefix(':').and_then(|line| line.split_once(": "));
+        let head = line
+            .strip_prefix(':')
+            .and_then(|line| line.split_once(": "));
         let head = head.or_else(|| Some((line.strip_prefix(':')?.strip_suffix(':')?, "")));
         match (head, entries.last_mut()) {
             (Some((term, _)), _) if !term.is_empty() && !term.contains(':') => {
@@ -212,7 +219,10 @@ fn definition(entry: &Entry) -> Option<String> {
     while let Some(rest) = text.strip_prefix('[') {
         text = rest.split_once(']')?.1.trim_start();
     }
-    let text: String = text.strip_prefix("1. ").unwrap_or(text).replace(['{', '}'], "");
+    let text: String = text
+        .strip_prefix("1. ")
+        .unwrap_or(text)
+        .replace(['{', '}'], "");
     // A reference to another entry defines nothing, and a definition with the term gives it away.
     let elsewhere = ["See ", "Syn", "Same as", "Variant", "Alternate", "Common"];
     let fits = !elsewhere.iter().any(|start| text.starts_with(start))
@@ -231,14 +241,19 @@ fn links(entry: &Entry) -> Vec<Link<'_>> {
             let Some((term, behind)) = paragraph[at + 2..].split_once('}') else {
                 continue;
             };
-            let Some(end) = behind.find(". ").or_else(|| behind.strip_suffix('.').map(str::len)) else {
+            let Some(end) = behind
+                .find(". ")
+                .or_else(|| behind.strip_suffix('.').map(str::len))
+            else {
                 continue;
             };
             let before = last_chars(&paragraph[..at], *CONTEXT_CHARS.end());
             let rest = &behind[..=end];
             // A list of references could go on with any of them.
             let plain = |text: &str| !text.contains(['{', '}', '[', ']']);
-            let listed = ["See", "see", "also", "Compare", "compare", "or", "and", "cf."];
+            let listed = [
+                "See", "see", "also", "Compare", "compare", "or", "and", "cf.",
+            ];
             if plain(before)
                 && plain(rest)
                 && is_word(term)
@@ -270,7 +285,9 @@ fn last_chars(text: &str, chars: usize) -> &str {
 fn is_word(term: &str) -> bool {
     (3..=24).contains(&term.len())
         && term.starts_with(|c: char| c.is_ascii_alphabetic())
-        && term.chars().all(|c| c.is_ascii_alphabetic() || matches!(c, ' ' | '-'))
+        && term
+            .chars()
+            .all(|c| c.is_ascii_alphabetic() || matches!(c, ' ' | '-'))
 }
 
 /// Whether `text` holds `term`, whatever the case.
@@ -318,7 +335,10 @@ mod tests {
     fn the_right_choice_is_the_texts_and_the_others_are_not() {
         let made = questions(&dictionary(40), 20).expect("enough entries");
         let first = &made[0];
-        assert_eq!(first.prompt, "In the slang of hackers, \u{201c}aaaword\u{201d} means:");
+        assert_eq!(
+            first.prompt,
+            "In the slang of hackers, \u{201c}aaaword\u{201d} means:"
+        );
         assert_eq!(
             first.choices[first.answer],
             " A thing number 0 that people use when they have to talk about what they would rather not, at length."
@@ -328,7 +348,10 @@ mod tests {
             second.prompt,
             "aaaword: It happens a lot in the long evenings of winter, and when it does then everybody calls for a"
         );
-        assert_eq!(second.choices[second.answer], " aahword as soon as they can.");
+        assert_eq!(
+            second.choices[second.answer],
+            " aahword as soon as they can."
+        );
         for question in &made {
             let choices: BTreeSet<&String> = question.choices.iter().collect();
             assert_eq!(choices.len(), CHOICES, "{question:?}");
