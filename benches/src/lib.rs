@@ -6,11 +6,13 @@
 //! - [`rows`]: what is timed: kernel, shape, bytes that it has to move.
 //! - [`time`]: how it is timed: a CUDA graph over rotating copies of the operands.
 //! - [`kernels`]: a whole run, from check to table; [`table`] lays it out.
+//! - [`counters`]: what Nsight Compute counts while a kernel runs once.
 //! - [`tilings`]: a matrix product in every way to spread it over warps and blocks.
 //! - [`resources`]: registers, memory and occupancy, as the driver compiled a kernel.
 //! - [`results`]: one JSON object a line, in `results/<gpu>.jsonl`.
 
 pub mod check;
+pub mod counters;
 pub mod emulate;
 pub mod kernels;
 pub mod resources;

@@ -5,10 +5,11 @@ use std::process::ExitCode;
 
 use benches::kernels::{self, Options};
 use benches::select::{Selection, models, parse_shape};
-use benches::{check, emulate, open, rows};
+use benches::{check, counters, emulate, open, rows};
 use clap::{Parser, Subcommand};
 use engine::Error;
 use engine::backend::cuda;
+use engine::backend::cuda::device::Gpu;
 use serde_json::Value;
 
 #[derive(Parser)]
@@ -69,6 +70,28 @@ enum Command {
         #[arg(long, value_parser = parse_tier)]
         tier: Option<u32>,
     },
+    /// Read hardware counters of the kernels with Nsight Compute, and show what bounds them.
+    Counters {
+        #[command(flatten)]
+        wanted: Wanted,
+        /// The tier: sm_75, sm_80, sm_90 [default: the highest that the GPU runs].
+        #[arg(long, value_parser = parse_tier)]
+        tier: Option<u32>,
+        /// The profiler.
+        #[arg(long, value_name = "PROGRAM", default_value = "ncu")]
+        ncu: PathBuf,
+        /// Write all counters here.
+        #[arg(long, value_name = "FILE", default_value = "counters.csv")]
+        csv: PathBuf,
+    },
+    /// Launch every selected kernel a single time, for a profiler.
+    Once {
+        #[command(flatten)]
+        wanted: Wanted,
+        /// The tier: sm_75, sm_80, sm_90 [default: the highest that the GPU runs].
+        #[arg(long, value_parser = parse_tier)]
+        tier: Option<u32>,
+    },
     /// Print the GPU's name and its highest tier; fails, with the reason, where there is none.
     Device,
     /// Print what would be timed, and the bytes that each has to move.
@@ -106,6 +129,26 @@ struct Wanted {
 }
 
 impl Wanted {
+    /// The arguments that say the same.
+    fn arguments(&self) -> Vec<String> {
+        let mut arguments = vec!["--group".to_owned(), self.group.to_string()];
+        let shape = self.shape.map(|(n, k)| format!("{n}x{k}"));
+        for (name, value) in [
+            ("--shape", &shape),
+            ("--model", &self.model),
+            ("--variant", &self.variant),
+            ("--filter", &self.filter),
+        ] {
+            if let Some(value) = value {
+                arguments.extend([name.to_owned(), value.clone()]);
+            }
+        }
+        if !self.kernel.is_empty() {
+            arguments.push(self.kernel.clone());
+        }
+        arguments
+    }
+
     fn selection(self) -> Selection {
         Selection {
             kernel: self.filter.unwrap_or(self.kernel),
@@ -151,6 +194,15 @@ fn main() -> ExitCode {
             group,
             tier,
         } => tilings(tier, &shapes, group),
+        Command::Counters {
+            wanted,
+            tier,
+            ncu,
+            csv,
+        } => counted(wanted, tier, ncu, csv),
+        Command::Once { wanted, tier } => Gpu::open(tier)
+            .and_then(|gpu| counters::once(&gpu, &wanted.selection()))
+            .map(|()| true),
         Command::Emulate { wanted } => emulated(&wanted.selection()),
         Command::Kernels {
             wanted,
@@ -252,6 +304,24 @@ fn timed(tier: Option<u32>, options: &Options, json: Option<&Path>) -> Result<bo
             .map_err(|error| Error::machine(format!("writing {}: {error}", path.display())))?;
     }
     Ok(all_right)
+}
+
+fn counted(wanted: Wanted, tier: Option<u32>, ncu: PathBuf, csv: PathBuf) -> Result<bool, Error> {
+    if let Err(reason) = cuda::available() {
+        println!("skipped: no GPU ({reason})");
+        return Ok(true);
+    }
+    let mut arguments = wanted.arguments();
+    if let Some(tier) = tier {
+        arguments.extend(["--tier".to_owned(), tier.to_string()]);
+    }
+    let options = counters::Options {
+        arguments,
+        ncu,
+        csv,
+    };
+    counters::run(&wanted.selection(), &options)?;
+    Ok(true)
 }
 
 fn emulated(selection: &Selection) -> Result<bool, Error> {

@@ -27,8 +27,8 @@ fn int4(rows: usize, cols: usize, group: usize) -> Int4Matrix {
         cols,
         group,
         quants: bytes(rows * cols / 2).collect(),
-        scales: halves(0.01),
-        mins: Some(halves(-0.08)),
+        scales: halves(0.01).into(),
+        mins: Some(halves(-0.08).into()),
     }
 }
 
@@ -38,7 +38,7 @@ fn int8(rows: usize, cols: usize, group: usize) -> Int8Matrix {
         cols,
         group,
         quants: bytes(rows * cols).map(|b| b as i8).collect(),
-        scales: vec![f16::from_f32(0.001); rows * cols.div_ceil(group)],
+        scales: vec![f16::from_f32(0.001); rows * cols.div_ceil(group)].into(),
     }
 }
 

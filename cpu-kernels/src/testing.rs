@@ -46,8 +46,8 @@ impl Random {
             cols,
             group,
             quants: (0..rows * cols / 2).map(|_| self.bits() as u8).collect(),
-            scales: self.halves(groups, 0.05),
-            mins: mins.then(|| self.halves(groups, 0.4)),
+            scales: self.halves(groups, 0.05).into(),
+            mins: mins.then(|| self.halves(groups, 0.4).into()),
         }
     }
 
@@ -57,7 +57,7 @@ impl Random {
             cols,
             group,
             quants: (0..rows * cols).map(|_| self.bits() as i8).collect(),
-            scales: self.halves(rows * cols.div_ceil(group), 0.01),
+            scales: self.halves(rows * cols.div_ceil(group), 0.01).into(),
         }
     }
 }

@@ -78,6 +78,9 @@ pub struct Call {
     /// index, so this needs nothing of it; an emulator that runs them in another order has to run
     /// them side by side.
     pub blocks_wait: bool,
+    /// The launch may start before the one before it has ended (programmatic dependent launch): the
+    /// kernel waits by itself.
+    pub dependent: bool,
 }
 
 /// A launch contract that does not hold.
@@ -133,6 +136,7 @@ pub struct CallBuilder {
     kernel: &'static str,
     args: Vec<u64>,
     blocks_wait: bool,
+    waits: bool,
 }
 
 impl CallBuilder {
@@ -142,7 +146,14 @@ impl CallBuilder {
             kernel,
             args: Vec::with_capacity(12),
             blocks_wait: false,
+            waits: false,
         }
+    }
+
+    /// Says that the kernel calls `ptx::griddep_wait` before it touches what other launches write,
+    /// so that it may be started early where the device can do that.
+    pub fn waits(&mut self) {
+        self.waits = true;
     }
 
     /// Fails with [`ShapeError::Unsupported`] unless `holds`.
@@ -261,6 +272,7 @@ impl CallBuilder {
             launch,
             args: self.args,
             blocks_wait: self.blocks_wait,
+            dependent: self.waits && device.compute_capability >= 90,
         })
     }
 }
@@ -325,6 +337,25 @@ mod tests {
             .build(&DeviceInfo::T4, Launch::linear(1, 32, 0))
             .unwrap();
         assert_eq!(call.args, [0x1000, 0, 7, 0x3f80_0000]);
+    }
+
+    #[test]
+    fn only_a_device_that_can_starts_a_waiting_kernel_early() {
+        let dependent = |waits: bool, compute_capability| {
+            let mut call = CallBuilder::new("k");
+            if waits {
+                call.waits();
+            }
+            let device = DeviceInfo {
+                compute_capability,
+                ..DeviceInfo::T4
+            };
+            let call = call.build(&device, Launch::linear(1, 32, 0)).unwrap();
+            call.dependent
+        };
+        assert!(dependent(true, 90));
+        assert!(!dependent(true, 80));
+        assert!(!dependent(false, 90));
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub mod cases;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod launch;
 #[cfg(not(target_arch = "nvptx64"))]
+pub mod tuned;
+#[cfg(not(target_arch = "nvptx64"))]
 pub mod variant;
 
 /// Every kernel, for the emulator.

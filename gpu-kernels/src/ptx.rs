@@ -441,6 +441,34 @@ pub unsafe fn st_shared_v2_u32(base: Shared, offset_bytes: u32, value: [u32; 2])
     access::store_shared(address, value);
 }
 
+/// `griddepcontrol.wait`: waits until the launches before this one have ended and what they wrote
+/// can be seen. What a kernel does above it, it may do while they still run: only what no launch
+/// writes may be touched there. Nothing below sm_90, where a launch starts when the one before has
+/// ended, nor on the host, where launches run one after the other.
+///
+/// A plan whose kernel calls it, in every thread that touches what other launches write, says so
+/// with [`CallBuilder::waits`](crate::launch::CallBuilder::waits).
+#[inline(always)]
+pub fn griddep_wait() {
+    // SAFETY: orders memory, touches none; a memory clobber, so no access moves across it.
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90"))]
+    unsafe {
+        asm!("griddepcontrol.wait;", options(nostack));
+    }
+}
+
+/// `griddepcontrol.launch_dependents`: the next launch may start once every block of this one has
+/// called it or ended. It only moves the start: the next launch sees this one's results after its
+/// own [`griddep_wait`]. Nothing below sm_90 and on the host.
+#[inline(always)]
+pub fn griddep_launch() {
+    // SAFETY: touches no memory; with a clobber, so that it stays where it is put.
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90"))]
+    unsafe {
+        asm!("griddepcontrol.launch_dependents;", options(nostack));
+    }
+}
+
 /// Instructions on registers: `asm!` on the device, an expression on the host.
 macro_rules! arithmetic {
     ($($(#[$doc:meta])* $name:ident($($argument:ident: $ty:ty, $class:ident);*) -> $result:ty, $out:ident = $instruction:literal, $twin:expr;)*) => {$(

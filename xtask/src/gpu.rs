@@ -3,13 +3,16 @@
 //!
 //! ```text
 //! dist/gpu/
-//!   run.sh          joins and verifies the model, checks kernels and models in every tier, times both
-//!   bin/            edgellm, edgellm-bench, golden tests: release builds, stripped
+//!   run.sh          joins and verifies the model, checks kernels and models in every tier, times both;
+//!                   reads hardware counters
+//!   bin/            edgellm, edgellm-bench, golden tests: release builds, stripped, packed by xz
 //!   data/           what the golden tests read
 //!   ptx/            the kernels of each tier, to read (the programs carry their own copy)
 //!   revision        the commit that it was made of, recorded with the times
 //!   model/          the model in parts, with SHA256SUMS of the parts and model.sha256 of the whole
 //! ```
+//!
+//! With `--no-model` there are `run.sh`, `revision` and `bin/edgellm-bench` alone.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Write};
@@ -32,6 +35,9 @@ pub struct Args {
     /// Pack a random-weight model of this shape instead, for speed only.
     #[arg(long, value_name = "SHAPE")]
     synthetic: Option<String>,
+    /// Pack neither model nor golden tests: a few MB, for work on kernels.
+    #[arg(long, conflicts_with_all = ["model", "synthetic"])]
+    no_model: bool,
     /// Folder to write; replaced if a pack is already there.
     #[arg(long, default_value = "dist/gpu")]
     out: PathBuf,
@@ -46,20 +52,28 @@ pub struct Args {
 /// Says which step failed: a build, a missing file, a model that is not there.
 pub fn run(args: &Args) -> Result<(), Failure> {
     let root = crate::workspace_root();
+    let out = root.join(&args.out);
+    if args.no_model {
+        println!("building edgellm-bench");
+        let bench = program("benches", "edgellm-bench")?;
+        start_over(&out)?;
+        pack(&bench, &out)?;
+    } else {
+        whole(args, &root, &out)?;
+    }
+    fs::write(out.join("revision"), revision(&root))?;
+    write_script(&out.join("run.sh"))?;
+    summary(&out)?;
+    Ok(())
+}
+
+/// Everything but the script and the revision.
+fn whole(args: &Args, root: &Path, out: &Path) -> Result<(), Failure> {
     println!("building the programs and the golden tests");
-    let programs = executables(&[
-        "build",
-        "--release",
-        "-p",
-        "engine",
-        "-p",
-        "benches",
-        "--bins",
-    ])?;
-    let programs = ["edgellm", "edgellm-bench"].map(|name| {
-        let built = programs.iter().find(|program| program.target == name);
-        built.ok_or_else(|| format!("the build made no {name}"))
-    });
+    let programs = [
+        program("engine", "edgellm")?,
+        program("benches", "edgellm-bench")?,
+    ];
     let tests = executables(&[
         "test",
         "--release",
@@ -71,7 +85,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     ])?;
     // The messages also announce the programs that the tests start.
     let golden: Vec<_> = tests
-        .iter()
+        .into_iter()
         .filter(|test| test.target.starts_with("golden"))
         .collect();
     if golden.is_empty() {
@@ -79,21 +93,15 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     }
 
     // Only now: an earlier pack stays whole while this one is being built.
-    let out = root.join(&args.out);
-    start_over(&out)?;
-    let bin = out.join("bin");
-    for folder in ["bin", "data", "ptx", "model"] {
+    start_over(out)?;
+    for folder in ["data", "ptx", "model"] {
         fs::create_dir_all(out.join(folder))?;
     }
-    for program in programs {
-        let program = program?;
-        strip(&program.path, &bin.join(&program.target))?;
-    }
-    for test in golden {
-        strip(&test.path, &bin.join(&test.target))?;
+    for program in programs.iter().chain(&golden) {
+        pack(program, out)?;
     }
     copy_data(&root.join("engine/tests/golden"), &out.join("data"))?;
-    let status = Command::new(bin.join("edgellm-bench"))
+    let status = Command::new(&programs[1].path)
         .arg("ptx")
         .arg(out.join("ptx"))
         .status()
@@ -103,7 +111,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     }
 
     let model = match (&args.synthetic, &args.model) {
-        (Some(shape), _) => synthetic(shape, &out)?,
+        (Some(shape), _) => synthetic(shape, out)?,
         (None, name) => crate::model::path_of(name.as_deref())?,
     };
     println!("packing {}", model.display());
@@ -113,9 +121,6 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         // Tells the script that there are no golden texts for it.
         fs::write(out.join("model/random"), "")?;
     }
-    fs::write(out.join("revision"), revision(&root))?;
-    write_script(&out.join("run.sh"))?;
-    summary(&out)?;
     Ok(())
 }
 
@@ -157,6 +162,33 @@ fn executable(message: &str) -> Option<Executable> {
         target: message["target"]["name"].as_str()?.to_owned(),
         path: message["executable"].as_str()?.into(),
     })
+}
+
+/// Builds a program of a package for release.
+fn program(package: &str, name: &str) -> Result<Executable, Failure> {
+    executables(&["build", "--release", "-p", package, "--bin", name])?
+        .into_iter()
+        .find(|program| program.target == name)
+        .ok_or_else(|| format!("the build made no {name}").into())
+}
+
+/// Puts a program into `bin/` of a pack: stripped, and packed where there is `xz`.
+fn pack(program: &Executable, out: &Path) -> Result<(), Failure> {
+    let bin = out.join("bin");
+    fs::create_dir_all(&bin)?;
+    let path = bin.join(&program.target);
+    strip(&program.path, &path)?;
+    let packed = Command::new("xz")
+        .args(["-6", "--force"])
+        .arg(&path)
+        .status();
+    if !packed.is_ok_and(|status| status.success()) {
+        println!(
+            "{} is not packed: `xz` is not installed or failed",
+            path.display()
+        );
+    }
+    Ok(())
 }
 
 /// Copies a program without its symbols, or as it is where there is no `strip`.
@@ -313,6 +345,9 @@ fn hex(digest: Sha256) -> String {
 /// Prints what was packed.
 fn summary(out: &Path) -> Result<(), Failure> {
     for folder in ["bin", "data", "ptx", "model"] {
+        if !out.join(folder).is_dir() {
+            continue;
+        }
         let bytes = tree_bytes(&out.join(folder))?;
         println!("{:>8.1} MB  {folder}", bytes as f64 / 1e6);
     }

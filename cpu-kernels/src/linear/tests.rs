@@ -161,6 +161,6 @@ fn dequantized_rows_are_the_weights_bit_for_bit() {
 #[should_panic(expected = "another length")]
 fn a_matrix_with_missing_scales_is_refused() {
     let mut w = Random::new(14).int4(4, 64, 32, true);
-    w.scales.pop();
+    w.scales.to_mut().pop();
     int4::forward(&w, None, &[0.0; 64], &mut [0.0; 4]);
 }

@@ -48,7 +48,7 @@ impl LoadedModel {
         }
         let bytes_and_rows = |weight: &Weight| match weight {
             Weight::Int4(m) => {
-                let halves = m.scales.len() + m.mins.as_ref().map_or(0, Vec::len);
+                let halves = m.scales.len() + m.mins.as_ref().map_or(0, |mins| mins.len());
                 (m.quants.len() + 2 * halves, m.rows)
             }
             Weight::Int8(m) => (m.quants.len() + 2 * m.scales.len(), m.rows),

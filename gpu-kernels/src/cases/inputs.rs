@@ -63,7 +63,7 @@ impl Inputs {
             cols,
             group,
             quants,
-            scales,
+            scales: scales.into(),
             mins,
         }
     }
@@ -80,7 +80,7 @@ impl Inputs {
             cols,
             group,
             quants,
-            scales,
+            scales: scales.into(),
         }
     }
 }

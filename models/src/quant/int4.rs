@@ -17,8 +17,9 @@
 //! `k` is a multiple of 32; the last group of a row may be short.
 
 use half::f16;
+use serde::{Deserialize, Serialize};
 
-use super::{check_finite, check_len, check_shape};
+use super::{Shared, check_finite, check_len, check_shape};
 use crate::Error;
 
 /// Weights a 16-byte cell.
@@ -39,15 +40,16 @@ pub struct Int4Matrix {
     /// Weights that share a scale: 32, 64 or 128.
     pub group: usize,
     /// `(rows, cols/2)` cells.
-    pub quants: Vec<u8>,
+    pub quants: Shared<u8>,
     /// `(rows, ceil(cols/group))`.
-    pub scales: Vec<f16>,
+    pub scales: Shared<f16>,
     /// `(rows, ceil(cols/group))`, absent for the symmetric form.
-    pub mins: Option<Vec<f16>>,
+    pub mins: Option<Shared<f16>>,
 }
 
 /// Which values the 16 levels of a group stand for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Int4Form {
     /// `w = scale * (q - 8)`.
     Symmetric,
@@ -68,6 +70,22 @@ impl Int4Matrix {
         quants: Vec<u8>,
         scales: Vec<f16>,
         mins: Option<Vec<f16>>,
+    ) -> Result<Self, Error> {
+        let mins = mins.map(Into::into);
+        Self::from_shared(rows, cols, group, quants.into(), scales.into(), mins)
+    }
+
+    /// [`Int4Matrix::new`] from parts that may lie in a file.
+    ///
+    /// # Errors
+    /// As [`Int4Matrix::new`].
+    pub fn from_shared(
+        rows: usize,
+        cols: usize,
+        group: usize,
+        quants: Shared<u8>,
+        scales: Shared<f16>,
+        mins: Option<Shared<f16>>,
     ) -> Result<Self, Error> {
         let groups = check_group(rows, cols, group)?;
         check_len(FORMAT, "quants", quants.len(), rows * cols / 2)?;
@@ -176,7 +194,7 @@ impl Int4Matrix {
 
     /// Bytes that reading the whole matrix moves.
     pub fn bytes(&self) -> u64 {
-        let floats = self.scales.len() + self.mins.as_ref().map_or(0, Vec::len);
+        let floats = self.scales.len() + self.mins.as_ref().map_or(0, |mins| mins.len());
         (self.quants.len() + floats * size_of::<f16>()) as u64
     }
 }

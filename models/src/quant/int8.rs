@@ -7,7 +7,7 @@
 
 use half::f16;
 
-use super::{check_finite, check_len, check_shape};
+use super::{Shared, check_finite, check_len, check_shape};
 use crate::Error;
 
 const FORMAT: &str = "INT8";
@@ -25,9 +25,9 @@ pub struct Int8Matrix {
     /// Weights that share a scale: a multiple of 32, at most `cols`.
     pub group: usize,
     /// `(rows, cols)`.
-    pub quants: Vec<i8>,
+    pub quants: Shared<i8>,
     /// `(rows, ceil(cols/group))`.
-    pub scales: Vec<f16>,
+    pub scales: Shared<f16>,
 }
 
 impl Int8Matrix {
@@ -42,6 +42,20 @@ impl Int8Matrix {
         group: usize,
         quants: Vec<i8>,
         scales: Vec<f16>,
+    ) -> Result<Self, Error> {
+        Self::from_shared(rows, cols, group, quants.into(), scales.into())
+    }
+
+    /// [`Int8Matrix::new`] from parts that may lie in a file.
+    ///
+    /// # Errors
+    /// As [`Int8Matrix::new`].
+    pub fn from_shared(
+        rows: usize,
+        cols: usize,
+        group: usize,
+        quants: Shared<i8>,
+        scales: Shared<f16>,
     ) -> Result<Self, Error> {
         let groups = check_group(rows, cols, group)?;
         check_len(FORMAT, "quants", quants.len(), rows * cols)?;

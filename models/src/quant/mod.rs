@@ -3,10 +3,12 @@
 pub mod int4;
 pub mod int4_tiled;
 pub mod int8;
+mod shared;
 
 pub use int4::{Int4Form, Int4Matrix};
 pub use int4_tiled::Int4Tiled;
 pub use int8::Int8Matrix;
+pub use shared::Shared;
 
 use half::f16;
 

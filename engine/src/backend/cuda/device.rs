@@ -9,6 +9,7 @@ use cust::error::CudaError;
 use cust::memory::{CopyDestination, DeviceBuffer, mem_get_info};
 use cust::stream::{Stream, StreamFlags};
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
+use gpu_kernels::tuned::Tuned;
 
 use super::launch::Kernels;
 use super::plan::Memory;
@@ -39,6 +40,12 @@ fn capability_of(device: Device) -> Result<u32, Error> {
     Ok(10 * major + attribute(device, DeviceAttribute::ComputeCapabilityMinor)?)
 }
 
+fn name_of(device: Device) -> Result<String, Error> {
+    device
+        .name()
+        .map_err(|e| failed("asking the CUDA device", e))
+}
+
 /// Compute capability of device 0, times ten: 75, 80, 90.
 ///
 /// # Errors
@@ -56,6 +63,7 @@ pub struct Gpu {
     name: String,
     info: DeviceInfo,
     tier: u32,
+    tuned: Tuned,
     context: Context,
 }
 
@@ -67,12 +75,24 @@ impl Gpu {
     /// [`Error::Input`] for a tier that this program was not built with.
     pub fn open(tier: Option<u32>) -> Result<Arc<Gpu>, Error> {
         let device = first_device()?;
-        let name = device
-            .name()
-            .map_err(|e| failed("asking the CUDA device", e))?;
-        let capability = capability_of(device)?;
+        let name = name_of(device)?;
         let built: Vec<u32> = TIERS.iter().map(|(tier, _)| *tier).collect();
-        let tier = choose_tier(&built, capability, tier, &name)?;
+        let tier = choose_tier(&built, capability_of(device)?, tier, &name)?;
+        let ptx = TIERS
+            .iter()
+            .find(|(built, _)| *built == tier)
+            .map_or("", |(_, ptx)| *ptx);
+        Gpu::with_kernels(tier, ptx)
+    }
+
+    /// Opens device 0 with `ptx`, compiled for `tier`, in the place of the kernels that the program
+    /// was built with.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if there is no driver or device, or it cannot run the kernels.
+    pub fn with_kernels(tier: u32, ptx: &str) -> Result<Arc<Gpu>, Error> {
+        let device = first_device()?;
+        let name = name_of(device)?;
         let info = DeviceInfo {
             multiprocessors: attribute(device, DeviceAttribute::MultiprocessorCount)?,
             shared_bytes_per_block: attribute(device, DeviceAttribute::MaxSharedMemoryPerBlock)?,
@@ -82,15 +102,12 @@ impl Gpu {
         let context = Context::new(device).map_err(|e| failed("creating a CUDA context", e))?;
         let stream = Stream::new(StreamFlags::DEFAULT, None)
             .map_err(|e| failed("creating a CUDA stream", e))?;
-        let ptx = TIERS
-            .iter()
-            .find(|(built, _)| *built == tier)
-            .map_or("", |(_, ptx)| *ptx);
         let names = gpu_kernels::ENTRIES.iter().map(|entry| entry.name);
         let kernels = Kernels::load(ptx, names)?;
         Ok(Arc::new(Gpu {
             kernels,
             stream,
+            tuned: Tuned::load(&name, tier, ptx),
             name,
             info,
             tier,
@@ -111,6 +128,11 @@ impl Gpu {
     /// Compute capability that the loaded kernels were compiled for: 75, 80, 90.
     pub fn tier(&self) -> u32 {
         self.tier
+    }
+
+    /// The launches that are tuned for this device and these kernels.
+    pub fn tuned(&self) -> &Tuned {
+        &self.tuned
     }
 
     /// The stream that all work goes to, in order.

@@ -246,7 +246,7 @@ fn recipes_that_do_not_fit_are_errors() {
         &|model| {
             for weight in &mut model.weights {
                 if let Weight::Int4(matrix) = weight {
-                    matrix.quants.truncate(16);
+                    matrix.quants.to_mut().truncate(16);
                 }
             }
         },

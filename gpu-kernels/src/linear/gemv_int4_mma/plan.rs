@@ -3,6 +3,7 @@
 use super::kernel::DEPTH;
 use super::{FLAG_ACCUMULATE, FLAG_SWIGLU, Regions, TILE_COLS, TILE_ROWS, max_block_threads};
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
+use crate::tuned::Launches;
 
 /// Most tokens: the columns of a matrix product.
 const MAX_TOKENS: usize = 8;
@@ -49,6 +50,22 @@ impl Shape {
         }
     }
 
+    /// The shape as the table of tuned launches names it; `norm`: whether there is one in front.
+    /// Groups and minima are in the entry's name.
+    pub fn name(&self, norm: bool) -> String {
+        let mut name = format!("{}x{}", self.rows, self.cols);
+        if self.tokens > 1 {
+            name.push_str(&format!(" {} tokens", self.tokens));
+        }
+        name.push_str(if norm { " norm" } else { "" });
+        name.push_str(match self.epilogue {
+            Epilogue::Store => "",
+            Epilogue::Add => " add",
+            Epilogue::SwiGlu => " swiglu",
+        });
+        name
+    }
+
     fn tile_outputs(&self) -> usize {
         match self.epilogue {
             Epilogue::SwiGlu => TILE_ROWS as usize / 2,
@@ -93,6 +110,25 @@ pub struct Tiling {
     pub teams: u32,
     /// Blocks.
     pub blocks: u32,
+}
+
+impl Launches for Tiling {
+    const NAMES: &'static [&'static str] = &["split", "teams", "blocks"];
+
+    fn numbers(&self) -> Vec<u32> {
+        vec![self.split, self.teams, self.blocks]
+    }
+
+    fn of(numbers: &[u32]) -> Option<Tiling> {
+        let &[split, teams, blocks] = numbers else {
+            return None;
+        };
+        Some(Tiling {
+            split,
+            teams,
+            blocks,
+        })
+    }
 }
 
 /// The tiling for a shape: a block a multiprocessor, all its warps with as
