@@ -107,6 +107,8 @@ unsafe fn attend<const NK: usize, const NV: usize, const AHEAD: bool>(
     dims: Dims,
     scale_log2: f32,
 ) {
+    ptx::griddep_launch();
+    ptx::griddep_wait();
     let (split, y) = (thread::block_idx_x(), thread::block_idx_y());
     let splits = thread::grid_dim_x();
     // SAFETY: a launch argument.

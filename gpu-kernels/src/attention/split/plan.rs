@@ -138,6 +138,7 @@ pub fn plan(
     if splits > 1 {
         call.blocks_wait();
     }
+    call.waits();
     call.build(
         device,
         Launch {

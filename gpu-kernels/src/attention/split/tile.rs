@@ -36,7 +36,7 @@ impl Rows {
             .base
             .wrapping_add((row + d.min(self.head_dim - 8)) as usize);
         // SAFETY: row and elements are clamped; both are multiples of 16 bytes from the base.
-        unsafe { ptx::ld_global_nc_v4_u32(elems.cast()) }
+        unsafe { ptx::ld_global_once_v4_u32(elems.cast()) }
     }
 }
 
