@@ -320,15 +320,18 @@ fn attention_operands(
         scale: 1.0 / (head_dim as f32).sqrt(),
     };
     let cache = kv_heads * tokens * head_dim;
-    let scratch = attention::scratch(device, &shape);
+    let scratch_bytes = attention::scratch_bytes(device, &shape) as usize;
     let operands = attention::Operands {
         q: floats(memory, heads * head_dim)?,
         k_cache: halves(memory, cache)?,
         v_cache: halves(memory, cache)?,
-        state: ints(memory, &[tokens as u32 - 1])?,
-        out: memory.reserve((4 * heads * head_dim) as u64)?,
-        partials: memory.reserve(scratch.partials)?,
-        arrived: memory.upload(&vec![0; scratch.arrived as usize])?,
+        // A step's layers share them, so they sit in L2.
+        state: memory.activations(&(tokens as u32 - 1).to_le_bytes())?,
+        out: memory.activations(&vec![0; 4 * heads * head_dim])?,
+        partials: match scratch_bytes {
+            0 => DeviceSlice::NONE,
+            bytes => memory.activations(&attention::UNWRITTEN.to_le_bytes().repeat(bytes / 4))?,
+        },
     };
     Ok((shape, operands))
 }

@@ -1,5 +1,6 @@
 //! Logits of one token and the greedy choice among them: `logits[v] = sum_d scale q[v, d] x[d]` over
-//! the INT8 output matrix, the embedding table when tied, and `tokens[position + 1] = argmax`.
+//! the INT8 output matrix, the embedding table when tied, and `tokens[position + 1] = argmax`; or the
+//! 64 greatest logits for a sampler, in [`top`], after a penalty for tokens that were seen.
 //!
 //! Shapes: quants `(V, D)` i8, scales `(V, ceil(D/group))` f16, x `(D,)`, logits `(V,)`.
 //!
@@ -9,7 +10,7 @@
 //! lane (g, t)        -> g = lane / 4, t = lane % 4: row g, columns 16t .. +16 of each chunk
 //! end of a row       -> the four lanes of g add up; each keeps its best
 //! end of a block     -> lanes, then warps compare; one candidate a block
-//! end of all         -> the last block compares the candidates
+//! end of all         -> the last block compares the candidates, or selects the 64 greatest
 //! ```
 //!
 //! The product is `mma.m16n8k16` with bytes turned into halves, which hold them exactly: a byte
@@ -38,8 +39,13 @@ use crate::linear;
 use crate::linear::groups_per_row;
 use crate::product::mma_k16;
 use crate::ptx;
+use crate::sample::draw::setting;
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::sample::draw::{CANDIDATES_BYTES, SETTINGS_BYTES};
 use crate::sample::{BEST_BYTES, Best};
 use crate::unroll::unroll;
+
+mod top;
 
 /// Warps a block.
 const WARPS: u32 = 8;
@@ -99,10 +105,24 @@ pub struct Greedy {
     pub advance: bool,
 }
 
-/// Bytes of [`Operands::scratch`]: a counter, then each block's candidate.
+/// Where the greatest logits go, and the penalty.
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Top {
+    /// `(64, 2)` u32: bits of the logit, and id; greatest first, equal ones by id, NaN never. Where
+    /// there are fewer, `-inf` and `u32::MAX`.
+    pub candidates: DeviceSlice,
+    /// `(ceil(V/32),)` u32: bit `v % 32` of word `v / 32` tells that token v was seen. Or none, and
+    /// no penalty.
+    pub seen: DeviceSlice,
+    /// [`draw::Settings`](crate::sample::draw::Settings) with the penalty; or none with `seen`.
+    pub settings: DeviceSlice,
+}
+
+/// Bytes of [`Operands::scratch`]: a counter, then each warp's or each block's candidate.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn scratch_bytes(device: &DeviceInfo) -> u64 {
-    16 + u64::from(most_blocks(device)) * u64::from(BEST_BYTES)
+    16 + u64::from(most_blocks(device) * WARPS) * u64::from(BEST_BYTES)
 }
 
 /// As many as run at once: at 128 registers a thread a multiprocessor has room for two.
@@ -124,28 +144,8 @@ pub fn plan(
     ops: &Operands,
     greedy: Option<&Greedy>,
 ) -> Result<Call, ShapeError> {
-    let &Shape {
-        vocab,
-        width,
-        group,
-    } = shape;
-    let mut call = CallBuilder::new(kernel(shape));
-    call.require(
-        width.is_multiple_of(32) && width <= 1 << 20,
-        "width",
-        width,
-        "it must be a multiple of 32 up to 2^20",
-    )?;
-    let shift = linear::int8_group_shift(&call, group, width)?;
-    call.tensor("quants", ops.quants, tensor_bytes(&[vocab, width], 1), 16)?;
-    call.tensor(
-        "scales",
-        ops.scales,
-        tensor_bytes(&[vocab, width.div_ceil(group)], 2),
-        2,
-    )?;
-    call.tensor("x", ops.x, tensor_bytes(&[width], 4), 16)?;
-    call.optional("logits", ops.logits, tensor_bytes(&[vocab], 4), 4)?;
+    let (mut call, shift) = product(shape, ops, kernel(shape))?;
+    call.optional("logits", ops.logits, tensor_bytes(&[shape.vocab], 4), 4)?;
     call.tensor("scratch", ops.scratch, scratch_bytes(device), 16)?;
     let none = Greedy {
         context: 0,
@@ -162,15 +162,90 @@ pub fn plan(
         call.optional("tokens", to.tokens, token_bytes, 4)?;
         call.optional("state", to.state, 4, 4)?;
     }
-    let vocab = call.dim("vocab", vocab)?;
-    let width = call.dim("width", width)?;
-    call.u32(shift);
+    let (vocab, width) = dims(&mut call, shape, shift)?;
     call.u32(u32::from(to.advance));
-    let blocks = vocab.div_ceil(ROWS * WARPS).min(most_blocks(device));
+    let blocks = blocks(device, vocab);
     call.build(
         device,
         Launch::linear(blocks, WARPS * 32, Layout::new(width).bytes()),
     )
+}
+
+/// The launch of `logits_int8_top`, or of `logits_int8_by_row_top` where a row has one scale. The
+/// logits have to have a buffer.
+///
+/// # Errors
+/// As [`plan`].
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn plan_top(
+    device: &DeviceInfo,
+    shape: &Shape,
+    ops: &Operands,
+    top: &Top,
+) -> Result<Call, ShapeError> {
+    let (mut call, shift) = product(shape, ops, top_kernel(shape))?;
+    call.tensor("logits", ops.logits, tensor_bytes(&[shape.vocab], 4), 16)?;
+    call.tensor("scratch", ops.scratch, scratch_bytes(device), 16)?;
+    call.tensor("candidates", top.candidates, CANDIDATES_BYTES, 4)?;
+    let seen_bytes = tensor_bytes(&[shape.vocab.div_ceil(32)], 4);
+    call.optional("seen", top.seen, seen_bytes, 4)?;
+    if top.seen == DeviceSlice::NONE {
+        call.optional("settings", top.settings, SETTINGS_BYTES, 4)?;
+    } else {
+        call.tensor("settings", top.settings, SETTINGS_BYTES, 4)?;
+    }
+    let (vocab, width) = dims(&mut call, shape, shift)?;
+    let blocks = blocks(device, vocab);
+    let bytes = Layout::new(width).bytes();
+    let bytes = bytes.max(top::Layout::new(blocks).bytes());
+    call.build(device, Launch::linear(blocks, WARPS * 32, bytes))
+}
+
+/// A call of one of the kernels with the operands of the product, and the shift of a group.
+#[cfg(not(target_arch = "nvptx64"))]
+fn product(
+    shape: &Shape,
+    ops: &Operands,
+    kernel: &'static str,
+) -> Result<(CallBuilder, u32), ShapeError> {
+    let &Shape {
+        vocab,
+        width,
+        group,
+    } = shape;
+    let mut call = CallBuilder::new(kernel);
+    call.require(
+        width.is_multiple_of(32) && width <= 1 << 20,
+        "width",
+        width,
+        "it must be a multiple of 32 up to 2^20",
+    )?;
+    let shift = linear::int8_group_shift(&call, group, width)?;
+    call.tensor("quants", ops.quants, tensor_bytes(&[vocab, width], 1), 16)?;
+    call.tensor(
+        "scales",
+        ops.scales,
+        tensor_bytes(&[vocab, width.div_ceil(group)], 2),
+        2,
+    )?;
+    call.tensor("x", ops.x, tensor_bytes(&[width], 4), 16)?;
+    call.waits();
+    Ok((call, shift))
+}
+
+/// Adds the dimensions; the vocabulary and the width.
+#[cfg(not(target_arch = "nvptx64"))]
+fn dims(call: &mut CallBuilder, shape: &Shape, shift: u32) -> Result<(u32, u32), ShapeError> {
+    let vocab = call.dim("vocab", shape.vocab)?;
+    let width = call.dim("width", shape.width)?;
+    call.u32(shift);
+    Ok((vocab, width))
+}
+
+/// Blocks of a launch.
+#[cfg(not(target_arch = "nvptx64"))]
+fn blocks(device: &DeviceInfo, vocab: u32) -> u32 {
+    vocab.div_ceil(ROWS * WARPS).min(most_blocks(device))
 }
 
 /// The kernel for a shape.
@@ -180,6 +255,16 @@ pub fn kernel(shape: &Shape) -> &'static str {
         "logits_int8_by_row"
     } else {
         "logits_int8"
+    }
+}
+
+/// The kernel with the greatest logits for a shape.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn top_kernel(shape: &Shape) -> &'static str {
+    if shape.group >= shape.width {
+        "logits_int8_by_row_top"
+    } else {
+        "logits_int8_top"
     }
 }
 
@@ -372,21 +457,67 @@ unsafe fn add_chunk<const CHUNK: usize>(
     sums
 }
 
-/// The body. With `BY_ROW` a row has one scale, which waits for its end.
+/// What makes tokens that were seen less likely.
+#[derive(Clone, Copy)]
+struct Penalty {
+    /// A byte eight rows, or null.
+    seen: *const u8,
+    /// What positive logits and others are multiplied by.
+    factors: [f32; 2],
+}
+
+impl Penalty {
+    /// # Safety
+    /// The settings are there if `seen` is.
+    #[inline(always)]
+    unsafe fn load(seen: *const u8, settings: *const u32) -> Penalty {
+        let mut factors = [1.0; 2];
+        if !seen.is_null() {
+            // SAFETY: by the caller's promise.
+            factors = unsafe {
+                [setting::INVERSE_PENALTY, setting::PENALTY]
+                    .map(|at| f32::from_bits(ptx::ld_global_u32(settings.wrapping_add(at))))
+            };
+        }
+        Penalty { seen, factors }
+    }
+
+    /// Which of an item's rows were seen.
+    ///
+    /// # Safety
+    /// The item is one of the product's.
+    #[inline(always)]
+    unsafe fn of_item(&self, item: u32, items: u32) -> u8 {
+        if self.seen.is_null() || item >= items {
+            return 0;
+        }
+        // SAFETY: by the caller's promise.
+        unsafe { ptx::ld_global_u8(self.seen.wrapping_add(item as usize)) }
+    }
+
+    #[inline(always)]
+    fn on(&self, logit: f32, seen: bool) -> f32 {
+        let [positive, other] = self.factors;
+        let factor = if logit > 0.0 { positive } else { other };
+        if seen { logit * factor } else { logit }
+    }
+}
+
+/// The body: logits to their buffer if there is one; the best of the lane's rows. With `BY_ROW` a
+/// row has one scale, which waits for its end.
 ///
 /// # Safety
-/// Launched as [`plan`] says.
+/// Launched as [`plan`] or [`plan_top`] says.
 #[inline(always)]
-unsafe fn logits_and_choice<const BY_ROW: bool>(
+unsafe fn logits_and_best<const BY_ROW: bool>(
     quants: *const i8,
     scales: *const u16,
     x: *const f32,
     logits: *mut f32,
-    scratch: *mut u32,
-    tokens: *mut u32,
-    state: *mut u32,
-    [vocab, width, group_shift, advance]: [u32; 4],
-) {
+    seen: *const u8,
+    settings: *const u32,
+    [vocab, width, group_shift]: [u32; 3],
+) -> Best {
     let lane = warp::lane_id();
     let (g, t) = (lane / 4, lane % 4);
     let matrix = Matrix {
@@ -430,7 +561,12 @@ unsafe fn logits_and_choice<const BY_ROW: bool>(
             scales: [0; 2],
         }; STAGES];
         unroll!(I < 4 => { fetch(&mut stages[I]); });
+        // The matrix no launch writes; all else may be from the launch before.
+        ptx::griddep_launch();
+        ptx::griddep_wait();
         stage(x, width, smem, layout);
+        let penalty = Penalty::load(seen, settings);
+        let mut seen_rows = penalty.of_item(item, items);
         thread::sync_threads();
 
         // The lane's column of the second operand is g: part g % 2 of x in group (g / 2) % 2 of
@@ -482,6 +618,7 @@ unsafe fn logits_and_choice<const BY_ROW: bool>(
                     if BY_ROW {
                         total *= scales[0];
                     }
+                    total = penalty.on(total, seen_rows >> g & 1 != 0);
                     let row = item * ROWS + g;
                     if row < vocab {
                         best = best.or(Best { value: total, index: row });
@@ -493,13 +630,12 @@ unsafe fn logits_and_choice<const BY_ROW: bool>(
                     x_offset = x_first;
                     span = 0;
                     item += stride;
+                    seen_rows = penalty.of_item(item, items);
                 }
             });
         }
-        if !tokens.is_null() {
-            choose(best, scratch, tokens, state, advance, smem, layout);
-        }
     }
+    best
 }
 
 /// From the lanes' candidates to the token.
@@ -556,54 +692,112 @@ unsafe fn choose(
     }
 }
 
-/// `logits = W x` and the greedy choice, with a scale a group.
+/// From the lanes' candidates to the greatest logits.
 ///
 /// # Safety
-/// Launched as [`plan`] says, with a position below S.
-#[kernel]
-pub unsafe fn logits_int8(
-    quants: *const i8,  // (V, D) int8
-    scales: *const u16, // (V, ceil(D/group)) f16
-    x: *const f32,      // (D)
-    logits: *mut f32,   // (V), or null
-    scratch: *mut u32,  // counter, 3 words, (blocks, 2) candidates
-    tokens: *mut u32,   // (S + 1), or null
-    state: *mut u32,    // (1) position, or null
+/// All threads of all blocks call it; the buffers are as [`plan_top`] checked them.
+#[inline(always)]
+unsafe fn collect(
+    best: Best,
+    logits: *const f32,
+    scratch: *mut u32,
+    candidates: *mut u32,
     vocab: u32,
-    width: u32,
-    group_shift: u32,
-    advance: u32,
+    smem: Shared,
+    layout: Layout,
 ) {
-    let dims = [vocab, width, group_shift, advance];
-    // SAFETY: launched as `plan` says.
+    let blocks = thread::grid_dim_x();
+    let bests = scratch.wrapping_add(4);
+    // SAFETY: each warp has its place; the arrival parts writing from reading, and the barrier the
+    // uses of shared memory.
     unsafe {
-        logits_and_choice::<false>(quants, scales, x, logits, scratch, tokens, state, dims);
+        let best = best.of_warp();
+        if warp::lane_id() == 0 {
+            let grid_warp = thread::index_1d() / warp::SIZE;
+            best.leave(bests.wrapping_add(2 * grid_warp as usize));
+        }
+        if last_to_arrive(scratch, blocks, smem.offset_bytes(layout.flag())) {
+            thread::sync_threads();
+            let rows = top::Rows {
+                logits,
+                vocab,
+                bests,
+                blocks,
+            };
+            top::select(&rows, candidates, smem);
+        }
     }
 }
 
-/// `logits = W x` and the greedy choice, with a scale a row.
-///
-/// # Safety
-/// Launched as [`plan`] says, with a position below S.
-#[kernel]
-pub unsafe fn logits_int8_by_row(
-    quants: *const i8,  // (V, D) int8
-    scales: *const u16, // (V) f16
-    x: *const f32,      // (D)
-    logits: *mut f32,   // (V), or null
-    scratch: *mut u32,  // counter, 3 words, (blocks, 2) candidates
-    tokens: *mut u32,   // (S + 1), or null
-    state: *mut u32,    // (1) position, or null
-    vocab: u32,
-    width: u32,
-    group_shift: u32,
-    advance: u32,
-) {
-    let dims = [vocab, width, group_shift, advance];
-    // SAFETY: launched as `plan` says.
-    unsafe {
-        logits_and_choice::<true>(quants, scales, x, logits, scratch, tokens, state, dims);
-    }
+/// The kernels: with a scale a group, and with a scale a row.
+macro_rules! kernels {
+    ($($name:ident, $top:ident: $scales:literal, $by_row:literal;)*) => {$(
+        #[doc = concat!("`logits = W x` and the greedy choice, with a scale a ", $scales, ".")]
+        ///
+        /// # Safety
+        /// Launched as [`plan`] says, with a position below S.
+        #[kernel]
+        pub unsafe fn $name(
+            quants: *const i8,  // (V, D) int8
+            scales: *const u16, // (V, ceil(D/group)) f16
+            x: *const f32,      // (D)
+            logits: *mut f32,   // (V), or null
+            scratch: *mut u32,  // counter, 3 words, (blocks, 2) candidates
+            tokens: *mut u32,   // (S + 1), or null
+            state: *mut u32,    // (1) position, or null
+            vocab: u32,
+            width: u32,
+            group_shift: u32,
+            advance: u32,
+        ) {
+            let dims = [vocab, width, group_shift];
+            let none = core::ptr::null();
+            // SAFETY: launched as `plan` says.
+            unsafe {
+                let best = logits_and_best::<$by_row>(
+                    quants, scales, x, logits, none, none.cast(), dims,
+                );
+                if !tokens.is_null() {
+                    let smem = shared::dynamic_shared_mem();
+                    choose(best, scratch, tokens, state, advance, smem, Layout::new(width));
+                }
+            }
+        }
+
+        #[doc = concat!("`logits = W x` and the greatest of them, with a scale a ", $scales, ".")]
+        ///
+        /// # Safety
+        /// Launched as [`plan_top`] says.
+        #[kernel]
+        pub unsafe fn $top(
+            quants: *const i8,    // (V, D) int8
+            scales: *const u16,   // (V, ceil(D/group)) f16
+            x: *const f32,        // (D)
+            logits: *mut f32,     // (V)
+            scratch: *mut u32,    // counter, 3 words, (blocks, warps, 2) candidates
+            candidates: *mut u32, // (64, 2)
+            seen: *const u8,      // (ceil(V/32), 4) bits, or null
+            settings: *const u32, // (8), or null
+            vocab: u32,
+            width: u32,
+            group_shift: u32,
+        ) {
+            let dims = [vocab, width, group_shift];
+            // SAFETY: launched as `plan_top` says.
+            unsafe {
+                let best = logits_and_best::<$by_row>(
+                    quants, scales, x, logits, seen, settings, dims,
+                );
+                let smem = shared::dynamic_shared_mem();
+                collect(best, logits, scratch, candidates, vocab, smem, Layout::new(width));
+            }
+        }
+    )*};
+}
+
+kernels! {
+    logits_int8, logits_int8_top: "group", false;
+    logits_int8_by_row, logits_int8_by_row_top: "row", true;
 }
 
 #[cfg(test)]

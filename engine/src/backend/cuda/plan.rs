@@ -263,7 +263,6 @@ struct Compiler<'a> {
     caches: Vec<Cache>,
     /// What the blocks of an attention leave for each other: one layer at a time.
     partials: DeviceSlice,
-    arrived: DeviceSlice,
     logits_scratch: DeviceSlice,
     cos: DeviceSlice,
     sin: DeviceSlice,
@@ -291,19 +290,20 @@ impl<'a> Compiler<'a> {
                 })
             })
             .collect::<Result<Vec<_>, Error>>()?;
-        let scratch = model.recipe.steps.iter().find_map(|step| match *step {
-            Step::Attention { scale, .. } => Some(attention::scratch(
+        let scratch_bytes = model.recipe.steps.iter().find_map(|step| match *step {
+            Step::Attention { scale, .. } => Some(attention::scratch_bytes(
                 device,
                 &attention_shape(model, context, scale),
             )),
             _ => None,
         });
-        let (partials, arrived) = match scratch {
-            Some(scratch) if scratch.partials > 0 => (
-                memory.reserve(scratch.partials)?,
-                memory.upload(&vec![0; scratch.arrived as usize])?,
-            ),
-            _ => (DeviceSlice::NONE, DeviceSlice::NONE),
+        let partials = match scratch_bytes {
+            Some(bytes) if bytes > 0 => memory.upload_made(bytes, &mut || {
+                attention::UNWRITTEN
+                    .to_le_bytes()
+                    .repeat(bytes as usize / 4)
+            })?,
+            _ => DeviceSlice::NONE,
         };
         let table_bytes = bytes_of(&[context, config.head_dim / 2, size_of::<f32>()])?;
         let mut table = |sine: bool| {
@@ -323,7 +323,6 @@ impl<'a> Compiler<'a> {
             buffers,
             caches,
             partials,
-            arrived,
             logits_scratch: memory.upload(&vec![0; logits::scratch_bytes(device) as usize])?,
             cos,
             sin,

@@ -3,8 +3,7 @@
 use gpu_kernels::launch::{Call, DeviceSlice};
 use gpu_kernels::linear::gemv_int4_mma;
 use gpu_kernels::{
-    add, attention, embed, kv_append, linear, logits, rmsnorm, rope, rope_kv_append, sample,
-    swiglu,
+    add, attention, embed, kv_append, linear, logits, rmsnorm, rope, rope_kv_append, sample, swiglu,
 };
 use models::quant::Int4Tiled;
 use models::recipe::{Buffer, Step, WeightId};
@@ -141,7 +140,6 @@ impl Compiler<'_> {
                     state,
                     out,
                     partials: self.partials,
-                    arrived: self.arrived,
                 };
                 attention::plan(device, &shape, &operands)
             }

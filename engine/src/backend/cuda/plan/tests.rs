@@ -260,7 +260,10 @@ fn tokens_drawn_on_the_emulator() {
         tokens.push(want);
     }
     let greedy = tokens.iter().filter(|token| **token == tokens[1]).count();
-    assert!(greedy < CONTEXT, "not the same token over and over: {tokens:?}");
+    assert!(
+        greedy < CONTEXT,
+        "not the same token over and over: {tokens:?}"
+    );
 }
 
 #[test]
@@ -388,8 +391,8 @@ fn the_counter_counts_weights_cache_and_buffers() {
     let tokens = |s: usize| (4 * s as u64 + 4).next_multiple_of(Counter::ALIGN);
     let partials = |s: usize| {
         let shape = attention_shape(&model, s, 1.0);
-        let scratch = attention::scratch(&DeviceInfo::T4, &shape);
-        scratch.partials.next_multiple_of(Counter::ALIGN)
+        let bytes = attention::scratch_bytes(&DeviceInfo::T4, &shape);
+        bytes.next_multiple_of(Counter::ALIGN)
     };
     let all = |s: usize| cache(s) + tables(s) + tokens(s) + partials(s);
     assert_eq!(bytes(256) - bytes(64), all(256) - all(64));
