@@ -5,12 +5,15 @@ use std::sync::LazyLock;
 use engine::Error;
 use engine::backend::cuda::plan::Memory;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
+use gpu_kernels::tuned::Tuned;
 use gpu_kernels::variant::{Choice, INT4_GEMV, VariantId};
 use gpu_kernels::{
-    add, attention, embed, kv_append, linear, logits, read as read_kernel, rmsnorm, rope, sample,
-    swiglu,
+    add, attention, embed, kv_append, linear, logits, read as read_kernel, rmsnorm, rope,
+    rope_kv_append, sample, swiglu,
 };
 use half::f16;
+
+use crate::select::SEVEN;
 
 use choice::{logits_top, sample_topk};
 use tiled::fused_int4;
@@ -29,6 +32,9 @@ pub trait Operands: Memory {
     /// # Errors
     /// As [`Memory::upload`].
     fn activations(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error>;
+
+    /// The launches that the engine would take.
+    fn tuned(&self) -> &Tuned;
 }
 
 /// One measurement to take.
@@ -52,16 +58,7 @@ pub fn all() -> Vec<Row> {
     for (n, k) in [(576, 576), (192, 576), (1536, 576), (576, 1536)] {
         rows.extend(gemv_int4(n, k, 32, true));
     }
-    // Qwen2.5-1.5B: q/o, gate/up, down; Llama 8B: q/o, gate/up, down; a vocabulary.
-    for (n, k) in [
-        (1536, 1536),
-        (8960, 1536),
-        (1536, 8960),
-        (4096, 4096),
-        (14_336, 4096),
-        (4096, 14_336),
-        (151_936, 1536),
-    ] {
+    for (n, k) in SEVEN {
         rows.extend(gemv_int4(n, k, 128, false));
     }
     rows.extend(fused_int4());
@@ -115,6 +112,8 @@ pub fn all() -> Vec<Row> {
     rows.push(rope_f32(12, 128));
     rows.push(kv_append_f16(3, 64));
     rows.push(kv_append_f16(2, 128));
+    rows.push(rope_kv_append_f16(9, 3, 64));
+    rows.push(rope_kv_append_f16(12, 2, 128));
     rows.push(swiglu_f32(1536));
     rows.push(swiglu_f32(8960));
     rows.push(advance());
@@ -123,8 +122,8 @@ pub fn all() -> Vec<Row> {
 }
 
 /// The INT4 and INT8 forms of an `(n, k)` matrix, every variant of each.
-pub fn matrix(n: usize, k: usize, group: usize) -> Vec<Row> {
-    let mut rows = gemv_int4(n, k, group, false);
+pub fn matrix(n: usize, k: usize, group: usize, mins: bool) -> Vec<Row> {
+    let mut rows = gemv_int4(n, k, group, mins);
     rows.push(gemv_int8(n, k, group));
     rows
 }
@@ -157,6 +156,8 @@ pub fn read(bytes: u64, streams: bool) -> Row {
             let operands = read_kernel::Operands {
                 data: noise(memory, bytes as usize)?,
                 out: memory.reserve(4 * shape.out_words(device) as u64)?,
+                // Hardly a thread of noise gives it.
+                wanted: 0x9e37_79b9,
             };
             planned(read_kernel::plan(device, &shape, &operands))
         }),
@@ -472,6 +473,35 @@ fn kv_append_f16(kv_heads: usize, head_dim: usize) -> Row {
     }
 }
 
+fn rope_kv_append_f16(heads: usize, kv_heads: usize, head_dim: usize) -> Row {
+    let (queries, elems) = (heads * head_dim, kv_heads * head_dim);
+    Row {
+        kernel: "rope_kv_append_f16",
+        shape: format!("{heads}/{kv_heads} x {head_dim}"),
+        bytes: (8 * queries + 2 * (4 + 2) * elems + 4 * head_dim) as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let shape = rope_kv_append::Shape {
+                heads,
+                kv_heads,
+                head_dim,
+                context: 1,
+            };
+            let operands = rope_kv_append::Operands {
+                q: floats(memory, queries)?,
+                k: floats(memory, elems)?,
+                v: floats(memory, elems)?,
+                cos: floats(memory, head_dim / 2)?,
+                sin: floats(memory, head_dim / 2)?,
+                k_cache: memory.reserve(2 * elems as u64)?,
+                v_cache: memory.reserve(2 * elems as u64)?,
+                state: ints(memory, &[0])?,
+            };
+            planned(rope_kv_append::plan(device, &shape, &operands))
+        }),
+    }
+}
+
 fn swiglu_f32(elems: usize) -> Row {
     Row {
         kernel: "swiglu_f32",
@@ -543,6 +573,11 @@ mod tests {
     impl Operands for Counter {
         fn activations(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error> {
             self.upload(bytes)
+        }
+
+        fn tuned(&self) -> &Tuned {
+            static NONE: Tuned = Tuned::none();
+            &NONE
         }
     }
 

@@ -5,6 +5,8 @@ pub mod backend;
 pub mod chat;
 mod error;
 pub mod generate;
+pub mod quality;
+pub mod quantize;
 pub mod sampler;
 pub mod tokenizer;
 pub mod weights;

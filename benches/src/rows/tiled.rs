@@ -4,6 +4,8 @@ use engine::Error;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
 use gpu_kernels::linear::gemv_int4_mma;
 
+use crate::models::Product;
+
 use super::{Operands, Row, floats, halves, noise, planned};
 
 /// A product on the matrix units, with what surrounds it.
@@ -15,7 +17,7 @@ pub struct Tiled {
     pub mins: bool,
     /// Whether there is a norm in front.
     pub norm: bool,
-    /// Another tiling than the rule's.
+    /// Another tiling than the engine's choice.
     pub tiling: Option<gemv_int4_mma::Tiling>,
 }
 
@@ -28,6 +30,22 @@ impl Tiled {
             norm: false,
             tiling: None,
         }
+    }
+}
+
+impl Tiled {
+    /// A product of a decoder layer.
+    pub fn of(product: &Product, group: usize, mins: bool) -> Tiled {
+        let mut tiled = Tiled::plain(product.rows, product.cols, group);
+        tiled.shape.epilogue = product.epilogue;
+        tiled.norm = product.norm;
+        tiled.mins = mins;
+        tiled
+    }
+
+    /// Entry of the kernel.
+    pub fn kernel(&self) -> &'static str {
+        gemv_int4_mma::entry(self.shape.group, self.mins, self.shape.tokens)
     }
 }
 
@@ -105,13 +123,20 @@ pub fn gemv_int4_mma(product: &Tiled) -> Row {
         ));
     }
     Row {
-        kernel: gemv_int4_mma::entry(shape.group, mins, tokens),
+        kernel: product.kernel(),
         shape: text,
         bytes: (matrix_rows * cols / 2 + 2 * groups + vectors) as u64,
         streams: true,
         make: Box::new(move |device, memory| {
             let operands = tiled_operands(&product, memory)?;
-            planned(gemv_int4_mma::plan(device, &shape, &operands, tiling))
+            let tiling = tiling.unwrap_or_else(|| {
+                let rule = || gemv_int4_mma::rule(device, &shape);
+                let tuned = memory.tuned();
+                tuned
+                    .choose(product.kernel(), &shape.name(norm), rule)
+                    .launch
+            });
+            planned(gemv_int4_mma::plan(device, &shape, &operands, Some(tiling)))
         }),
     }
 }

@@ -4,7 +4,9 @@
 //! threads walk the phases together and take shares as they come. Threads are woken once a token, not
 //! once a matrix. Every buffer exists before the first token: a step allocates nothing.
 
+mod forward;
 mod program;
+mod read;
 mod team;
 
 use std::sync::Arc;
@@ -14,7 +16,7 @@ use cpu_kernels::buffer::AlignedBuffer;
 use cpu_kernels::isa::{Isa, OVERRIDE};
 use cpu_kernels::linear::{self, TILE_ROWS};
 use cpu_kernels::team::{Phases, SharedSlice, split};
-use cpu_kernels::{add, embed, kv_append, rmsnorm, rope, sample, swiglu};
+use cpu_kernels::{add, embed, kv_append, relu2_glu, rmsnorm, rope, round_int8, sample, swiglu};
 use half::f16;
 use half::slice::HalfBitsSliceExt;
 use models::quant::Weight;
@@ -22,8 +24,9 @@ use models::recipe::{Buffer, Step, WeightId};
 
 use self::program::Program;
 use self::team::Team;
-use super::{Backend, BackendInfo, LoadedModel};
+use super::{Backend, BackendInfo, LoadedModel, Profile};
 use crate::Error;
+use crate::sampler::{self, Sampling};
 
 /// Tokens of a prompt that go through the list together: enough that turning weights into floats
 /// is lost in the multiplications, few enough that their activations stay in the second-level cache.
@@ -49,7 +52,10 @@ pub struct CpuBackend {
     cache: Vec<u16>,
     /// A scratch area for each thread: see [`Scratch`].
     scratch: AlignedBuffer,
-    position: usize,
+    /// What the cache holds.
+    tokens: Vec<u32>,
+    /// Whether the last token's logits are there.
+    has_logits: bool,
 }
 
 impl CpuBackend {
@@ -115,7 +121,8 @@ impl CpuBackend {
             cos,
             sin,
             cache,
-            position: 0,
+            tokens: Vec::with_capacity(context),
+            has_logits: false,
         })
     }
 
@@ -130,11 +137,11 @@ impl CpuBackend {
                 "token {token} is outside the vocabulary of {vocab}"
             )));
         }
-        if tokens.len() > self.context - self.position {
+        if tokens.len() > self.context - self.tokens.len() {
             return Err(Error::input(format!(
                 "{} tokens after {} do not fit in the context of {}",
                 tokens.len(),
-                self.position,
+                self.tokens.len(),
                 self.context
             )));
         }
@@ -142,33 +149,41 @@ impl CpuBackend {
     }
 
     /// Runs the list for at most [`CHUNK_TOKENS`] checked tokens.
-    fn run(&mut self, tokens: &[u32], logits: bool) {
+    fn run(&mut self, tokens: &[u32], logits: Logits<'_>) {
         let scratch_elems = Scratch::elems(&self.program, self.context);
+        let position = self.tokens.len();
+        let has_logits = !matches!(logits, Logits::Unwanted);
+        let activations = SharedSlice::new(&mut self.activations);
+        let logits = match logits {
+            Logits::Unwanted => None,
+            Logits::Last => Some(activations.part(self.program.buffer(Buffer::Logits, 1))),
+            Logits::Each(all) => Some(SharedSlice::new(all)),
+        };
         let job = Job {
             program: &self.program,
             weights: &self.model.weights,
             isa: self.isa,
             tokens,
             logits,
-            position: self.position,
+            position,
             context: self.context,
             shape: AttentionShape {
                 heads: self.model.recipe.config.heads,
                 kv_heads: self.model.recipe.config.kv_heads,
                 head_dim: self.model.recipe.config.head_dim,
                 capacity: self.context,
-                position: self.position,
+                position,
                 scale: 1.0,
             },
             cos: &self.cos,
             sin: &self.sin,
-            activations: SharedSlice::new(&mut self.activations),
+            activations,
             cache: SharedSlice::new(self.cache.reinterpret_cast_mut::<f16>()),
         };
         let scratch = SharedSlice::new(&mut self.scratch);
         self.phases.restart();
         let (phases, threads) = (&self.phases, self.team.threads());
-        let positions = self.position + tokens.len();
+        let positions = position + tokens.len();
         self.team.run(|thread| {
             let own = thread * scratch_elems..(thread + 1) * scratch_elems;
             // SAFETY: each thread of the team takes the area of its own number.
@@ -186,11 +201,12 @@ impl CpuBackend {
                 });
             }
         });
-        self.position += tokens.len();
+        self.tokens.extend_from_slice(tokens);
+        self.has_logits = has_logits;
     }
 
     fn last_logits(&self) -> Result<&[f32], Error> {
-        if self.position == 0 {
+        if !self.has_logits {
             return Err(Error::machine(
                 "no token was appended yet: there are no logits",
             ));
@@ -208,19 +224,41 @@ impl Backend for CpuBackend {
         self.check(tokens)?;
         let chunks = tokens.len().div_ceil(CHUNK_TOKENS);
         for (i, chunk) in tokens.chunks(CHUNK_TOKENS).enumerate() {
-            self.run(chunk, i + 1 == chunks);
+            let wanted = match i + 1 == chunks {
+                true => Logits::Last,
+                false => Logits::Unwanted,
+            };
+            self.run(chunk, wanted);
         }
         Ok(())
     }
 
     fn decode(&mut self, token: u32) -> Result<(), Error> {
         self.check(&[token])?;
-        self.run(&[token], true);
+        self.run(&[token], Logits::Last);
         Ok(())
     }
 
-    fn argmax(&mut self) -> Result<u32, Error> {
-        Ok(sample::part(self.isa, self.last_logits()?).map_or(0, |(token, _)| token))
+    fn choose(&mut self, sampling: &Sampling) -> Result<u32, Error> {
+        let logits = self.last_logits()?;
+        if sampling.is_greedy() {
+            let best = sample::part(self.isa, logits).map(|(token, _)| token);
+            return best.ok_or_else(sampler::no_number);
+        }
+        sampler::choose(&mut logits.to_vec(), &self.tokens, sampling)
+    }
+
+    fn prefill_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
+        self.check(tokens)?;
+        let last = self.program.buffer(Buffer::Logits, 1);
+        let mut all = vec![0.0; tokens.len() * last.len()];
+        let rows = all.chunks_mut(CHUNK_TOKENS * last.len());
+        for (chunk, rows) in tokens.chunks(CHUNK_TOKENS).zip(rows) {
+            self.run(chunk, Logits::Each(rows));
+        }
+        let kept = all.len() - last.len();
+        self.activations[last].copy_from_slice(&all[kept..]);
+        Ok(all)
     }
 
     fn logits(&mut self) -> Result<Vec<f32>, Error> {
@@ -228,11 +266,19 @@ impl Backend for CpuBackend {
     }
 
     fn position(&self) -> usize {
-        self.position
+        self.tokens.len()
     }
 
-    fn reset(&mut self) {
-        self.position = 0;
+    fn rewind(&mut self, tokens: usize) {
+        self.tokens.truncate(tokens);
+        self.has_logits = false;
+    }
+
+    fn profile(&mut self, _: bool) -> Result<Profile, Error> {
+        Ok(Profile {
+            read_bytes_per_second: read::bytes_per_second(self.team.threads())?,
+            kernels: Vec::new(),
+        })
     }
 }
 
@@ -259,14 +305,23 @@ impl Scratch<'_> {
     }
 }
 
+/// Which tokens of a call get logits.
+enum Logits<'a> {
+    Unwanted,
+    /// The last one, into its activation buffer.
+    Last,
+    /// All of them, into `(tokens, V)`.
+    Each(&'a mut [f32]),
+}
+
 /// What the threads of a team share while they run the list once.
 struct Job<'a> {
     program: &'a Program,
     weights: &'a [Weight],
     isa: Isa,
     tokens: &'a [u32],
-    /// Whether logits are wanted.
-    logits: bool,
+    /// `(n, V)`: where the logits of the last `n` tokens go, if they are wanted.
+    logits: Option<SharedSlice<'a, f32>>,
     position: usize,
     context: usize,
     shape: AttentionShape,
@@ -322,7 +377,8 @@ impl Job<'_> {
                 let dst = unsafe { dst.slice_mut(own.start * width..own.end * width) };
                 match &self.weights[table] {
                     Weight::Int8(table) => embed::part(isa, table, &self.tokens[own], dst),
-                    _ => unreachable!("the program was compiled with an INT8 table"),
+                    Weight::F16(table) => embed::part(isa, table, &self.tokens[own], dst),
+                    _ => unreachable!("the program was compiled with an INT8 or F16 table"),
                 }
             }
             Step::RmsNorm {
@@ -357,18 +413,45 @@ impl Job<'_> {
                 // SAFETY: this share's columns of `dst`.
                 unsafe { self.linear(weight, bias, src, dst, own, scratch) };
             }
-            Step::Logits { table, src, dst } => {
-                if !self.logits {
+            Step::Logits {
+                table,
+                src,
+                dst: dst_buffer,
+            } => {
+                let Some(dst) = self.logits else {
                     return;
-                }
+                };
+                let vocab = self.program.buffer(dst_buffer, 1).len();
+                let rows = dst.len() / vocab;
                 // SAFETY: `src` was complete before this phase.
                 let src = unsafe { self.read(src) };
                 let width = src.len() / tokens;
-                let dst = self.activations.part(self.program.buffer(dst, 1));
-                let own = split(dst.len(), TILE_ROWS, part, parts);
-                let last = &src[(tokens - 1) * width..];
-                // SAFETY: this share's elements of `dst`.
+                let own = split(vocab, TILE_ROWS, part, parts);
+                let last = &src[(tokens - rows) * width..];
+                // SAFETY: this share's columns of `dst`.
                 unsafe { self.linear(table, None, last, dst, own, scratch) };
+            }
+            Step::HeadNorm {
+                weight,
+                eps,
+                buffer,
+                heads,
+            } => {
+                let (dh, weight) = (self.shape.head_dim, self.vector(weight));
+                let buffer = self.buffer(buffer);
+                for unit in split(tokens * heads, 1, part, parts) {
+                    // SAFETY: a head of this share.
+                    let head = unsafe { buffer.slice_mut(unit * dh..(unit + 1) * dh) };
+                    rmsnorm::part_in_place(isa, head, weight, eps);
+                }
+            }
+            Step::RoundToInt8 { buffer } => {
+                let own = split(tokens, 1, part, parts);
+                let buffer = self.buffer(buffer);
+                let width = buffer.len() / tokens;
+                // SAFETY: the rows of this share's tokens.
+                let own = unsafe { buffer.slice_mut(own.start * width..own.end * width) };
+                round_int8::part(isa, own, width);
             }
             Step::Rope { buffer, heads } => {
                 let (dh, half) = (self.shape.head_dim, self.shape.head_dim / 2);
@@ -431,6 +514,16 @@ impl Job<'_> {
                     }
                 }
             }
+            Step::ReluSquaredGlu { gate, up, dst } => {
+                let (gate, up, dst) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
+                for own in columns(dst.len(), tokens, part, parts) {
+                    // SAFETY: this share's columns of all three.
+                    unsafe {
+                        let (gate, up) = (gate.slice(own.clone()), up.slice(own.clone()));
+                        relu2_glu::part(isa, gate, up, dst.slice_mut(own));
+                    }
+                }
+            }
             Step::Add { src, dst } => {
                 let (src, dst) = (self.buffer(src), self.buffer(dst));
                 for own in columns(dst.len(), tokens, part, parts) {
@@ -462,6 +555,14 @@ impl Job<'_> {
             },
             // SAFETY: as above.
             Weight::Int8(w) => unsafe {
+                linear::part(self.isa, w, bias, src, dst, own, scratch);
+            },
+            // SAFETY: as above.
+            Weight::Ternary(w) => unsafe {
+                linear::part(self.isa, w, bias, src, dst, own, scratch);
+            },
+            // SAFETY: as above.
+            Weight::F16(w) => unsafe {
                 linear::part(self.isa, w, bias, src, dst, own, scratch);
             },
             Weight::Vector(_) => unreachable!("the program was compiled with a matrix here"),

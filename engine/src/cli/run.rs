@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
@@ -11,12 +10,12 @@ use engine::Error;
 use engine::backend::{Backend, Selected, select};
 use engine::chat::{ChatTemplate, Message};
 use engine::generate::{Limits, Outcome, Piece, Stop, check_prompt, generate};
-use engine::sampler::{Sampler, Sampling};
+use engine::sampler::Sampling;
 use engine::weights::ModelFile;
 use models::file::gguf::Gguf;
 use serde::Serialize;
 
-use super::{Failure, ModelArgs, model_path, set_threads, stdout_failure};
+use super::{Failure, ModelArgs, interrupt, model_path, set_threads, stdout_failure};
 
 /// Most bytes read as a prompt from standard input.
 const STDIN_LIMIT_BYTES: u64 = 64 << 20;
@@ -24,9 +23,6 @@ const STDIN_LIMIT_BYTES: u64 = 64 << 20;
 const CONTEXT_STEP_TOKENS: usize = 64;
 /// Metadata key of the chat template.
 const TEMPLATE_KEY: &str = "tokenizer.chat_template";
-
-/// Raised by Ctrl-C.
-static INTERRUPT: AtomicBool = AtomicBool::new(false);
 
 /// Generate text from a prompt.
 ///
@@ -55,20 +51,29 @@ pub struct RunArgs {
     raw: bool,
 
     /// Always take the most likely token.
-    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p", "seed"])]
     greedy: bool,
 
     /// Randomness: 0 is greedy, 1 the model's own distribution.
     #[arg(long, value_name = "T", default_value_t = 0.7)]
     temperature: f32,
 
-    /// Draw from the K most likely tokens; 0 is all of them.
+    /// Draw from the K most likely tokens, 1 to 64.
     #[arg(long, value_name = "K", default_value_t = 40)]
-    top_k: usize,
+    top_k: u32,
 
     /// Draw from the most likely tokens that together reach this probability.
     #[arg(long, value_name = "P", default_value_t = 0.95)]
     top_p: f32,
+
+    /// Draw from tokens at least this probable, the most likely one taken as 1.
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f32,
+
+    /// Makes tokens that the context holds less likely: divides their positive logits and multiplies
+    /// their negative ones; 1 leaves them.
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    repetition_penalty: f32,
 
     /// Seed of the random choice; the same seed gives the same text. Without it, the clock.
     #[arg(long, value_name = "N")]
@@ -112,20 +117,27 @@ struct Report<'a> {
 pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
     set_threads(args.model.threads);
     let seed = args.seed.unwrap_or_else(clock_seed);
-    let mut sampler = Sampler::new(match args.greedy {
+    let chosen = match args.greedy {
         true => Sampling::GREEDY,
         false => Sampling {
             temperature: args.temperature,
             top_k: args.top_k,
             top_p: args.top_p,
+            min_p: args.min_p,
             seed,
+            ..Sampling::GREEDY
         },
-    })?;
+    };
+    let sampling = Sampling {
+        repetition_penalty: args.repetition_penalty,
+        ..chosen
+    };
+    sampling.check()?;
     let input = read_input(&args.input)?;
     if input.is_empty() {
         return Err(Error::Input("the prompt is empty".into()).into());
     }
-    catch_interrupts()?;
+    interrupt::catch()?;
 
     let mapped = ModelFile::open(&model_path::resolve(args.model.model.as_deref())?)?;
     let file = mapped.parse()?;
@@ -178,12 +190,12 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
     let outcome = generate(
         backend.as_mut(),
         &tokenizer,
-        &mut sampler,
+        &sampling,
         &prompt,
         Limits {
             max_tokens: args.tokens,
             context,
-            interrupt: &INTERRUPT,
+            interrupt: &interrupt::RAISED,
         },
         |piece: Piece<'_>| {
             let written = match (args.json, args.ids, piece.id) {
@@ -233,7 +245,8 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
             .and_then(|()| stdout.flush())
             .map_err(stdout_failure)?;
     }
-    let sampled = (!sampler.sampling().is_greedy()).then_some(seed);
+    let drawn = sampling.temperature != 0.0 && sampling.top_k != 1;
+    let sampled = drawn.then_some(seed);
     eprintln!(
         "{}",
         summary(
@@ -352,16 +365,6 @@ fn read_input(flag: &str) -> Result<String, Error> {
         }
     }
     Ok(text)
-}
-
-/// The first Ctrl-C ends the run after the current token, the second one ends the process.
-fn catch_interrupts() -> Result<(), Error> {
-    ctrlc::set_handler(|| {
-        if INTERRUPT.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    })
-    .map_err(|e| Error::Machine(format!("cannot catch Ctrl-C: {e}")))
 }
 
 /// A seed that differs from run to run.

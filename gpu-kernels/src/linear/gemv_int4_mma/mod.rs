@@ -41,6 +41,8 @@
 mod kernel;
 #[cfg(not(target_arch = "nvptx64"))]
 mod plan;
+#[cfg(not(target_arch = "nvptx64"))]
+mod space;
 mod stage;
 
 use cuda_std::{kernel, thread};
@@ -48,6 +50,8 @@ use cuda_std::{kernel, thread};
 use kernel::{Args, gemv};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use plan::{Epilogue, Operands, Shape, Tiling, entry, max_warps, plan, rule};
+#[cfg(not(target_arch = "nvptx64"))]
+pub use space::candidates;
 
 /// Rows a tile.
 const TILE_ROWS: u32 = 16;

@@ -73,11 +73,11 @@ impl Shape {
         }
     }
 
-    fn row_tiles(&self) -> usize {
+    pub(super) fn row_tiles(&self) -> usize {
         self.rows.div_ceil(self.tile_outputs())
     }
 
-    fn depth_tiles(&self) -> usize {
+    pub(super) fn depth_tiles(&self) -> usize {
         self.cols.div_ceil(TILE_COLS as usize)
     }
 }
