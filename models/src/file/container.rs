@@ -10,9 +10,7 @@
 //!               NAME          (n, k) F16                  a matrix of floats
 //!               NAME.quants   (n, k/2) U8, (n, k) I8, (n, k/4) U8   of INT4, INT8 and ternary
 //!               NAME.scales   (n, ceil(k/group)) F16      F32 for ternary
-//!               NAME.mins     (n, ceil(k/group)) F16      INT4 with minima
-//!               NAME.quants   (n, k/4) U8, NAME.scales (n, ceil(k/group)) F32       ternary
-//!               NAME          (n, k) F16                  a float matrix
+//!               NAME.mins     (n, ceil(k/group)) F16      INT4 with minima or zeros
 //!               padding.I     (n,) U8 zeros               fills up to the next 4,096 bytes
 //! ```
 //!
@@ -121,10 +119,7 @@ impl StoredWeight {
         let layout = match weight {
             Weight::Int4(m) => Layout::Int4 {
                 group: m.group,
-                form: match m.mins {
-                    Some(_) => Int4Form::Asymmetric,
-                    None => Int4Form::Symmetric,
-                },
+                form: m.form(),
             },
             Weight::Int8(m) => Layout::Int8 { group: m.group },
             Weight::Ternary(m) => Layout::Ternary { group: m.group },
@@ -176,7 +171,7 @@ impl StoredWeight {
                     part(".quants", DType::U8, cols / 2)?,
                     part(".scales", DType::F16, groups)?,
                 ];
-                if form == Int4Form::Asymmetric {
+                if form != Int4Form::Symmetric {
                     parts.push(part(".mins", DType::F16, groups)?);
                 }
                 parts
@@ -326,9 +321,13 @@ impl<'a> Container<'a> {
                 self.values(stored, ".scales")?,
                 match form {
                     Int4Form::Symmetric => None,
-                    Int4Form::Asymmetric => Some(self.values(stored, ".mins")?),
+                    Int4Form::Asymmetric | Int4Form::Zeros => Some(self.values(stored, ".mins")?),
                 },
             )
+            .and_then(|matrix| match form {
+                Int4Form::Zeros => matrix.with_zeros(),
+                _ => Ok(matrix),
+            })
             .map(Weight::Int4),
             Layout::Int8 { group } => Int8Matrix::from_shared(
                 rows,
