@@ -2,11 +2,13 @@
 
 mod atomic_file;
 mod bench;
+mod info;
 mod interrupt;
 mod loaded;
 mod logits;
 mod model_path;
 mod perplexity;
+mod quantize;
 mod run;
 mod synthesize;
 
@@ -41,6 +43,8 @@ enum Command {
     Synthesize(synthesize::SynthesizeArgs),
     Logits(logits::LogitsArgs),
     Perplexity(perplexity::PerplexityArgs),
+    Quantize(quantize::QuantizeArgs),
+    Info(info::InfoArgs),
 }
 
 impl Cli {
@@ -52,6 +56,8 @@ impl Cli {
             Command::Synthesize(args) => synthesize::execute(args),
             Command::Logits(args) => logits::execute(args),
             Command::Perplexity(args) => perplexity::execute(args),
+            Command::Quantize(args) => quantize::execute(args),
+            Command::Info(args) => info::execute(args),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use models::file::Source;
 use models::file::gguf::{DType, Gguf};
 use models::synthetic::{self, Options};
 use support::{BINARY, Fixture, assert_error, assert_success, fixture, model, run, text};
@@ -59,16 +60,20 @@ fn logits(folder: &Path, model: &Path) -> Vec<f32> {
         .expect("started");
     assert_success(&output);
     let bytes = std::fs::read(&out).expect("read");
-    bytemuck(&bytes)
-}
-
-fn bytemuck(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+    bytes
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|b| f32::from_le_bytes(*b))
+        .collect()
 }
 
 fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let dot = |a: &[f32], b: &[f32]| -> f64 {
-        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
     };
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
@@ -84,10 +89,25 @@ fn every_form_runs_and_stays_near_its_source() {
         for (flags, least) in [
             (&["--method", "rtn", "--group", "32"][..], 0.985),
             (&["--group", "64", "--asymmetric"], 0.98),
-            (&["--bits", "8", "--method", "rtn", "--lm-head", "f16"], 0.9995),
-            (&["--bits", "ternary", "--method", "rtn", "--group", "32"], 0.5),
+            (
+                &["--bits", "8", "--method", "rtn", "--lm-head", "f16"],
+                0.9995,
+            ),
+            (
+                &["--bits", "ternary", "--method", "rtn", "--group", "32"],
+                0.5,
+            ),
             (&["--method", "awq", "--calibration", calibration], 0.97),
-            (&["--method", "gptq", "--asymmetric", "--calibration", calibration], 0.97),
+            (
+                &[
+                    "--method",
+                    "gptq",
+                    "--asymmetric",
+                    "--calibration",
+                    calibration,
+                ],
+                0.97,
+            ),
         ] {
             let target = folder.join("out.edgellm");
             assert_success(&quantize(&source.path, &target, flags));
@@ -112,7 +132,14 @@ fn the_same_flags_give_the_same_bytes_whatever_the_threads() {
     for method in ["rtn", "mse", "awq", "gptq"] {
         let made = |name: &str, threads: &str| {
             let target = folder.join(name);
-            let flags = ["--method", method, "--calibration", calibration, "--threads", threads];
+            let flags = [
+                "--method",
+                method,
+                "--calibration",
+                calibration,
+                "--threads",
+                threads,
+            ];
             assert_success(&quantize(&source.path, &target, &flags));
             std::fs::read(&target).expect("read")
         };
@@ -124,8 +151,15 @@ fn the_same_flags_give_the_same_bytes_whatever_the_threads() {
 fn info_agrees_about_source_and_result() {
     let source = tiny("tiny-qwen2");
     let target = source.folder.path().join("out.edgellm");
-    assert_success(&quantize(&source.path, &target, &["--group", "32", "--method", "rtn"]));
-    let (before, after) = (info(&source.path, &[]), info(&target, &["--context", "100"]));
+    assert_success(&quantize(
+        &source.path,
+        &target,
+        &["--group", "32", "--method", "rtn"],
+    ));
+    let (before, after) = (
+        info(&source.path, &[]),
+        info(&target, &["--context", "100"]),
+    );
     assert_eq!(before["weights"], after["weights"]);
     let mut config = before["config"].clone();
     config["name"] = after["config"]["name"].clone();
@@ -134,20 +168,36 @@ fn info_agrees_about_source_and_result() {
     assert_eq!(after["cache_bytes"], 2 * 2 * 16 * 2 * 2 * 100);
     let linear = |report: &serde_json::Value| {
         let kinds = report["kinds"].as_array().expect("a list").clone();
-        kinds.into_iter().find(|kind| kind["name"] == "linear layers").expect("there")
+        kinds
+            .into_iter()
+            .find(|kind| kind["name"] == "linear layers")
+            .expect("there")
     };
     // INT4 of group 32 is Q4_0's 18 bytes a block, and it is loaded as it is stored.
     assert_eq!(linear(&before)["file_bytes"], linear(&after)["file_bytes"]);
     assert_eq!(linear(&after)["loaded_bytes"], linear(&after)["file_bytes"]);
 
-    let shown = Command::new(BINARY).arg("info").arg(&target).output().expect("started");
+    let shown = Command::new(BINARY)
+        .arg("info")
+        .arg(&target)
+        .output()
+        .expect("started");
     assert_success(&shown);
     let shown = text(&shown.stdout);
-    for expected in ["qwen2, 2 layers of width 64", "linear layers", "4.50", "context of 256"] {
+    for expected in [
+        "qwen2, 2 layers of width 64",
+        "linear layers",
+        "4.50",
+        "context of 256",
+    ] {
         assert!(shown.contains(expected), "`{expected}` is not in {shown}");
     }
     assert_error(
-        &Command::new(BINARY).args(["info", "--context", "257"]).arg(&target).output().expect("started"),
+        &Command::new(BINARY)
+            .args(["info", "--context", "257"])
+            .arg(&target)
+            .output()
+            .expect("started"),
         2,
         "257",
     );
@@ -164,23 +214,34 @@ fn input_that_cannot_be_used_is_one_line_and_leaves_no_file() {
     };
     refuse(&source.path, &["--lm-head", "int4"], "same table");
     refuse(&source.path, &["--method", "gptq", "--bits", "8"], "4 bits");
-    refuse(&source.path, &["--method", "awq", "--calibration", "/no/such/text"], "cannot read");
+    refuse(
+        &source.path,
+        &["--method", "awq", "--calibration", "/no/such/text"],
+        "cannot read",
+    );
     let short = folder.join("short.txt");
     std::fs::write(&short, "too short").expect("written");
     let short = short.to_str().expect("UTF-8");
-    refuse(&source.path, &["--method", "gptq", "--calibration", short], "calibration text");
+    refuse(
+        &source.path,
+        &["--method", "gptq", "--calibration", short],
+        "calibration text",
+    );
     refuse(Path::new("/no/such/model"), &[], "no/such/model");
 
     // A scale that is NaN: the tensor, row and column are named.
     let mut bad = model("tiny");
     let data = Gguf::parse(&bad).expect("parsed");
-    let tensor = models::file::Source::tensor(&data, "blk.1.ffn_up.weight").expect("there");
+    let tensor = data.tensor("blk.1.ffn_up.weight").expect("there");
     let at = tensor.data.as_ptr() as usize - bad.as_ptr() as usize;
     bad[at..at + 2].copy_from_slice(&0x7e00u16.to_le_bytes());
     let bad = fixture(&bad);
     let calibration = folder.join("text.txt");
     let calibration = calibration.to_str().expect("UTF-8");
-    for flags in [&["--method", "rtn"][..], &["--method", "gptq", "--calibration", calibration]] {
+    for flags in [
+        &["--method", "rtn"][..],
+        &["--method", "gptq", "--calibration", calibration],
+    ] {
         refuse(&bad.path, flags, "up_proj.weight`: row 0, column 0 is NaN");
     }
 
@@ -195,10 +256,17 @@ fn input_that_cannot_be_used_is_one_line_and_leaves_no_file() {
         (r#"\"layers\":2"#, r#"\"layers\":9"#, "layers.2"),
         (r#"\"heads\":4"#, r#"\"heads\":0"#, "heads"),
         (r#"\"width\":64"#, r#"\"width\":96"#, "embed_tokens"),
-        (r#"\"architecture\":\"llama\""#, r#"\"architecture\":\"lIama\""#, "lIama"),
+        (
+            r#"\"architecture\":\"llama\""#,
+            r#"\"architecture\":\"lIama\""#,
+            "lIama",
+        ),
     ] {
         let mut bytes = whole.clone();
-        let at = bytes.windows(from.len()).position(|w| w == from.as_bytes()).expect("there");
+        let at = bytes
+            .windows(from.len())
+            .position(|w| w == from.as_bytes())
+            .expect("there");
         bytes.splice(at..at + from.len(), to.bytes());
         std::fs::write(&target, bytes).expect("written");
         assert_error(&run(&target, &["-i", "hi"]), 2, expected);
@@ -240,7 +308,11 @@ fn memory_does_not_grow_with_the_model_and_ctrl_c_leaves_nothing() {
     // Q8_0: 34 bytes for 32 weights.
     let largest = 49_152 * 576 * 34 / 32;
 
-    let mut child = started(&source.path, &target, &["--method", "rtn", "--threads", "2"]);
+    let mut child = started(
+        &source.path,
+        &target,
+        &["--method", "rtn", "--threads", "2"],
+    );
     let status = format!("/proc/{}/status", child.id());
     let mut peak_kilobytes = 0u64;
     while child.try_wait().expect("a child").is_none() {
@@ -255,15 +327,27 @@ fn memory_does_not_grow_with_the_model_and_ctrl_c_leaves_nothing() {
     let peak = 1024 * peak_kilobytes;
     // Far below the bound of half a gigabyte beside the largest tensor, and below the model itself.
     let bound = largest * 3 / 2 + 50_000_000;
-    assert!(peak > 10_000_000 && peak < bound, "{peak} bytes at most, {bound} allowed");
+    assert!(
+        peak > 10_000_000 && peak < bound,
+        "{peak} bytes at most, {bound} allowed"
+    );
     assert!(bound < file, "{file} bytes are too few to tell");
     std::fs::remove_file(&target).expect("removed");
 
-    let mut child = started(&source.path, &target, &["--method", "mse", "--threads", "1"]);
+    let mut child = started(
+        &source.path,
+        &target,
+        &["--method", "mse", "--threads", "1"],
+    );
     let begun = Instant::now();
     let parts = || {
-        let names = std::fs::read_dir(folder).expect("listed").flatten().map(|e| e.file_name());
-        names.filter(|name| name.to_string_lossy().contains(".part")).count()
+        let names = std::fs::read_dir(folder)
+            .expect("listed")
+            .flatten()
+            .map(|e| e.file_name());
+        names
+            .filter(|name| name.to_string_lossy().contains(".part"))
+            .count()
     };
     while parts() == 0 && begun.elapsed() < Duration::from_secs(60) {
         std::thread::sleep(Duration::from_millis(2));

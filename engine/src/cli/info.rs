@@ -86,7 +86,9 @@ pub fn execute(args: InfoArgs) -> Result<ExitCode, Failure> {
         true => serde_json::to_string(&report).map_err(Error::machine)? + "\n",
         false => show(&report),
     };
-    std::io::stdout().write_all(text.as_bytes()).map_err(stdout_failure)?;
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(stdout_failure)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -112,8 +114,18 @@ fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Resul
         })
         .collect::<Result<_, models::Error>>()?;
     let uses = uses(&recipe);
-    let names = ["embedding", "output table", "linear layers", "norms and biases"];
-    let mut kinds: Vec<Kind> = names.map(|name| Kind { name, ..Kind::default() }).into();
+    let names = [
+        "embedding",
+        "output table",
+        "linear layers",
+        "norms and biases",
+    ];
+    let mut kinds: Vec<Kind> = names
+        .map(|name| Kind {
+            name,
+            ..Kind::default()
+        })
+        .into();
     for ((weight, (file, loaded)), kind) in recipe.weights.iter().zip(sizes).zip(uses) {
         let kind = &mut kinds[kind];
         kind.tensors += 1;
@@ -128,7 +140,10 @@ fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Resul
     // Keys and values as halves; counts up to 2^31 each, so no product of the first three overflows.
     let per_token = 2 * 2 * config.kv_heads as u64 * config.head_dim as u64 * config.layers as u64;
     let cache_bytes = per_token.saturating_mul(context as u64);
-    let buffer_bytes = 4 * Buffer::ALL.iter().map(|&buffer| recipe.elems(buffer) as u64).sum::<u64>();
+    let buffer_bytes = 4 * Buffer::ALL
+        .iter()
+        .map(|&buffer| recipe.elems(buffer) as u64)
+        .sum::<u64>();
     Ok(Report {
         bits_per_weight: 8.0 * sum(|kind| kind.file_bytes) as f64 / all.max(1) as f64,
         weights: all,
@@ -137,7 +152,9 @@ fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Resul
         weight_bytes,
         cache_bytes,
         buffer_bytes,
-        device_bytes: weight_bytes.saturating_add(cache_bytes).saturating_add(buffer_bytes),
+        device_bytes: weight_bytes
+            .saturating_add(cache_bytes)
+            .saturating_add(buffer_bytes),
         config: recipe.config,
     })
 }

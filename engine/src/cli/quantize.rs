@@ -165,7 +165,9 @@ impl QuantizeArgs {
             },
         };
         match options.method.calibrates() && options.bits != Bits::Four {
-            true => Err(Error::input("--method awq and gptq round to 4 bits: leave --bits out")),
+            true => Err(Error::input(
+                "--method awq and gptq round to 4 bits: leave --bits out",
+            )),
             false => Ok(options),
         }
     }
@@ -228,11 +230,19 @@ pub fn execute(args: QuantizeArgs) -> Result<ExitCode, Failure> {
         // Dropped before it is committed, the file leaves nothing.
         return Ok(ExitCode::from(interrupt::EXIT_CODE));
     }
-    let stored = made?;
+    let (stored, _) = made?;
     out.commit()?;
 
-    let file_bytes = std::fs::metadata(&args.target).map_err(Error::machine)?.len();
-    let report = report(&recipe.config.name, &args.target, file_bytes, &stored, calibration_tokens)?;
+    let file_bytes = std::fs::metadata(&args.target)
+        .map_err(Error::machine)?
+        .len();
+    let report = report(
+        &recipe.config.name,
+        &args.target,
+        file_bytes,
+        &stored,
+        calibration_tokens,
+    )?;
     if args.json {
         use std::io::Write;
         let line = serde_json::to_string(&report).map_err(Error::machine)?;
