@@ -89,7 +89,11 @@ fn int4_is_close_to_the_reference() {
                 &mut random,
                 |bias, x, y| int4::reference(&w, bias, x, y),
                 |bias, x, y| int4::forward(&w, bias, x, y),
-                &format!("int4 n={n} k={k} group={group} t={tokens} {:?}", w.form()),
+                &format!(
+                    "int4 n={n} k={k} group={group} t={tokens} mins={} zeros={}",
+                    w.mins.is_some(),
+                    w.zeros
+                ),
             );
         }
     }

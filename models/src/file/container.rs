@@ -73,6 +73,11 @@ pub enum Layout {
         /// What the levels stand for.
         form: Int4Form,
     },
+    /// [`Int4Matrix`] with zeros.
+    Int4Zeros {
+        /// Weights that share a scale.
+        group: usize,
+    },
     /// [`Int8Matrix`].
     Int8 {
         /// Weights that share a scale.
@@ -117,9 +122,13 @@ impl StoredWeight {
     pub fn of(name: String, weight: &Weight) -> StoredWeight {
         let (rows, cols) = weight.shape();
         let layout = match weight {
+            Weight::Int4(m) if m.zeros => Layout::Int4Zeros { group: m.group },
             Weight::Int4(m) => Layout::Int4 {
                 group: m.group,
-                form: m.form(),
+                form: match m.mins {
+                    Some(_) => Int4Form::Asymmetric,
+                    None => Int4Form::Symmetric,
+                },
             },
             Weight::Int8(m) => Layout::Int8 { group: m.group },
             Weight::Ternary(m) => Layout::Ternary { group: m.group },
@@ -171,10 +180,18 @@ impl StoredWeight {
                     part(".quants", DType::U8, cols / 2)?,
                     part(".scales", DType::F16, groups)?,
                 ];
-                if form != Int4Form::Symmetric {
+                if form == Int4Form::Asymmetric {
                     parts.push(part(".mins", DType::F16, groups)?);
                 }
                 parts
+            }
+            Layout::Int4Zeros { group } => {
+                let groups = groups(group)?;
+                vec![
+                    part(".quants", DType::U8, cols / 2)?,
+                    part(".scales", DType::F16, groups)?,
+                    part(".mins", DType::F16, groups)?,
+                ]
             }
             Layout::Int8 { group } => vec![
                 part(".quants", DType::I8, cols)?,
@@ -324,13 +341,19 @@ impl<'a> Container<'a> {
                 self.values(stored, ".scales")?,
                 match form {
                     Int4Form::Symmetric => None,
-                    Int4Form::Asymmetric | Int4Form::Zeros => Some(self.values(stored, ".mins")?),
+                    Int4Form::Asymmetric => Some(self.values(stored, ".mins")?),
                 },
             )
-            .and_then(|matrix| match form {
-                Int4Form::Zeros => matrix.with_zeros(),
-                _ => Ok(matrix),
-            })
+            .map(Weight::Int4),
+            Layout::Int4Zeros { group } => Int4Matrix::from_shared(
+                rows,
+                cols,
+                group,
+                self.values(stored, ".quants")?,
+                self.values(stored, ".scales")?,
+                Some(self.values(stored, ".mins")?),
+            )
+            .and_then(Int4Matrix::with_zeros)
             .map(Weight::Int4),
             Layout::Int8 { group } => Int8Matrix::from_shared(
                 rows,

@@ -63,8 +63,6 @@ pub enum Int4Form {
     Symmetric,
     /// `w = scale * q + min`.
     Asymmetric,
-    /// `w = scale * (q - zero)`.
-    Zeros,
 }
 
 /// Greatest zero: GPTQ stores one less in four bits.
@@ -137,15 +135,6 @@ impl Int4Matrix {
         Ok(self)
     }
 
-    /// What the levels stand for.
-    pub fn form(&self) -> Int4Form {
-        match (&self.mins, self.zeros) {
-            (None, _) => Int4Form::Symmetric,
-            (Some(_), false) => Int4Form::Asymmetric,
-            (Some(_), true) => Int4Form::Zeros,
-        }
-    }
-
     /// Rounds `(rows, cols)` float weights to the nearest of the 16 levels that span the range of
     /// their group: [`Int4Fit::range`].
     ///
@@ -158,12 +147,6 @@ impl Int4Matrix {
         form: Int4Form,
         weights: &[f32],
     ) -> Result<Self, Error> {
-        if form == Int4Form::Zeros {
-            return Err(Error::Matrix {
-                format: FORMAT,
-                reason: "zeros are read from files, weights are not rounded to them".to_owned(),
-            });
-        }
         Self::encode_with(rows, cols, group, weights, |_, weights| {
             Int4Fit::range(weights, form)
         })
@@ -348,7 +331,6 @@ mod tests {
                 .with_zeros()
         };
         let matrix = make(11.0).unwrap();
-        assert_eq!(matrix.form(), Int4Form::Zeros);
         let mut row = [0f32; 32];
         matrix.dequantize_row(0, &mut row);
         let scale = scale.to_f32();

@@ -38,7 +38,7 @@ impl Int4Fit {
                 scale: or_nan(extreme(weights) / -ZERO_LEVEL),
                 min: None,
             },
-            Int4Form::Asymmetric | Int4Form::Zeros => {
+            Int4Form::Asymmetric => {
                 let (low, high) = bounds(weights);
                 let min = or_nan(low);
                 Int4Fit {
@@ -78,7 +78,7 @@ impl Int4Fit {
                     }
                 }
             }
-            Int4Form::Asymmetric | Int4Form::Zeros => {
+            Int4Form::Asymmetric => {
                 let (low, high) = bounds(weights);
                 let cut = |step: usize| {
                     (high - low) * MAX_CUT * step as f32 / (ASYMMETRIC_STEPS - 1) as f32
