@@ -215,6 +215,8 @@ mod tests {
             "edgellm bench -m model.gguf",
             "edgellm synthesize tiny out.gguf --seed 3",
             "edgellm logits -m m.gguf --text-file t.txt --out o.bin",
+            "edgellm quantize a.gguf b.edgellm --bits 4 --group 64 --asymmetric --method gptq --calibration t.txt --lm-head f16 --json",
+            "edgellm info b.edgellm --context 100 --json",
             "edgellm perplexity -m m.gguf --text t.txt --kl-reference r.logits --chunks 4 --json",
         ] {
             Cli::try_parse_from(line.split(' ')).expect(line);
