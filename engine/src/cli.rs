@@ -3,12 +3,14 @@
 mod atomic_file;
 mod bench;
 mod eval;
+mod info;
 mod interrupt;
 mod loaded;
 mod logits;
 mod model_path;
 mod perplexity;
 mod pull;
+mod quantize;
 mod run;
 mod synthesize;
 
@@ -45,6 +47,8 @@ enum Command {
     Perplexity(perplexity::PerplexityArgs),
     Eval(eval::EvalArgs),
     Pull(pull::PullArgs),
+    Quantize(quantize::QuantizeArgs),
+    Info(info::InfoArgs),
 }
 
 impl Cli {
@@ -58,6 +62,8 @@ impl Cli {
             Command::Perplexity(args) => perplexity::execute(args),
             Command::Eval(args) => eval::execute(args),
             Command::Pull(args) => pull::execute(args),
+            Command::Quantize(args) => quantize::execute(args),
+            Command::Info(args) => info::execute(args),
         }
     }
 }
@@ -218,6 +224,8 @@ mod tests {
             "edgellm pull hf:o/r:m.gguf --into models",
             "edgellm pull --list",
             "edgellm eval -m m.gguf --reference r.gguf --questions 20 --json",
+            "edgellm quantize a.gguf b.edgellm --bits 4 --group 64 --asymmetric --method gptq --calibration t.txt --lm-head f16 --json",
+            "edgellm info b.edgellm --context 100 --json",
             "edgellm perplexity -m m.gguf --text t.txt --kl-reference r.logits --chunks 4 --json",
         ] {
             Cli::try_parse_from(line.split(' ')).expect(line);

@@ -312,6 +312,8 @@ fn help_teaches_with_examples() {
         &["run", "--help"],
         &["synthesize", "--help"],
         &["logits", "--help"],
+        &["quantize", "--help"],
+        &["info", "--help"],
         &["perplexity", "--help"],
         &["eval", "--help"],
         &["pull", "--help"],
