@@ -62,21 +62,21 @@ impl Args {
 pub(super) struct Place {
     pub lane: u32,
     /// Row of the tile, and that plus 8.
-    g: u32,
+    pub g: u32,
     /// Quarter of each 32 columns.
-    q: u32,
+    pub q: u32,
     /// Number of the warp in its team: which tiles along K it takes.
-    member: u32,
-    team: u32,
+    pub member: u32,
+    pub team: u32,
     /// Warps a team.
-    split: u32,
-    teams: u32,
+    pub split: u32,
+    pub teams: u32,
 }
 
 impl Place {
     /// Blocks are `(32, split, teams)`: no division.
     #[inline(always)]
-    fn of_thread() -> Place {
+    pub fn of_thread() -> Place {
         let lane = thread::thread_idx_x();
         // From lane 0, so that the assembler sees that the whole warp agrees on it.
         let warp = thread::thread_idx_y() | thread::thread_idx_z() << 8;
@@ -156,19 +156,56 @@ impl Cursor {
 
 /// A lane's part of a tile.
 #[derive(Clone, Copy)]
-struct Slot {
-    words: [[u32; 4]; 2],
+pub(super) struct Slot {
+    pub words: [[u32; 4]; 2],
     /// Scales of rows g and g + 8, two halves a word, a word a group.
-    scales: [u32; 4],
-    mins: [u32; 4],
+    pub scales: [u32; 4],
+    pub mins: [u32; 4],
 }
 
 impl Slot {
-    const EMPTY: Slot = Slot {
+    pub const EMPTY: Slot = Slot {
         words: [[0; 4]; 2],
         scales: [0; 4],
         mins: [0; 4],
     };
+
+    /// Starts the loads of tile `tile` of the matrix, or leaves the slot as it is if it is not there.
+    ///
+    /// # Safety
+    /// Launched as the plan says.
+    #[inline(always)]
+    pub unsafe fn load_tile<const GROUP: u32, const MINS: bool>(
+        self,
+        quants: *const u32,
+        scales: *const u32,
+        mins: *const u32,
+        place: &Place,
+        there: bool,
+        tile: u32,
+    ) -> Slot {
+        let tile = tile as usize;
+        let words = quants.wrapping_add(tile * TILE_WORDS + place.lane as usize * 4);
+        let groups = (TILE_COLS / GROUP) as usize;
+        let pair = tile * 8 * groups + place.g as usize * groups;
+        // SAFETY: a load is made only of a tile that is there.
+        unsafe {
+            let words = [
+                ptx::ld_global_nc_v4_u32_if(there, words, self.words[0]),
+                ptx::ld_global_nc_v4_u32_if(there, words.wrapping_add(128), self.words[1]),
+            ];
+            let scales = load_groups::<GROUP>(there, scales.wrapping_add(pair), self.scales);
+            let mut own_mins = self.mins;
+            if MINS {
+                own_mins = load_groups::<GROUP>(there, mins.wrapping_add(pair), own_mins);
+            }
+            Slot {
+                words,
+                scales,
+                mins: own_mins,
+            }
+        }
+    }
 
     /// Starts the loads of a tile, or leaves the slot as it is if there is none.
     ///
@@ -232,12 +269,12 @@ unsafe fn load_groups<const GROUP: u32>(there: bool, p: *const u32, old: [u32; 4
 }
 
 /// The half 1024, twice.
-const HALVES_1024: u32 = 0x6400_6400;
+pub(super) const HALVES_1024: u32 = 0x6400_6400;
 
 /// Eight weights of two rows as halves: `1024 + q` of the low nibbles, `1024 + 16 q` of the high.
 /// `halves` is [`HALVES_1024`] in a register.
 #[inline(always)]
-fn fragments(word: u32, halves: u32) -> [u32; 4] {
+pub(super) fn fragments(word: u32, halves: u32) -> [u32; 4] {
     const LOW: u32 = 0x000f_000f;
     const HIGH: u32 = 0x00f0_00f0;
     let other = word >> 8;

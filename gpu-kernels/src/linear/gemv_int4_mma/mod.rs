@@ -39,6 +39,8 @@
 //! product is two instructions of half the depth; the layout is the same.
 
 mod kernel;
+mod one;
+mod ring;
 #[cfg(not(target_arch = "nvptx64"))]
 mod plan;
 mod stage;
@@ -63,6 +65,8 @@ const fn max_block_threads(group: u32) -> u32 {
 const FLAG_ACCUMULATE: u32 = 1;
 /// The upper half of each tile's rows gates the lower.
 const FLAG_SWIGLU: u32 = 2;
+/// y is halves.
+const FLAG_HALF_Y: u32 = 4;
 /// Extra bytes a token's activations: puts neighbouring tokens in different banks.
 const TOKEN_PAD_BYTES: u32 = 64;
 
@@ -151,4 +155,88 @@ entries! {
     linear_gemv_int4_mma_g32_min_tokens: 32, true, false;
     linear_gemv_int4_mma_g64_min_tokens: 64, true, false;
     linear_gemv_int4_mma_g128_min_tokens: 128, true, false;
+}
+
+macro_rules! one_entries {
+    ($($name:ident: $group:literal, $mins:literal, $half:literal, $abl:literal;)*) => {$(
+        /// .
+        ///
+        /// # Safety
+        /// Launched as [`plan`] says.
+        #[kernel]
+        pub unsafe fn $name(
+            quants: *const u32,
+            scales: *const u32,
+            mins: *const u32,
+            bias: *const f32,
+            x: *const u32,
+            gain: *const f32,
+            y: *mut f32,
+            rows: u32,
+            cols: u32,
+            row_tiles: u32,
+            depth_tiles: u32,
+            eps: f32,
+            flags: u32,
+        ) {
+            thread::max_block_threads::<{ max_block_threads($group) }>();
+            let args = one::OneArgs {
+                quants, scales, mins, bias, x, gain, y, rows, cols, row_tiles, depth_tiles, eps, flags,
+            };
+            // SAFETY: launched as `plan` says.
+            unsafe { one::gemv_one::<$group, $mins, $half, $abl>(&args) }
+        }
+    )*};
+}
+one_entries! {
+    linear_one_f32: 128, false, false, 0;
+    linear_one_f16: 128, false, true, 0;
+    linear_one_min: 32, true, true, 0;
+    linear_abl8: 128, false, true, 8;
+    linear_abl8f: 128, false, false, 8;
+    linear_abl1: 128, false, true, 1;
+    linear_abl16: 128, false, true, 16;
+    linear_abl32: 128, false, true, 32;
+    linear_abl64: 128, false, true, 64;
+}
+
+macro_rules! ring_entries {
+    ($($name:ident: $group:literal, $mins:literal, $half:literal, $depth:literal, $early:literal;)*) => {$(
+        /// .
+        ///
+        /// # Safety
+        /// Launched as [`plan`] says.
+        #[kernel]
+        pub unsafe fn $name(
+            quants: *const u32,
+            scales: *const u32,
+            mins: *const u32,
+            bias: *const f32,
+            x: *const u32,
+            gain: *const f32,
+            y: *mut f32,
+            rows: u32,
+            cols: u32,
+            row_tiles: u32,
+            depth_tiles: u32,
+            eps: f32,
+            flags: u32,
+        ) {
+            thread::max_block_threads::<{ 512 }>();
+            let args = ring::OneArgs {
+                quants, scales, mins, bias, x, gain, y, rows, cols, row_tiles, depth_tiles, eps, flags,
+            };
+            // SAFETY: launched as `plan` says.
+            unsafe { ring::gemv_ring::<$group, $mins, $half, $depth, $early>(&args) }
+        }
+    )*};
+}
+ring_entries! {
+    linear_ring4: 128, false, true, 4, 1;
+    linear_ring4e2: 128, false, true, 4, 2;
+    linear_ring8: 128, false, true, 8, 1;
+    linear_ring8e2: 128, false, true, 8, 2;
+    linear_ring8e4: 128, false, true, 8, 4;
+    linear_ring2: 128, false, true, 2, 1;
+    linear_ring4f32: 128, false, false, 4, 1;
 }
