@@ -7,8 +7,8 @@ use engine::backend::cuda::plan::Memory;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
 use gpu_kernels::variant::{Choice, INT4_GEMV, VariantId};
 use gpu_kernels::{
-    add, attention, embed, kv_append, linear, logits, read as read_kernel, rmsnorm, rope, sample,
-    swiglu,
+    add, attention, embed, kv_append, linear, logits, read as read_kernel, rmsnorm, rope,
+    rope_kv_append, sample, swiglu,
 };
 use half::f16;
 
@@ -108,6 +108,8 @@ pub fn all() -> Vec<Row> {
     rows.push(rope_f32(12, 128));
     rows.push(kv_append_f16(3, 64));
     rows.push(kv_append_f16(2, 128));
+    rows.push(rope_kv_append_f16(9, 3, 64));
+    rows.push(rope_kv_append_f16(12, 2, 128));
     rows.push(swiglu_f32(1536));
     rows.push(swiglu_f32(8960));
     rows.push(advance());
@@ -458,6 +460,35 @@ fn kv_append_f16(kv_heads: usize, head_dim: usize) -> Row {
                 state: ints(memory, &[0])?,
             };
             planned(kv_append::plan(device, &shape, &operands))
+        }),
+    }
+}
+
+fn rope_kv_append_f16(heads: usize, kv_heads: usize, head_dim: usize) -> Row {
+    let (queries, elems) = (heads * head_dim, kv_heads * head_dim);
+    Row {
+        kernel: "rope_kv_append_f16",
+        shape: format!("{heads}/{kv_heads} x {head_dim}"),
+        bytes: (8 * queries + 2 * (4 + 2) * elems + 4 * head_dim) as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let shape = rope_kv_append::Shape {
+                heads,
+                kv_heads,
+                head_dim,
+                context: 1,
+            };
+            let operands = rope_kv_append::Operands {
+                q: floats(memory, queries)?,
+                k: floats(memory, elems)?,
+                v: floats(memory, elems)?,
+                cos: floats(memory, head_dim / 2)?,
+                sin: floats(memory, head_dim / 2)?,
+                k_cache: memory.reserve(2 * elems as u64)?,
+                v_cache: memory.reserve(2 * elems as u64)?,
+                state: ints(memory, &[0])?,
+            };
+            planned(rope_kv_append::plan(device, &shape, &operands))
         }),
     }
 }

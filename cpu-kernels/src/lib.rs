@@ -17,6 +17,7 @@ pub mod logits;
 pub mod read;
 pub mod rmsnorm;
 pub mod rope;
+pub mod rope_kv_append;
 pub mod sample;
 pub mod swiglu;
 pub mod team;

@@ -26,6 +26,7 @@ pub mod read;
 mod reduce;
 pub mod rmsnorm;
 pub mod rope;
+pub mod rope_kv_append;
 pub mod sample;
 pub mod swiglu;
 mod unroll;
@@ -41,7 +42,7 @@ pub mod variant;
 
 /// Every kernel, for the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
-pub static ENTRIES: [&cuda_std::emulator::Entry; 31] = [
+pub static ENTRIES: [&cuda_std::emulator::Entry; 32] = [
     &embed::EMBED_INT8_ENTRY,
     &rmsnorm::RMSNORM_F32_ENTRY,
     &linear::gemv_int4::LINEAR_GEMV_INT4_BASELINE_ENTRY,
@@ -61,6 +62,7 @@ pub static ENTRIES: [&cuda_std::emulator::Entry; 31] = [
     &linear::gemv_int8::LINEAR_GEMV_INT8_MULTIROW_ENTRY,
     &rope::ROPE_F32_ENTRY,
     &kv_append::KV_APPEND_F16_ENTRY,
+    &rope_kv_append::ROPE_KV_APPEND_F16_ENTRY,
     &attention::block_a_head::ATTENTION_DECODE_F16_ENTRY,
     &attention::split::ATTENTION_SPLIT_F16_D64_ENTRY,
     &attention::split::ATTENTION_SPLIT_F16_D96_ENTRY,

@@ -49,6 +49,7 @@ pub struct Operands {
 pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, ShapeError> {
     let &Shape { tokens, width, eps } = shape;
     let mut call = CallBuilder::new("rmsnorm_f32");
+    call.waits();
     call.require(
         width.is_multiple_of(4),
         "width",
@@ -92,6 +93,8 @@ pub unsafe fn rmsnorm_f32(
     inverse_width: f32,
     eps: f32,
 ) {
+    ptx::griddep_launch();
+    ptx::griddep_wait();
     let row = thread::block_idx_x() as usize * width as usize;
     let step = thread::block_dim_x() * 4;
     let first = thread::thread_idx_x() * 4;

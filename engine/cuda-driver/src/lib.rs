@@ -10,6 +10,8 @@
 //! each forwarder's type is checked at compile time against the bindings in `cust_raw`.
 
 mod forward;
+mod launch;
 mod symbols;
 
 pub use forward::{driver_available, last_error};
+pub use launch::{LaunchConfig, launch};

@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within};
-use crate::{add, embed, kv_append, rmsnorm, rope, swiglu};
+use crate::{add, embed, kv_append, rmsnorm, rope, rope_kv_append, swiglu};
 
 /// One rounding per element and one approximate instruction.
 const ROUNDING: f64 = 1e-6;
@@ -56,6 +56,24 @@ pub fn cases() -> Vec<Case> {
         let shape = format!("KV={kv_heads} Dh={head_dim} S={context} position={position}");
         cases.push(Case::new("kv_append_f16", shape, move |device| {
             kv_append(device, kv_heads, head_dim, context, position)
+        }));
+    }
+    for (heads, kv_heads, head_dim, context, position) in [
+        (9, 3, 64, 40, 37),
+        (7, 1, 80, 3, 0),
+        (4, 2, 34, 9, 8),
+        (1, 1, 320, 5, 4),
+    ] {
+        let shape =
+            format!("H={heads} KV={kv_heads} Dh={head_dim} S={context} position={position}");
+        let shape_of = cpu_kernels::rope_kv_append::Shape {
+            heads,
+            kv_heads,
+            head_dim,
+            capacity: context,
+        };
+        cases.push(Case::new("rope_kv_append_f16", shape, move |device| {
+            rope_kv_append(device, shape_of, position)
         }));
     }
     for elems in [1, 7, 193, 576, 1537] {
@@ -204,6 +222,72 @@ fn kv_append(
     want.extend(want_v);
     let want: Vec<f32> = want.into_iter().map(f16::to_f32).collect();
     within(&got, &want, EXACT)
+}
+
+/// Queries and both whole caches are compared. A key's element is rounded to a half after a turn
+/// that is good to a few units of single precision: the next half over is half a unit off.
+fn rope_kv_append(
+    device: &mut dyn Device,
+    shape: cpu_kernels::rope_kv_append::Shape,
+    position: usize,
+) -> Result<f64, CaseError> {
+    const ROUNDED_TO_HALF: f64 = 1e-4;
+    let cpu_kernels::rope_kv_append::Shape {
+        heads,
+        kv_heads,
+        head_dim,
+        capacity: context,
+    } = shape;
+    let mut inputs = Inputs::new(7);
+    let mut q = inputs.floats(heads * head_dim, 1.0);
+    let (k, v) = (
+        inputs.floats(kv_heads * head_dim, 1.0),
+        inputs.floats(kv_heads * head_dim, 1.0),
+    );
+    let elems = kv_heads * context * head_dim;
+    let (mut k_cache, mut v_cache) = (inputs.halves(elems, 1.0), inputs.halves(elems, 1.0));
+    let angles: Vec<f32> = (0..context * (head_dim / 2))
+        .map(|_| 4.0 * inputs.unit())
+        .collect();
+    let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+    let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+    let got = same_twice(device, |device| {
+        let ops = rope_kv_append::Operands {
+            q: device.put_f32(&q)?,
+            k: device.put_f32(&k)?,
+            v: device.put_f32(&v)?,
+            cos: device.put_f32(&cos)?,
+            sin: device.put_f32(&sin)?,
+            k_cache: device.put_f16(&k_cache)?,
+            v_cache: device.put_f16(&v_cache)?,
+            state: device.put_u32(&[position as u32])?,
+        };
+        let shape = rope_kv_append::Shape {
+            heads,
+            kv_heads,
+            head_dim,
+            context,
+        };
+        device.run(&rope_kv_append::plan(&device.info(), &shape, &ops)?)?;
+        let mut all = device.take_f32(ops.q)?;
+        for cache in [ops.k_cache, ops.v_cache] {
+            all.extend(device.take_f16(cache)?.into_iter().map(f16::to_f32));
+        }
+        Ok(all)
+    })?;
+    cpu_kernels::rope_kv_append::reference(
+        shape,
+        &mut q,
+        [&k, &v],
+        [&cos, &sin],
+        [&mut k_cache, &mut v_cache],
+        position,
+    );
+    within(&got[..q.len()], &q, ROUNDING)?;
+    for cache in [k_cache, v_cache] {
+        q.extend(cache.into_iter().map(f16::to_f32));
+    }
+    within(&got, &q, ROUNDED_TO_HALF)
 }
 
 fn swiglu(device: &mut dyn Device, elems: usize) -> Result<f64, CaseError> {

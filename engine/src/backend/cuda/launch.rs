@@ -1,13 +1,14 @@
 //! The one place that launches kernels: a loaded PTX module, and CUDA graphs of its launches.
 //!
-//! A [`Call`] holds its parameters as 64-bit slots; `cuLaunchKernel` wants a pointer to each, and
-//! reads as many low bytes as the parameter has.
+//! A [`Call`] holds its parameters as 64-bit slots; the driver wants a pointer to each, and reads as
+//! many low bytes as the parameter has.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_uint, c_void};
 use std::ptr;
 use std::sync::Arc;
 
+use cuda_driver::LaunchConfig;
 use cust::error::CudaError;
 use cust::module::Module;
 use cust::stream::Stream;
@@ -80,26 +81,17 @@ impl Kernels {
             .iter_mut()
             .map(|slot| ptr::from_mut(slot).cast())
             .collect();
-        let [grid_x, grid_y, grid_z] = call.launch.grid;
-        let [block_x, block_y, block_z] = call.launch.block;
+        let config = LaunchConfig {
+            grid: call.launch.grid,
+            block: call.launch.block,
+            shared_bytes: call.launch.shared_bytes,
+            stream: stream.as_inner(),
+            dependent: call.dependent,
+        };
         // SAFETY: the function belongs to a loaded module; `params` has a pointer to a live 64-bit
         // slot for each parameter, in order, and the driver copies the values before it returns;
         // the caller vouches for the memory behind them.
-        let result = unsafe {
-            sys::cuLaunchKernel(
-                function.0,
-                grid_x,
-                grid_y,
-                grid_z,
-                block_x,
-                block_y,
-                block_z,
-                call.launch.shared_bytes,
-                stream.as_inner(),
-                params.as_mut_ptr(),
-                ptr::null_mut(),
-            )
-        };
+        let result = unsafe { cuda_driver::launch(function.0, &config, params.as_mut_ptr()) };
         check(result, || format!("launching {}", call.kernel))
     }
 }

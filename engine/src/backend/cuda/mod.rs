@@ -78,7 +78,7 @@ impl CudaBackend {
         let gpu = Gpu::open(tier)?;
         let device = gpu.info();
         let mut needed = Counter::default();
-        plan::compile(model, context, &device, &mut needed)?;
+        plan::compile(model, context, &device, gpu.tuned(), &mut needed)?;
         let free = gpu.free_bytes()?;
         if needed.bytes > free {
             return Err(Error::machine(format!(
@@ -95,7 +95,8 @@ impl CudaBackend {
             state,
             tokens,
             logits,
-        } = plan::compile(model, context, &device, &mut memory)?;
+            ..
+        } = plan::compile(model, context, &device, gpu.tuned(), &mut memory)?;
         // One step outside of a graph, call by call: the driver loads each kernel now rather than
         // while it records, and a kernel that fails is named.
         for call in &full {

@@ -1,10 +1,13 @@
 //! Compiles a recipe into the list of kernel calls that one token takes.
 //!
 //! ```text
-//! recipe:   embed  [norm q k v rope rope kv-append | attention o add norm gate up swiglu down add]*  norm logits
-//!           '--------------------- prompt ---------' (in the last layer it stops here)
-//!           '------------------------------------------ full -----------------------------------------------'
+//! recipe:   embed  [norm q k v   rope rope kv-append | attention   o add   norm gate up swiglu   down add]*  norm logits
+//! calls:    embed  [product      rope_kv_append      | attention   product product               product ]*  norm logits
+//!           '--------------------- prompt -----------' (in the last layer it stops here)
+//!           '-------------------------------------------- full -----------------------------------------------'
 //! ```
+//!
+//! That is a decoder of INT4 matrices; what else a recipe may hold runs step by step, see `fuse`.
 //!
 //! Both lists end by advancing the position: the prompt's with `advance_position`, the full one in
 //! the logits kernel, which also chooses the next token. Tokens and the position live in device
@@ -12,19 +15,24 @@
 //! A prompt token whose logits nobody reads only has to leave its keys and values in the cache:
 //! its list ends at the last write to it.
 
+mod calls;
+mod fuse;
+mod place;
+
 use cust::memory::bytemuck;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
-use gpu_kernels::variant::Choice;
-use gpu_kernels::{
-    add, attention, embed, kv_append, linear, logits, rmsnorm, rope, sample, swiglu,
-};
-use half::f16;
-use half::slice::HalfFloatSliceExt;
-use models::quant::{Int4Matrix, Int8Matrix, Weight};
-use models::recipe::{Buffer, Step, WeightId};
+use gpu_kernels::tuned::Tuned;
+use gpu_kernels::{attention, logits, sample};
+use models::recipe::{Buffer, Step};
+use rayon::prelude::*;
 
+use self::fuse::Op;
+use self::place::{Placed, pack};
 use crate::Error;
 use crate::backend::LoadedModel;
+
+/// Products packed at a time, on all cores: what bounds the memory that the packed copies take.
+const PACKED_AT_A_TIME: usize = 16;
 
 /// Where a plan's buffers come from. Addresses are multiples of 16 bytes at least.
 pub trait Memory {
@@ -53,6 +61,11 @@ pub trait Memory {
     /// # Errors
     /// [`Error::Machine`] if there is no room.
     fn reserve(&mut self, bytes: u64) -> Result<DeviceSlice, Error>;
+
+    /// Whether it keeps what is uploaded, rather than only its size.
+    fn keeps(&self) -> bool {
+        true
+    }
 }
 
 /// Adds up what a plan would allocate, without a device.
@@ -89,6 +102,19 @@ impl Memory for Counter {
             .ok_or_else(|| Error::input("the model and its context do not fit 2^64 bytes"))?;
         Ok(DeviceSlice { address, bytes })
     }
+
+    fn keeps(&self) -> bool {
+        false
+    }
+}
+
+/// What a call is for, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// What it computes, the same in all layers: `norm attn_q attn_k attn_v`.
+    pub step: String,
+    /// How it is launched and why so, where there is a choice; else empty.
+    pub launch: String,
 }
 
 /// The calls of one token, and the buffers that the host reads or writes.
@@ -98,6 +124,8 @@ pub struct Plan {
     pub prompt: Vec<Call>,
     /// A token whose logits are needed: computes them, chooses the next token from them.
     pub full: Vec<Call>,
+    /// What each call of `full` is for.
+    pub notes: Vec<Note>,
     /// `(1,)` u32: position of the token that the next replay handles.
     pub state: DeviceSlice,
     /// `(context + 1,)` u32: the replay at position p reads `tokens[p]`; a full one writes
@@ -107,7 +135,8 @@ pub struct Plan {
     pub logits: DeviceSlice,
 }
 
-/// Compiles `model` for a cache of `context` tokens. Weights go to `memory` in the process.
+/// Compiles `model` for a cache of `context` tokens, with the launches of `tuned` where it has one.
+/// Weights go to `memory` in the process.
 ///
 /// # Errors
 /// [`Error::Input`] for a recipe that the kernels cannot run, naming what is wrong;
@@ -116,18 +145,50 @@ pub fn compile(
     model: &LoadedModel,
     context: usize,
     device: &DeviceInfo,
+    tuned: &Tuned,
     memory: &mut dyn Memory,
 ) -> Result<Plan, Error> {
     if context == 0 {
         return Err(Error::input("a context of 0 tokens holds nothing"));
     }
-    let compiler = Compiler::new(model, context, device, memory)?;
-    let mut calls = Vec::with_capacity(model.recipe.steps.len());
+    let fuse::Fused { ops, neighbours } = fuse::fuse(model);
+    let mut compiler = Compiler::new(model, context, device, tuned, &neighbours, memory)?;
+    let mut calls = Vec::with_capacity(ops.len());
+    let mut notes = Vec::with_capacity(ops.len());
     let mut prompt_calls = 0;
-    for step in &model.recipe.steps {
-        calls.push(compiler.call(step)?);
-        if matches!(step, Step::KvAppend { .. }) {
-            prompt_calls = calls.len();
+    for ops in ops.chunks(PACKED_AT_A_TIME) {
+        let keeps = compiler.memory.keeps();
+        let packed = ops
+            .par_iter()
+            .map(|op| match op {
+                Op::Product(product) if keeps => pack(model, product).map(Some),
+                _ => Ok(None),
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        for (op, packed) in ops.iter().zip(packed) {
+            let mut launch = String::new();
+            calls.push(match op {
+                Op::Step(step) => compiler.step(step)?,
+                Op::Product(product) => {
+                    let (call, chosen) = compiler.product(product, packed.as_ref())?;
+                    launch = chosen;
+                    call
+                }
+                Op::RopeKvAppend {
+                    layer,
+                    query,
+                    heads,
+                    key,
+                    value,
+                } => compiler.rope_kv_append([*query, *key, *value], *layer, *heads)?,
+            });
+            notes.push(Note {
+                step: compiler.name(op),
+                launch,
+            });
+            if op.appends() {
+                prompt_calls = calls.len();
+            }
         }
     }
     let Compiler { state, tokens, .. } = compiler;
@@ -141,6 +202,7 @@ pub fn compile(
     Ok(Plan {
         prompt,
         full: calls,
+        notes,
         state,
         tokens,
         logits,
@@ -149,27 +211,6 @@ pub fn compile(
 
 fn unsupported(error: ShapeError) -> Error {
     Error::input(format!("the GPU kernels cannot run this model: {error}"))
-}
-
-/// A weight in device memory.
-#[derive(Debug, Clone, Copy)]
-enum Placed {
-    Int4 {
-        rows: usize,
-        cols: usize,
-        group: usize,
-        quants: DeviceSlice,
-        scales: DeviceSlice,
-        mins: DeviceSlice,
-    },
-    Int8 {
-        rows: usize,
-        cols: usize,
-        group: usize,
-        quants: DeviceSlice,
-        scales: DeviceSlice,
-    },
-    Vector(DeviceSlice),
 }
 
 /// Keys and values of one layer, `(KV, S, Dh)` f16 each.
@@ -183,7 +224,10 @@ struct Compiler<'a> {
     model: &'a LoadedModel,
     context: usize,
     device: &'a DeviceInfo,
-    weights: Vec<Placed>,
+    tuned: &'a Tuned,
+    memory: &'a mut dyn Memory,
+    /// Weights as they are, each placed when a step first asks for it.
+    weights: Vec<Option<Placed>>,
     /// In the order of [`Buffer::ALL`].
     buffers: Vec<DeviceSlice>,
     caches: Vec<Cache>,
@@ -202,21 +246,13 @@ impl<'a> Compiler<'a> {
         model: &'a LoadedModel,
         context: usize,
         device: &'a DeviceInfo,
-        memory: &mut dyn Memory,
+        tuned: &'a Tuned,
+        neighbours: &[Vec<Buffer>],
+        memory: &'a mut dyn Memory,
     ) -> Result<Self, Error> {
         let config = &model.recipe.config;
-        let weights = model
-            .weights
-            .iter()
-            .map(|w| place(w, memory))
-            .collect::<Result<Vec<_>, _>>()?;
-        let buffers = Buffer::ALL
-            .iter()
-            .map(|buffer| {
-                memory.reserve(bytes_of(&[model.recipe.elems(*buffer), size_of::<f32>()])?)
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let cache_bytes = bytes_of(&[config.kv_heads, context, config.head_dim, size_of::<f16>()])?;
+        let buffers = place_buffers(model, neighbours, memory)?;
+        let cache_bytes = bytes_of(&[config.kv_heads, context, config.head_dim, 2])?;
         let caches = (0..config.layers)
             .map(|_| {
                 Ok(Cache {
@@ -252,7 +288,8 @@ impl<'a> Compiler<'a> {
             model,
             context,
             device,
-            weights,
+            tuned,
+            weights: vec![None; model.weights.len()],
             buffers,
             caches,
             partials,
@@ -263,35 +300,12 @@ impl<'a> Compiler<'a> {
             state: memory.upload(bytemuck::cast_slice(&[0u32]))?,
             // Filled, because the embedding may only be given ids inside the vocabulary.
             tokens: memory.upload_made(token_bytes, &mut || vec![0; token_bytes as usize])?,
+            memory,
         })
     }
 
     fn buffer(&self, buffer: Buffer) -> DeviceSlice {
         self.buffers[buffer as usize]
-    }
-
-    fn weight(&self, id: WeightId) -> Result<Placed, Error> {
-        self.weights
-            .get(id)
-            .copied()
-            .ok_or_else(|| Error::input(format!("there is no weight {id}")))
-    }
-
-    fn vector(&self, id: WeightId) -> Result<DeviceSlice, Error> {
-        match self.weight(id)? {
-            Placed::Vector(slice) => Ok(slice),
-            _ => Err(self.wrong_kind(id, "a vector")),
-        }
-    }
-
-    fn wrong_kind(&self, id: WeightId, wanted: &str) -> Error {
-        let name = self
-            .model
-            .recipe
-            .weights
-            .get(id)
-            .map_or("?", |weight| weight.name.as_str());
-        Error::input(format!("tensor {name} should be {wanted}"))
     }
 
     fn cache(&self, layer: usize) -> Result<Cache, Error> {
@@ -300,205 +314,34 @@ impl<'a> Compiler<'a> {
             .copied()
             .ok_or_else(|| Error::input(format!("there is no layer {layer}")))
     }
+}
 
-    /// The kernel call of one step.
-    fn call(&self, step: &Step) -> Result<Call, Error> {
-        let (device, context, config) = (self.device, self.context, &self.model.recipe.config);
-        let (state, tokens) = (self.state, self.tokens);
-        match *step {
-            Step::Embed { table, dst } => {
-                let Placed::Int8 {
-                    rows,
-                    cols,
-                    group,
-                    quants,
-                    scales,
-                } = self.weight(table)?
-                else {
-                    return Err(self.wrong_kind(table, "an 8-bit table"));
-                };
-                let shape = embed::Shape {
-                    vocab: rows,
-                    width: cols,
-                    group,
-                    context,
-                };
-                let out = self.buffer(dst);
-                embed::plan(
-                    device,
-                    &shape,
-                    &embed::Operands {
-                        quants,
-                        scales,
-                        tokens,
-                        state,
-                        out,
-                    },
-                )
-            }
-            Step::RmsNorm {
-                weight,
-                eps,
-                src,
-                dst,
-            } => {
-                let shape = rmsnorm::Shape {
-                    tokens: 1,
-                    width: self.model.recipe.elems(src),
-                    eps,
-                };
-                let (x, out) = (self.buffer(src), self.buffer(dst));
-                let weight = self.vector(weight)?;
-                rmsnorm::plan(device, &shape, &rmsnorm::Operands { x, weight, out })
-            }
-            Step::Linear {
-                weight,
-                bias,
-                src,
-                dst,
-            } => {
-                let bias = bias.map_or(Ok(DeviceSlice::NONE), |bias| self.vector(bias))?;
-                let (x, y) = (self.buffer(src), self.buffer(dst));
-                match self.weight(weight)? {
-                    Placed::Int4 {
-                        rows,
-                        cols,
-                        group,
-                        quants,
-                        scales,
-                        mins,
-                    } => {
-                        let shape = linear::gemv_int4::Shape { rows, cols, group };
-                        let operands = linear::gemv_int4::Operands {
-                            quants,
-                            scales,
-                            mins,
-                            bias,
-                            x,
-                            y,
-                        };
-                        linear::gemv_int4::plan(device, &shape, &operands, Choice::Auto)
-                    }
-                    Placed::Int8 {
-                        rows,
-                        cols,
-                        group,
-                        quants,
-                        scales,
-                    } => {
-                        let shape = linear::gemv_int8::Shape { rows, cols, group };
-                        let operands = linear::gemv_int8::Operands {
-                            quants,
-                            scales,
-                            bias,
-                            x,
-                            y,
-                        };
-                        linear::gemv_int8::plan(device, &shape, &operands)
-                    }
-                    Placed::Vector(_) => return Err(self.wrong_kind(weight, "a matrix")),
-                }
-            }
-            Step::Rope { buffer, heads } => {
-                let shape = rope::Shape {
-                    heads,
-                    head_dim: config.head_dim,
-                    context,
-                };
-                let (x, cos, sin) = (self.buffer(buffer), self.cos, self.sin);
-                rope::plan(device, &shape, &rope::Operands { x, cos, sin, state })
-            }
-            Step::KvAppend { layer, key, value } => {
-                let Cache {
-                    keys: k_cache,
-                    values: v_cache,
-                } = self.cache(layer)?;
-                let shape = kv_append::Shape {
-                    kv_heads: config.kv_heads,
-                    head_dim: config.head_dim,
-                    context,
-                };
-                let (k, v) = (self.buffer(key), self.buffer(value));
-                let operands = kv_append::Operands {
-                    k,
-                    v,
-                    k_cache,
-                    v_cache,
-                    state,
-                };
-                kv_append::plan(device, &shape, &operands)
-            }
-            Step::Attention {
-                layer,
-                query,
-                dst,
-                scale,
-            } => {
-                let Cache {
-                    keys: k_cache,
-                    values: v_cache,
-                } = self.cache(layer)?;
-                let shape = attention_shape(self.model, context, scale);
-                let (q, out) = (self.buffer(query), self.buffer(dst));
-                let operands = attention::Operands {
-                    q,
-                    k_cache,
-                    v_cache,
-                    state,
-                    out,
-                    partials: self.partials,
-                    arrived: self.arrived,
-                };
-                attention::plan(device, &shape, &operands)
-            }
-            Step::SwiGlu { gate, up, dst } => {
-                let shape = swiglu::Shape {
-                    elems: self.model.recipe.elems(dst),
-                };
-                let (gate, up, out) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
-                swiglu::plan(device, &shape, &swiglu::Operands { gate, up, out })
-            }
-            Step::Add { src, dst } => {
-                let shape = add::Shape {
-                    elems: self.model.recipe.elems(dst),
-                };
-                let (x, y) = (self.buffer(src), self.buffer(dst));
-                add::plan(device, &shape, &add::Operands { x, y })
-            }
-            Step::Logits { table, src, dst } => {
-                let Placed::Int8 {
-                    rows,
-                    cols,
-                    group,
-                    quants,
-                    scales,
-                } = self.weight(table)?
-                else {
-                    return Err(self.wrong_kind(table, "an 8-bit table"));
-                };
-                let shape = logits::Shape {
-                    vocab: rows,
-                    width: cols,
-                    group,
-                };
-                let operands = logits::Operands {
-                    quants,
-                    scales,
-                    x: self.buffer(src),
-                    logits: self.buffer(dst),
-                    scratch: self.logits_scratch,
-                };
-                let greedy = logits::Greedy {
-                    context,
-                    tokens,
-                    state,
-                    advance: true,
-                };
-                logits::plan(device, &shape, &operands, Some(&greedy))
-            }
+/// Room for every buffer, in the order of [`Buffer::ALL`]: those of a group of neighbours one after
+/// the other in one piece.
+fn place_buffers(
+    model: &LoadedModel,
+    neighbours: &[Vec<Buffer>],
+    memory: &mut dyn Memory,
+) -> Result<Vec<DeviceSlice>, Error> {
+    let bytes = |buffer: Buffer| bytes_of(&[model.recipe.elems(buffer), size_of::<f32>()]);
+    let mut placed = vec![DeviceSlice::NONE; Buffer::ALL.len()];
+    let alone = Buffer::ALL.iter().filter(|buffer| {
+        let grouped = neighbours.iter().flatten().any(|other| other == *buffer);
+        !grouped
+    });
+    let groups = alone.map(std::slice::from_ref);
+    for group in groups.chain(neighbours.iter().map(Vec::as_slice)) {
+        let sizes = group
+            .iter()
+            .map(|b| bytes(*b))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut address = memory.reserve(sizes.iter().sum())?.address;
+        for (buffer, bytes) in group.iter().zip(sizes) {
+            placed[*buffer as usize] = DeviceSlice { address, bytes };
+            address += bytes;
         }
-        .map_err(unsupported)
     }
+    Ok(placed)
 }
 
 fn attention_shape(model: &LoadedModel, context: usize, scale: f32) -> attention::Shape {
@@ -519,46 +362,5 @@ fn bytes_of(dims: &[usize]) -> Result<u64, Error> {
         .ok_or_else(|| Error::input(format!("a buffer of {dims:?} does not fit 2^64 bytes")))
 }
 
-fn place(weight: &Weight, memory: &mut dyn Memory) -> Result<Placed, Error> {
-    let halves = |memory: &mut dyn Memory, halves: &[f16]| {
-        memory.upload(bytemuck::cast_slice(halves.reinterpret_cast()))
-    };
-    Ok(match weight {
-        Weight::Int4(Int4Matrix {
-            rows,
-            cols,
-            group,
-            quants,
-            scales,
-            mins,
-        }) => Placed::Int4 {
-            rows: *rows,
-            cols: *cols,
-            group: *group,
-            quants: memory.upload(quants)?,
-            scales: halves(memory, scales)?,
-            mins: match mins {
-                Some(mins) => halves(memory, mins)?,
-                None => DeviceSlice::NONE,
-            },
-        },
-        Weight::Int8(Int8Matrix {
-            rows,
-            cols,
-            group,
-            quants,
-            scales,
-        }) => Placed::Int8 {
-            rows: *rows,
-            cols: *cols,
-            group: *group,
-            quants: memory.upload(bytemuck::cast_slice(quants))?,
-            scales: halves(memory, scales)?,
-        },
-        Weight::Vector(values) => Placed::Vector(memory.upload(bytemuck::cast_slice(values))?),
-    })
-}
-
 #[cfg(test)]
-#[path = "plan_tests.rs"]
 mod tests;

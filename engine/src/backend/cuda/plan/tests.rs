@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cuda_std::emulator::{self, Buffer as Emulated};
 use models::arch::recipe_from_gguf;
 use models::file::gguf::{DType, Gguf};
+use models::quant::Weight;
 use models::synthetic::{self, Options};
 
 use super::*;
@@ -106,13 +107,19 @@ fn relative_l2(got: &[f32], want: &[f32]) -> f64 {
     difference / sum(&mut want.iter().map(|w| f64::from(*w)))
 }
 
-/// Runs prompt and decode steps of `shape` on the emulator, from the plan's own calls, and compares
-/// the logits of every full step with the CPU backend's.
-fn emulated_logits_equal_the_cpu(shape: &str, linear: DType) {
+/// Runs prompt and decode steps of `model` on the emulator, from the plan's own calls, and compares
+/// the logits of every full step with the CPU backend's. Returns the names of the calls.
+fn emulated_logits_equal_the_cpu(model: LoadedModel) -> Vec<String> {
     const CONTEXT: usize = 12;
-    let model = model(shape, linear);
     let mut memory = Emulator::default();
-    let plan = compile(&model, CONTEXT, &DeviceInfo::T4, &mut memory).expect("a plan");
+    let plan = compile(
+        &model,
+        CONTEXT,
+        &DeviceInfo::T4,
+        &Tuned::default(),
+        &mut memory,
+    )
+    .expect("a plan");
     let vocab = model.recipe.config.vocab;
     let mut cpu = CpuBackend::new(Arc::new(model), CONTEXT).expect("a CPU backend");
 
@@ -135,7 +142,7 @@ fn emulated_logits_equal_the_cpu(shape: &str, linear: DType) {
         let error = relative_l2(&logits, &expected);
         assert!(
             error < 2e-3,
-            "{shape} at position {position}: relative error {error:.2e}"
+            "position {position}: relative error {error:.2e}"
         );
 
         let state: Vec<u32> = typed(&memory.read(plan.state));
@@ -149,41 +156,124 @@ fn emulated_logits_equal_the_cpu(shape: &str, linear: DType) {
         );
         cpu.decode(chosen).expect("decode");
     }
+    plan.notes.into_iter().map(|note| note.step).collect()
 }
 
 #[test]
 fn a_llama_on_the_emulator() {
-    emulated_logits_equal_the_cpu("tiny", DType::Q4_1);
+    emulated_logits_equal_the_cpu(model("tiny", DType::Q4_1));
 }
 
 #[test]
 fn a_qwen2_on_the_emulator() {
-    emulated_logits_equal_the_cpu("tiny-qwen2", DType::Q4_0);
+    emulated_logits_equal_the_cpu(model("tiny-qwen2", DType::Q4_0));
 }
 
 #[test]
 fn a_stretched_llama_with_8_bit_weights_on_the_emulator() {
-    emulated_logits_equal_the_cpu("tiny-llama3", DType::Q8_0);
+    let names = emulated_logits_equal_the_cpu(model("tiny-llama3", DType::Q8_0));
+    assert!(
+        names.contains(&"attn_q".to_owned()),
+        "step by step: {names:?}"
+    );
+}
+
+/// A recipe whose steps are in no known arrangement, or whose intermediate results are read again,
+/// computes the same, in more calls.
+#[test]
+fn what_cannot_be_fused_runs_step_by_step() {
+    let plain = emulated_logits_equal_the_cpu(model("tiny-qwen2", DType::Q4_0)).len();
+    let longer_by = |change: &dyn Fn(&mut Vec<Step>)| {
+        let mut model = model("tiny-qwen2", DType::Q4_0);
+        change(&mut model.recipe.steps);
+        emulated_logits_equal_the_cpu(model).len() - plain
+    };
+    let find =
+        |steps: &[Step], wanted: fn(&Step) -> bool| steps.iter().position(wanted).expect("a step");
+    // What was added is added again: the product has to leave it behind.
+    let again = longer_by(&|steps| {
+        let add = find(steps, |step| matches!(step, Step::Add { .. }));
+        steps.insert(add, steps[add].clone());
+    });
+    assert_eq!(again, 2);
+    // Keys are turned before queries.
+    let swapped = longer_by(&|steps| {
+        let rope = find(steps, |step| matches!(step, Step::Rope { .. }));
+        steps.swap(rope, rope + 1);
+    });
+    assert_eq!(swapped, 2);
+    // The norm's result is wanted once more, by the residual.
+    let normed = longer_by(&|steps| {
+        let rope = find(steps, |step| matches!(step, Step::Rope { .. }));
+        let add = Step::Add {
+            src: Buffer::Normed,
+            dst: Buffer::Residual,
+        };
+        steps.insert(rope, add);
+    });
+    assert_eq!(normed, 2);
+    // Gate and up of a layer are computed in the other order: still one product.
+    let crossed = longer_by(&|steps| {
+        let gated = find(steps, |step| matches!(step, Step::SwiGlu { .. }));
+        steps.swap(gated - 1, gated - 2);
+    });
+    assert_eq!(crossed, 1);
 }
 
 #[test]
-fn a_call_for_each_step_and_no_work_that_a_prompt_token_does_not_need() {
+fn six_calls_a_layer_and_no_work_that_a_prompt_token_does_not_need() {
     let model = model("tiny-qwen2", DType::Q4_0);
-    let plan = compile(&model, 7, &DeviceInfo::T4, &mut Counter::default()).expect("a plan");
-    let steps = &model.recipe.steps;
-    assert_eq!(plan.full.len(), steps.len());
-    let names = |calls: &[Call]| calls.iter().map(|call| call.kernel).collect::<Vec<_>>();
-    let (full, prompt) = (names(&plan.full), names(&plan.prompt));
-    assert_eq!(full.first(), Some(&"embed_int8"));
-    assert!(full[full.len() - 1].starts_with("logits_int8"));
+    let plan = compile(
+        &model,
+        7,
+        &DeviceInfo::T4,
+        &Tuned::default(),
+        &mut Counter::default(),
+    )
+    .expect("a plan");
+    let layer = [
+        "norm attn_q attn_k attn_v",
+        "rope q k, append",
+        "attention",
+        "attn_output add",
+        "norm ffn_gate ffn_up swiglu",
+        "ffn_down add",
+    ];
+    let layers = model.recipe.config.layers;
+    let mut names = vec!["embed"];
+    names.extend(layer.repeat(layers));
+    names.extend(["norm output_norm", "logits, choice"]);
+    let steps: Vec<&str> = plan.notes.iter().map(|note| note.step.as_str()).collect();
+    assert_eq!(steps, names);
+    assert!(plan.notes[1].launch.contains("rule"), "{:?}", plan.notes[1]);
+    assert_eq!(plan.full.len(), names.len());
     // As the full step up to the last write into the cache, of the last layer.
-    let (last, same) = prompt.split_last().expect("calls");
-    assert_eq!(*last, "advance_position");
-    assert_eq!(same, &full[..same.len()]);
-    assert_eq!(same.last(), Some(&"kv_append_f16"));
-    assert!(!full[same.len()..].contains(&"kv_append_f16"));
-    let appends = full.iter().filter(|name| **name == "kv_append_f16").count();
-    assert_eq!(appends, model.recipe.config.layers);
+    let (last, same) = plan.prompt.split_last().expect("calls");
+    assert_eq!(last.kernel, "advance_position");
+    assert_eq!(same, &plan.full[..same.len()]);
+    assert_eq!(same.len(), 1 + 6 * (layers - 1) + 2);
+}
+
+#[test]
+fn dependent_launch_where_the_device_has_it() {
+    let model = model("tiny", DType::Q4_0);
+    let dependent = |compute_capability| {
+        let device = DeviceInfo {
+            compute_capability,
+            ..DeviceInfo::T4
+        };
+        let plan = compile(
+            &model,
+            7,
+            &device,
+            &Tuned::default(),
+            &mut Counter::default(),
+        )
+        .expect("a plan");
+        plan.full.iter().filter(|call| call.dependent).count()
+    };
+    assert_eq!(dependent(80), 0);
+    assert!(dependent(90) > model.recipe.config.layers);
 }
 
 #[test]
@@ -191,7 +281,14 @@ fn the_counter_counts_weights_cache_and_buffers() {
     let model = model("tiny", DType::Q4_0);
     let bytes = |context| {
         let mut counter = Counter::default();
-        compile(&model, context, &DeviceInfo::T4, &mut counter).expect("a plan");
+        compile(
+            &model,
+            context,
+            &DeviceInfo::T4,
+            &Tuned::default(),
+            &mut counter,
+        )
+        .expect("a plan");
         counter.bytes
     };
     let weights: u64 = model.weights.iter().map(Weight::bytes).sum();
@@ -215,8 +312,14 @@ fn recipes_that_do_not_fit_are_errors() {
     let refused = |change: &dyn Fn(&mut LoadedModel), context| {
         let mut model = model("tiny", DType::Q4_0);
         change(&mut model);
-        let error = compile(&model, context, &DeviceInfo::T4, &mut Counter::default())
-            .expect_err("a recipe that cannot run");
+        let error = compile(
+            &model,
+            context,
+            &DeviceInfo::T4,
+            &Tuned::default(),
+            &mut Counter::default(),
+        )
+        .expect_err("a recipe that cannot run");
         assert_eq!(error.exit_code(), 2, "{error}");
         error.to_string()
     };
@@ -245,13 +348,13 @@ fn recipes_that_do_not_fit_are_errors() {
     let short = refused(
         &|model| {
             for weight in &mut model.weights {
-                if let Weight::Int4(matrix) = weight {
-                    matrix.quants.to_mut().truncate(16);
+                if let Weight::Vector(values) = weight {
+                    values.truncate(16);
                 }
             }
         },
         8,
     );
-    assert!(short.contains("quants"), "names the buffer: {short}");
+    assert!(short.contains("gain"), "names the buffer: {short}");
     assert!(refused(&|_| (), usize::MAX / 2).contains("2^64"));
 }

@@ -1,0 +1,304 @@
+//! The kernel call of each step and of each fused pattern.
+
+use gpu_kernels::launch::{Call, DeviceSlice};
+use gpu_kernels::linear::gemv_int4_mma;
+use gpu_kernels::{
+    add, attention, embed, kv_append, linear, logits, rmsnorm, rope, rope_kv_append, swiglu,
+};
+use models::quant::Int4Tiled;
+use models::recipe::{Buffer, Step, WeightId};
+
+use super::fuse::{Op, Product, Then};
+use super::place::Placed;
+use super::{Cache, Compiler, attention_shape, unsupported};
+use crate::Error;
+
+impl Compiler<'_> {
+    /// The kernel call of one step.
+    pub(super) fn step(&mut self, step: &Step) -> Result<Call, Error> {
+        let (device, context, config) = (self.device, self.context, &self.model.recipe.config);
+        let (state, tokens) = (self.state, self.tokens);
+        match *step {
+            Step::Embed { table, dst } => {
+                let Placed::Int8 {
+                    rows,
+                    cols,
+                    group,
+                    quants,
+                    scales,
+                } = self.weight(table)?
+                else {
+                    return Err(self.wrong_kind(table, "an 8-bit table"));
+                };
+                let shape = embed::Shape {
+                    vocab: rows,
+                    width: cols,
+                    group,
+                    context,
+                };
+                let out = self.buffer(dst);
+                embed::plan(
+                    device,
+                    &shape,
+                    &embed::Operands {
+                        quants,
+                        scales,
+                        tokens,
+                        state,
+                        out,
+                    },
+                )
+            }
+            Step::RmsNorm {
+                weight,
+                eps,
+                src,
+                dst,
+            } => {
+                let shape = rmsnorm::Shape {
+                    tokens: 1,
+                    width: self.model.recipe.elems(src),
+                    eps,
+                };
+                let (x, out) = (self.buffer(src), self.buffer(dst));
+                let weight = self.vector(weight)?;
+                rmsnorm::plan(device, &shape, &rmsnorm::Operands { x, weight, out })
+            }
+            Step::Linear {
+                weight,
+                bias,
+                src,
+                dst,
+            } => {
+                let bias = bias.map_or(Ok(DeviceSlice::NONE), |bias| self.vector(bias))?;
+                let (x, y) = (self.buffer(src), self.buffer(dst));
+                let Placed::Int8 {
+                    rows,
+                    cols,
+                    group,
+                    quants,
+                    scales,
+                } = self.weight(weight)?
+                else {
+                    return Err(self.wrong_kind(weight, "a matrix"));
+                };
+                let shape = linear::gemv_int8::Shape { rows, cols, group };
+                let operands = linear::gemv_int8::Operands {
+                    quants,
+                    scales,
+                    bias,
+                    x,
+                    y,
+                };
+                linear::gemv_int8::plan(device, &shape, &operands)
+            }
+            Step::Rope { buffer, heads } => {
+                let shape = rope::Shape {
+                    heads,
+                    head_dim: config.head_dim,
+                    context,
+                };
+                let (x, cos, sin) = (self.buffer(buffer), self.cos, self.sin);
+                rope::plan(device, &shape, &rope::Operands { x, cos, sin, state })
+            }
+            Step::KvAppend { layer, key, value } => {
+                let Cache {
+                    keys: k_cache,
+                    values: v_cache,
+                } = self.cache(layer)?;
+                let shape = kv_append::Shape {
+                    kv_heads: config.kv_heads,
+                    head_dim: config.head_dim,
+                    context,
+                };
+                let (k, v) = (self.buffer(key), self.buffer(value));
+                let operands = kv_append::Operands {
+                    k,
+                    v,
+                    k_cache,
+                    v_cache,
+                    state,
+                };
+                kv_append::plan(device, &shape, &operands)
+            }
+            Step::Attention {
+                layer,
+                query,
+                dst,
+                scale,
+            } => {
+                let Cache {
+                    keys: k_cache,
+                    values: v_cache,
+                } = self.cache(layer)?;
+                let shape = attention_shape(self.model, context, scale);
+                let (q, out) = (self.buffer(query), self.buffer(dst));
+                let operands = attention::Operands {
+                    q,
+                    k_cache,
+                    v_cache,
+                    state,
+                    out,
+                    partials: self.partials,
+                    arrived: self.arrived,
+                };
+                attention::plan(device, &shape, &operands)
+            }
+            Step::SwiGlu { gate, up, dst } => {
+                let shape = swiglu::Shape {
+                    elems: self.model.recipe.elems(dst),
+                };
+                let (gate, up, out) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
+                swiglu::plan(device, &shape, &swiglu::Operands { gate, up, out })
+            }
+            Step::Add { src, dst } => {
+                let shape = add::Shape {
+                    elems: self.model.recipe.elems(dst),
+                };
+                let (x, y) = (self.buffer(src), self.buffer(dst));
+                add::plan(device, &shape, &add::Operands { x, y })
+            }
+            Step::Logits { table, src, dst } => {
+                let Placed::Int8 {
+                    rows,
+                    cols,
+                    group,
+                    quants,
+                    scales,
+                } = self.weight(table)?
+                else {
+                    return Err(self.wrong_kind(table, "an 8-bit table"));
+                };
+                let shape = logits::Shape {
+                    vocab: rows,
+                    width: cols,
+                    group,
+                };
+                let operands = logits::Operands {
+                    quants,
+                    scales,
+                    x: self.buffer(src),
+                    logits: self.buffer(dst),
+                    scratch: self.logits_scratch,
+                };
+                let greedy = logits::Greedy {
+                    context,
+                    tokens,
+                    state,
+                    advance: true,
+                };
+                logits::plan(device, &shape, &operands, Some(&greedy))
+            }
+        }
+        .map_err(unsupported)
+    }
+
+    /// The call of INT4 matrices behind one input, and how it is launched.
+    pub(super) fn product(
+        &mut self,
+        product: &Product,
+        packed: Option<&Int4Tiled>,
+    ) -> Result<(Call, String), Error> {
+        let tiles = self.tiles(product, packed)?;
+        let bias = self.biases(product)?;
+        let gain = match product.norm {
+            Some(norm) => self.vector(norm.weight)?,
+            None => DeviceSlice::NONE,
+        };
+        // The destinations lie one after the other.
+        let first = self.buffer(product.dsts[0]);
+        let y = DeviceSlice {
+            address: first.address,
+            bytes: product.dsts.iter().map(|b| self.buffer(*b).bytes).sum(),
+        };
+        let shape = gemv_int4_mma::Shape {
+            rows: tiles.rows,
+            cols: tiles.cols,
+            group: tiles.group,
+            tokens: 1,
+            epilogue: match product.then {
+                Then::Store => gemv_int4_mma::Epilogue::Store,
+                Then::Add => gemv_int4_mma::Epilogue::Add,
+                Then::SwiGlu => gemv_int4_mma::Epilogue::SwiGlu,
+            },
+            eps: product.norm.map_or(0.0, |norm| norm.eps),
+        };
+        let operands = gemv_int4_mma::Operands {
+            quants: tiles.quants,
+            scales: tiles.scales,
+            mins: tiles.mins,
+            bias,
+            x: self.buffer(product.src),
+            gain,
+            y,
+        };
+        let entry =
+            gemv_int4_mma::entry(shape.group, tiles.mins != DeviceSlice::NONE, shape.tokens);
+        let name = shape.name(product.norm.is_some());
+        let rule = || gemv_int4_mma::rule(self.device, &shape);
+        let chosen = self.tuned.choose(entry, &name, rule);
+        let call = gemv_int4_mma::plan(self.device, &shape, &operands, Some(chosen.launch))
+            .map_err(unsupported)?;
+        Ok((call, format!("{name}: {chosen}")))
+    }
+
+    /// The call of [`Op::RopeKvAppend`].
+    pub(super) fn rope_kv_append(
+        &self,
+        [query, key, value]: [Buffer; 3],
+        layer: usize,
+        heads: usize,
+    ) -> Result<Call, Error> {
+        let config = &self.model.recipe.config;
+        let Cache { keys, values } = self.cache(layer)?;
+        let shape = rope_kv_append::Shape {
+            heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            context: self.context,
+        };
+        let operands = rope_kv_append::Operands {
+            q: self.buffer(query),
+            k: self.buffer(key),
+            v: self.buffer(value),
+            cos: self.cos,
+            sin: self.sin,
+            k_cache: keys,
+            v_cache: values,
+            state: self.state,
+        };
+        rope_kv_append::plan(self.device, &shape, &operands).map_err(unsupported)
+    }
+
+    /// What a call computes, for people: the same for all layers.
+    pub(super) fn name(&self, op: &Op<'_>) -> String {
+        // `blk.7.attn_q.weight` -> `attn_q`.
+        let short = |id: WeightId| {
+            let name = self.model.recipe.weights.get(id).map_or("?", |w| &w.name);
+            let name = name.strip_suffix(".weight").unwrap_or(name);
+            name.rsplit('.').next().unwrap_or(name).to_owned()
+        };
+        match op {
+            Op::RopeKvAppend { .. } => "rope q k, append".to_owned(),
+            Op::Product(product) => {
+                let mut parts: Vec<String> = product.norm.iter().map(|_| "norm".into()).collect();
+                parts.extend(product.matrices.iter().map(|id| short(*id)));
+                match product.then {
+                    Then::Store => {}
+                    Then::Add => parts.push("add".to_owned()),
+                    Then::SwiGlu => parts.push("swiglu".to_owned()),
+                }
+                parts.join(" ")
+            }
+            Op::Step(Step::Embed { .. }) => "embed".to_owned(),
+            Op::Step(Step::RmsNorm { weight, .. }) => format!("norm {}", short(*weight)),
+            Op::Step(Step::Linear { weight, .. }) => short(*weight),
+            Op::Step(Step::Rope { .. }) => "rope".to_owned(),
+            Op::Step(Step::KvAppend { .. }) => "append".to_owned(),
+            Op::Step(Step::Attention { .. }) => "attention".to_owned(),
+            Op::Step(Step::SwiGlu { .. }) => "swiglu".to_owned(),
+            Op::Step(Step::Add { .. }) => "add".to_owned(),
+            Op::Step(Step::Logits { .. }) => "logits, choice".to_owned(),
+        }
+    }
+}

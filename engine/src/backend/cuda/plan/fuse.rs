@@ -1,0 +1,298 @@
+//! Which steps of a recipe one kernel takes together.
+//!
+//! ```text
+//! [norm] linear linear ...          one product of the matrices packed row after row
+//! [norm] linear linear swiglu       one product of gate and up interleaved
+//! [norm] linear add                 one product that adds to what is there
+//! rope(q) rope(k) kv-append(k, v)   one launch
+//! ```
+//!
+//! The steps of a pattern follow each other in the recipe, and what the fused kernel no longer
+//! writes is read by nothing after it. Steps in another arrangement run one by one.
+
+use models::quant::{Int4Matrix, Weight};
+use models::recipe::{Buffer, Step, WeightId};
+
+use crate::backend::LoadedModel;
+
+/// What becomes one kernel call.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Op<'a> {
+    /// A step by itself.
+    Step(&'a Step),
+    /// INT4 matrices behind one input.
+    Product(Product),
+    /// Queries turned in place, keys turned and appended with the values.
+    RopeKvAppend {
+        layer: usize,
+        query: Buffer,
+        heads: usize,
+        key: Buffer,
+        value: Buffer,
+    },
+}
+
+impl Op<'_> {
+    /// Whether it writes the cache.
+    pub fn appends(&self) -> bool {
+        match self {
+            Op::Step(step) => matches!(step, Step::KvAppend { .. }),
+            Op::RopeKvAppend { .. } => true,
+            Op::Product(_) => false,
+        }
+    }
+}
+
+/// A norm in front of a product.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Norm {
+    pub weight: WeightId,
+    pub eps: f32,
+}
+
+/// What becomes of a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    Store,
+    Add,
+    SwiGlu,
+}
+
+/// INT4 matrices behind one input.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Product {
+    pub norm: Option<Norm>,
+    /// Input of the norm, or of the matrices if there is none.
+    pub src: Buffer,
+    /// Matrices of the same columns, groups and form; gate and up with [`Then::SwiGlu`].
+    pub matrices: Vec<WeightId>,
+    /// A matrix each.
+    pub biases: Vec<Option<WeightId>>,
+    /// Where the rows of each matrix go, one after the other in memory; one with [`Then::SwiGlu`].
+    pub dsts: Vec<Buffer>,
+    pub then: Then,
+}
+
+/// The calls to make, and the buffers that have to lie one after the other, in this order.
+#[derive(Debug, Default)]
+pub(super) struct Fused<'a> {
+    pub ops: Vec<Op<'a>>,
+    pub neighbours: Vec<Vec<Buffer>>,
+}
+
+/// Goes through the recipe and takes the longest pattern at each place.
+pub(super) fn fuse(model: &LoadedModel) -> Fused<'_> {
+    let steps = &model.recipe.steps;
+    let mut fused = Fused::default();
+    let mut at = 0;
+    while at < steps.len() {
+        let (op, taken) = product(model, at, &mut fused.neighbours)
+            .or_else(|| rope_kv_append(steps, at))
+            .unwrap_or((Op::Step(&steps[at]), 1));
+        fused.ops.push(op);
+        at += taken;
+    }
+    fused
+}
+
+/// A linear step of an INT4 matrix.
+#[derive(Clone, Copy)]
+struct Linear<'a> {
+    weight: WeightId,
+    matrix: &'a Int4Matrix,
+    bias: Option<WeightId>,
+    src: Buffer,
+    dst: Buffer,
+}
+
+fn linear(model: &LoadedModel, at: usize) -> Option<Linear<'_>> {
+    let Step::Linear {
+        weight,
+        bias,
+        src,
+        dst,
+    } = *model.recipe.steps.get(at)?
+    else {
+        return None;
+    };
+    let Some(Weight::Int4(matrix)) = model.weights.get(weight) else {
+        return None;
+    };
+    (src != dst).then_some(Linear {
+        weight,
+        matrix,
+        bias,
+        src,
+        dst,
+    })
+}
+
+/// The product that starts at step `at`, and the steps that it stands for.
+fn product<'a>(
+    model: &'a LoadedModel,
+    at: usize,
+    neighbours: &mut Vec<Vec<Buffer>>,
+) -> Option<(Op<'a>, usize)> {
+    let steps = &model.recipe.steps;
+    let (norm, src, first) = match steps[at] {
+        Step::RmsNorm {
+            weight,
+            eps,
+            src,
+            dst,
+        } => (Some((Norm { weight, eps }, dst)), src, at + 1),
+        _ => (None, linear(model, at)?.src, at),
+    };
+    let run = run(model, first);
+    let head = run.first()?;
+    if norm.is_some_and(|(_, normed)| normed != head.src) {
+        return None;
+    }
+    // Without a norm of its own, or with one whose result nobody else wants.
+    let normed_is_dead = |next: usize| norm.is_none_or(|(_, normed)| is_dead(steps, next, normed));
+    let make = |matrices: &[Linear<'_>], dsts: Vec<Buffer>, then| {
+        let product = Product {
+            norm: norm.map(|(norm, _)| norm),
+            src,
+            matrices: matrices.iter().map(|l| l.weight).collect(),
+            biases: matrices.iter().map(|l| l.bias).collect(),
+            dsts,
+            then,
+        };
+        Op::Product(product)
+    };
+
+    if let (
+        [gate, up],
+        Some(&Step::SwiGlu {
+            gate: g,
+            up: u,
+            dst,
+        }),
+    ) = (&run[..], steps.get(first + 2))
+        && (gate.dst, up.dst) == (g, u)
+        && gate.matrix.rows == up.matrix.rows
+        && (gate.bias, up.bias) == (None, None)
+        && dst != src
+    {
+        let next = first + 3;
+        let unread = |buffer| buffer == dst || is_dead(steps, next, buffer);
+        if unread(g) && unread(u) && normed_is_dead(next) {
+            return Some((make(&run, vec![dst], Then::SwiGlu), next - at));
+        }
+    }
+    if let ([only], Some(&Step::Add { src: added, dst })) = (&run[..], steps.get(first + 1))
+        && only.dst == added
+        && dst != src
+        && dst != added
+        && is_dead(steps, first + 2, added)
+        && normed_is_dead(first + 2)
+    {
+        return Some((make(&run, vec![dst], Then::Add), first + 2 - at));
+    }
+    // As many as can be packed; else the first by itself, if the norm leaves nothing to the rest.
+    let dsts: Vec<Buffer> = run.iter().map(|l| l.dst).collect();
+    let side_by_side = run
+        .iter()
+        .all(|l| l.matrix.rows == model.recipe.elems(l.dst) && l.matrix.rows.is_multiple_of(4))
+        && accept(neighbours, &dsts);
+    let run = if side_by_side { &run[..] } else { &run[..1] };
+    let next = first + run.len();
+    let apart = run.iter().all(|l| l.dst != src);
+    if !apart || !normed_is_dead(next) {
+        return None;
+    }
+    let dsts = run.iter().map(|l| l.dst).collect();
+    Some((make(run, dsts, Then::Store), next - at))
+}
+
+/// The INT4 matrices from step `at` on that read one buffer and can be packed.
+fn run(model: &LoadedModel, at: usize) -> Vec<Linear<'_>> {
+    let mut run: Vec<Linear<'_>> = Vec::new();
+    while let Some(next) = linear(model, at + run.len()) {
+        let fits = run.first().is_none_or(|first: &Linear<'_>| {
+            let form = |m: &Int4Matrix| (m.cols, m.group, m.mins.is_some());
+            first.src == next.src && form(first.matrix) == form(next.matrix)
+        });
+        let new = run.iter().all(|l| l.dst != next.dst && l.src != next.dst);
+        if !fits || !new {
+            break;
+        }
+        run.push(next);
+    }
+    run
+}
+
+/// Whether the buffers can lie one after the other, given those that already do.
+fn accept(neighbours: &mut Vec<Vec<Buffer>>, dsts: &[Buffer]) -> bool {
+    if dsts.len() < 2 || neighbours.iter().any(|group| group == dsts) {
+        return true;
+    }
+    if neighbours
+        .iter()
+        .flatten()
+        .any(|buffer| dsts.contains(buffer))
+    {
+        return false;
+    }
+    neighbours.push(dsts.to_vec());
+    true
+}
+
+fn rope_kv_append(steps: &[Step], at: usize) -> Option<(Op<'_>, usize)> {
+    match *steps.get(at..at + 3)? {
+        [
+            Step::Rope {
+                buffer: query,
+                heads,
+            },
+            Step::Rope { buffer: turned, .. },
+            Step::KvAppend { layer, key, value },
+        ] if turned == key
+            && query != key
+            && query != value
+            && key != value
+            && is_dead(steps, at + 3, key) =>
+        {
+            let op = Op::RopeKvAppend {
+                layer,
+                query,
+                heads,
+                key,
+                value,
+            };
+            Some((op, 3))
+        }
+        _ => None,
+    }
+}
+
+/// Whether nothing from step `from` on reads what is in `buffer` now.
+fn is_dead(steps: &[Step], from: usize, buffer: Buffer) -> bool {
+    for step in &steps[from.min(steps.len())..] {
+        let (reads, writes) = buffers(step);
+        if reads.contains(&Some(buffer)) {
+            return false;
+        }
+        if writes == Some(buffer) {
+            return true;
+        }
+    }
+    // The host reads the logits.
+    buffer != Buffer::Logits
+}
+
+/// What a step reads and what it overwrites.
+fn buffers(step: &Step) -> ([Option<Buffer>; 2], Option<Buffer>) {
+    match *step {
+        Step::Embed { dst, .. } => ([None; 2], Some(dst)),
+        Step::RmsNorm { src, dst, .. }
+        | Step::Linear { src, dst, .. }
+        | Step::Logits { src, dst, .. } => ([Some(src), None], Some(dst)),
+        Step::Rope { buffer, .. } => ([Some(buffer), None], None),
+        Step::KvAppend { key, value, .. } => ([Some(key), Some(value)], None),
+        Step::Attention { query, dst, .. } => ([Some(query), None], Some(dst)),
+        Step::SwiGlu { gate, up, dst } => ([Some(gate), Some(up)], Some(dst)),
+        Step::Add { src, dst } => ([Some(src), Some(dst)], None),
+    }
+}

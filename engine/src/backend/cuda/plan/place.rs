@@ -1,0 +1,173 @@
+//! Weights in device memory: as they are, or packed into the tiles of the matrix units.
+
+use cust::memory::bytemuck;
+use gpu_kernels::launch::DeviceSlice;
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use models::quant::int4_tiled::{TILE_COLS, TILE_ROWS};
+use models::quant::{Int4Matrix, Int4Tiled, Int8Matrix, Weight};
+use models::recipe::WeightId;
+
+use super::fuse::{Product, Then};
+use super::{Compiler, bytes_of};
+use crate::Error;
+use crate::backend::LoadedModel;
+
+/// A weight in device memory, as it is.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Placed {
+    Int8 {
+        rows: usize,
+        cols: usize,
+        group: usize,
+        quants: DeviceSlice,
+        scales: DeviceSlice,
+    },
+    Vector(DeviceSlice),
+}
+
+/// Matrices of a product in device memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PlacedTiles {
+    /// N: rows of the result.
+    pub rows: usize,
+    pub cols: usize,
+    pub group: usize,
+    pub quants: DeviceSlice,
+    pub scales: DeviceSlice,
+    pub mins: DeviceSlice,
+}
+
+fn int4(model: &LoadedModel, id: WeightId) -> Result<&Int4Matrix, Error> {
+    match model.weights.get(id) {
+        Some(Weight::Int4(matrix)) => Ok(matrix),
+        _ => Err(wrong_kind(model, id, "a 4-bit matrix")),
+    }
+}
+
+fn wrong_kind(model: &LoadedModel, id: WeightId, wanted: &str) -> Error {
+    let weight = model.recipe.weights.get(id);
+    let name = weight.map_or("?", |weight| weight.name.as_str());
+    Error::input(format!("tensor {name} should be {wanted}"))
+}
+
+/// The matrices of a product as one, in tiles.
+///
+/// # Errors
+/// Matrices that do not fit each other.
+pub(super) fn pack(model: &LoadedModel, product: &Product) -> Result<Int4Tiled, Error> {
+    let matrices = product
+        .matrices
+        .iter()
+        .map(|id| int4(model, *id))
+        .collect::<Result<Vec<_>, _>>()?;
+    let tiled = match (product.then, &matrices[..]) {
+        (Then::SwiGlu, [gate, up]) => Int4Tiled::pack_gate_up(gate, up),
+        _ => Int4Tiled::pack(&matrices),
+    };
+    tiled.map_err(Error::input)
+}
+
+fn halves(values: &[f16]) -> &[u8] {
+    bytemuck::cast_slice(values.reinterpret_cast())
+}
+
+impl Compiler<'_> {
+    /// A weight that a step uses as it is.
+    pub(super) fn weight(&mut self, id: WeightId) -> Result<Placed, Error> {
+        if let Some(Some(placed)) = self.weights.get(id) {
+            return Ok(*placed);
+        }
+        let placed = match self.model.weights.get(id) {
+            Some(Weight::Int8(Int8Matrix {
+                rows,
+                cols,
+                group,
+                quants,
+                scales,
+            })) => Placed::Int8 {
+                rows: *rows,
+                cols: *cols,
+                group: *group,
+                quants: self.memory.upload(bytemuck::cast_slice(quants))?,
+                scales: self.memory.upload(halves(scales))?,
+            },
+            Some(Weight::Vector(values)) => {
+                Placed::Vector(self.memory.upload(bytemuck::cast_slice(values))?)
+            }
+            Some(Weight::Int4(_)) => return Err(self.wrong_kind(id, "an 8-bit matrix or a vector")),
+            None => return Err(Error::input(format!("there is no weight {id}"))),
+        };
+        self.weights[id] = Some(placed);
+        Ok(placed)
+    }
+
+    pub(super) fn vector(&mut self, id: WeightId) -> Result<DeviceSlice, Error> {
+        match self.weight(id)? {
+            Placed::Vector(slice) => Ok(slice),
+            _ => Err(self.wrong_kind(id, "a vector")),
+        }
+    }
+
+    pub(super) fn wrong_kind(&self, id: WeightId, wanted: &str) -> Error {
+        wrong_kind(self.model, id, wanted)
+    }
+
+    /// The biases of a product one after the other, zeros where a matrix has none; none if no
+    /// matrix has one.
+    pub(super) fn biases(&mut self, product: &Product) -> Result<DeviceSlice, Error> {
+        if let [Some(bias)] = product.biases[..] {
+            return self.vector(bias);
+        }
+        if product.biases.iter().all(Option::is_none) {
+            return Ok(DeviceSlice::NONE);
+        }
+        let mut all = Vec::new();
+        for (matrix, bias) in product.matrices.iter().zip(&product.biases) {
+            let rows = int4(self.model, *matrix)?.rows;
+            match bias.map(|id| (id, self.model.weights.get(id))) {
+                None => all.resize(all.len() + rows, 0f32),
+                Some((_, Some(Weight::Vector(values)))) if values.len() == rows => {
+                    all.extend_from_slice(values);
+                }
+                Some((id, _)) => return Err(self.wrong_kind(id, &format!("a vector of {rows}"))),
+            }
+        }
+        self.memory.upload(bytemuck::cast_slice(&all))
+    }
+
+    /// Room for the matrices of a product, filled with `packed`; without it only counted.
+    pub(super) fn tiles(
+        &mut self,
+        product: &Product,
+        packed: Option<&Int4Tiled>,
+    ) -> Result<PlacedTiles, Error> {
+        let first = int4(self.model, product.matrices[0])?;
+        let mut rows = first.rows;
+        let mut matrix_rows = rows.div_ceil(TILE_ROWS / 2) * TILE_ROWS;
+        if product.then != Then::SwiGlu {
+            for id in &product.matrices[1..] {
+                rows += int4(self.model, *id)?.rows;
+            }
+            matrix_rows = rows;
+        }
+        let tiles = matrix_rows.div_ceil(TILE_ROWS) * first.cols.div_ceil(TILE_COLS);
+        let quants = bytes_of(&[tiles, TILE_ROWS * TILE_COLS / 2])?;
+        let scales = bytes_of(&[tiles, TILE_ROWS * TILE_COLS / first.group, 2])?;
+        let mut place = |bytes, part: Option<&[u8]>| match part {
+            Some(part) => self.memory.upload(part),
+            None => self.memory.reserve(bytes),
+        };
+        Ok(PlacedTiles {
+            rows,
+            cols: first.cols,
+            group: first.group,
+            quants: place(quants, packed.map(|p| bytemuck::cast_slice(&p.quants)))?,
+            scales: place(scales, packed.map(|p| halves(&p.scales)))?,
+            mins: match first.mins.is_some() {
+                true => place(scales, packed.and_then(|p| p.mins.as_deref()).map(halves))?,
+                false => DeviceSlice::NONE,
+            },
+        })
+    }
+}
