@@ -1,6 +1,6 @@
-//! Embedding lookup: row `token` of an INT8 table, de-quantised.
+//! Embedding lookup: row `token` of an INT8 or F16 table as floats.
 
-use models::quant::Int8Matrix;
+use models::quant::{F16Matrix, Int8Matrix};
 
 use crate::isa::Isa;
 use crate::linear::Matrix;
@@ -27,11 +27,25 @@ pub fn reference(table: &Int8Matrix, tokens: &[u32], out: &mut [f32]) {
     }
 }
 
+/// [`reference`] for an F16 table.
+///
+/// # Panics
+/// As [`reference`].
+pub fn reference_f16(table: &F16Matrix, tokens: &[u32], out: &mut [f32]) {
+    let k = table.cols;
+    assert_eq!(out.len(), tokens.len() * k, "embed: out is (t, k)");
+    for (out, &token) in out.chunks_exact_mut(k).zip(tokens) {
+        for (out, value) in out.iter_mut().zip(table.row(token as usize)) {
+            *out = value.to_f32();
+        }
+    }
+}
+
 /// As [`reference`], by the fastest instructions of this CPU.
 ///
 /// # Panics
 /// As [`reference`].
-pub fn forward(table: &Int8Matrix, tokens: &[u32], out: &mut [f32]) {
+pub fn forward<M: Matrix>(table: &M, tokens: &[u32], out: &mut [f32]) {
     part(Isa::selected(), table, tokens, out);
 }
 
@@ -39,8 +53,8 @@ pub fn forward(table: &Int8Matrix, tokens: &[u32], out: &mut [f32]) {
 ///
 /// # Panics
 /// As [`reference`].
-pub fn part(isa: Isa, table: &Int8Matrix, tokens: &[u32], out: &mut [f32]) {
-    let k = table.cols;
+pub fn part<M: Matrix>(isa: Isa, table: &M, tokens: &[u32], out: &mut [f32]) {
+    let k = table.cols();
     assert_eq!(out.len(), tokens.len() * k, "embed: out is (t, k)");
     for (out, &token) in out.chunks_exact_mut(k).zip(tokens) {
         table.dequantize(isa, token as usize, out);
@@ -65,6 +79,14 @@ mod tests {
                 part(isa, &table, &tokens, &mut out);
                 assert_eq!(out, expected, "{isa}");
             }
+        }
+        let table = random.f16(7, 96);
+        let mut expected = vec![0.0; 2 * 96];
+        reference_f16(&table, &[6, 0], &mut expected);
+        for isa in Isa::available() {
+            let mut out = vec![f32::NAN; 2 * 96];
+            part(isa, &table, &[6, 0], &mut out);
+            assert_eq!(out, expected, "{isa}");
         }
     }
 

@@ -53,6 +53,29 @@ pub fn part(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     }
 }
 
+/// [`part`] of one token onto itself.
+///
+/// # Panics
+/// If `x` and `weight` differ in length.
+pub fn part_in_place(isa: Isa, x: &mut [f32], weight: &[f32], eps: f32) {
+    assert!(
+        !x.is_empty() && x.len() == weight.len(),
+        "rmsnorm: x is (d,)"
+    );
+    normalise_in_place(isa, x, weight, eps);
+}
+
+per_isa!(fn normalise_in_place(x: &mut [f32], weight: &[f32], eps: f32) = normalise_in_place_body);
+
+#[inline(always)]
+fn normalise_in_place_body<const FMA: bool>(x: &mut [f32], weight: &[f32], eps: f32) {
+    let mean_square = sum(x, |v| v * v) / x.len() as f32;
+    let factor = 1.0 / (mean_square + eps).sqrt();
+    for (x, &w) in x.iter_mut().zip(weight) {
+        *x = *x * factor * w;
+    }
+}
+
 per_isa!(fn normalise(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = normalise_body);
 
 #[inline(always)]
@@ -84,6 +107,11 @@ mod tests {
                 out.fill(f32::NAN);
                 part(isa, &x, &weight, 1e-5, &mut out);
                 assert_close(&out, &expected, 1e-6, isa.name());
+                let mut here = x.clone();
+                for token in here.chunks_exact_mut(d) {
+                    part_in_place(isa, token, &weight, 1e-5);
+                }
+                assert_eq!(here, out, "{isa}");
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Random operands and the comparison that the tests of this crate share.
 
 use half::f16;
-use models::quant::{Int4Matrix, Int8Matrix};
+use models::quant::{F16Matrix, Int4Matrix, Int8Matrix, TernaryMatrix};
 
 /// A small generator (xorshift64*), so that each test has its own fixed numbers.
 pub(crate) struct Random(u64);
@@ -58,6 +58,25 @@ impl Random {
             group,
             quants: (0..rows * cols).map(|_| self.bits() as i8).collect(),
             scales: self.halves(rows * cols.div_ceil(group), 0.01).into(),
+        }
+    }
+
+    pub(crate) fn f16(&mut self, rows: usize, cols: usize) -> F16Matrix {
+        F16Matrix {
+            rows,
+            cols,
+            values: self.halves(rows * cols, 0.5).into(),
+        }
+    }
+
+    /// With some codes of 3.
+    pub(crate) fn ternary(&mut self, rows: usize, cols: usize, group: usize) -> TernaryMatrix {
+        TernaryMatrix {
+            rows,
+            cols,
+            group,
+            quants: (0..rows * cols / 4).map(|_| self.bits() as u8).collect(),
+            scales: self.floats(rows * cols.div_ceil(group), 0.3).into(),
         }
     }
 }

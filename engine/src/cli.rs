@@ -1,8 +1,11 @@
 //! Flags of `edgellm` and what they start. One file a command.
 
 mod atomic_file;
+mod interrupt;
+mod loaded;
 mod logits;
 mod model_path;
+mod perplexity;
 mod run;
 mod synthesize;
 
@@ -34,6 +37,7 @@ enum Command {
     Run(run::RunArgs),
     Synthesize(synthesize::SynthesizeArgs),
     Logits(logits::LogitsArgs),
+    Perplexity(perplexity::PerplexityArgs),
 }
 
 impl Cli {
@@ -43,6 +47,7 @@ impl Cli {
             Command::Run(args) => run::execute(args),
             Command::Synthesize(args) => synthesize::execute(args),
             Command::Logits(args) => logits::execute(args),
+            Command::Perplexity(args) => perplexity::execute(args),
         }
     }
 }
@@ -197,6 +202,7 @@ mod tests {
             "edgellm run -i hi --greedy --raw --ids --backend cpu",
             "edgellm synthesize tiny out.gguf --seed 3",
             "edgellm logits -m m.gguf --text-file t.txt --out o.bin",
+            "edgellm perplexity -m m.gguf --text t.txt --kl-reference r.logits --chunks 4 --json",
         ] {
             Cli::try_parse_from(line.split(' ')).expect(line);
         }
@@ -212,6 +218,7 @@ mod tests {
             "edgellm run -i hi -n -1",
             "edgellm run -i hi --tier sm_60",
             "edgellm logits -m m.gguf --out o.bin",
+            "edgellm perplexity --chunks 0",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -5,6 +5,7 @@ pub mod backend;
 pub mod chat;
 mod error;
 pub mod generate;
+pub mod quality;
 pub mod sampler;
 pub mod tokenizer;
 pub mod weights;

@@ -174,11 +174,16 @@ impl Tokenizer {
             .inner
             .encode_fast(text, false)
             .map_err(|e| Error::Input(format!("cannot tokenize the prompt: {e}")))?;
-        let bos = self.bos.filter(|_| add_bos && self.adds_bos);
+        let bos = self.added_bos().filter(|_| add_bos);
         Ok(bos
             .into_iter()
             .chain(encoding.get_ids().iter().copied())
             .collect())
+    }
+
+    /// The BOS token, if the model wants one in front of a text.
+    pub fn added_bos(&self) -> Option<u32> {
+        self.bos.filter(|_| self.adds_bos)
     }
 
     /// Text of `ids` without control tokens; bytes that are no character become U+FFFD.
@@ -189,6 +194,11 @@ impl Tokenizer {
         }
         stream.finish(&mut out);
         out
+    }
+
+    /// Whether each id stands for the same bytes in `other`.
+    pub fn agrees_with(&self, other: &Tokenizer) -> bool {
+        (&self.starts, &self.bytes) == (&other.starts, &other.bytes)
     }
 
     /// Bytes that `id` adds to the text: none for a control token or an id outside the vocabulary.

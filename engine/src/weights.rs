@@ -72,7 +72,7 @@ impl ModelFile {
     /// # Errors
     /// [`Error::Input`] naming the file and the field or tensor at fault.
     pub fn recipe(&self, file: &Gguf<'_>) -> Result<Recipe, Error> {
-        let mut recipe = models::arch::recipe_from_gguf(file).map_err(|e| self.fault(e))?;
+        let mut recipe = models::arch::recipe(file).map_err(|e| self.fault(e))?;
         if recipe.config.name.is_empty() {
             recipe.config.name = self
                 .path

@@ -287,7 +287,7 @@ fn memory_follows_the_file_not_its_claims() {
 /// Everything between a file's bytes and a runnable model, in this process.
 fn load(bytes: &[u8]) -> Result<(), engine::Error> {
     let file = Gguf::parse(bytes)?;
-    let recipe = models::arch::recipe_from_gguf(&file)?;
+    let recipe = models::arch::recipe(&file)?;
     let tokenizer = Tokenizer::from_gguf(&file, recipe.config.vocab)?;
     let prompt = match file.metadata.string_opt("tokenizer.chat_template")? {
         Some(source) => ChatTemplate::new(source, &tokenizer.bos_text(), &tokenizer.eos_text())?

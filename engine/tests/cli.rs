@@ -312,6 +312,7 @@ fn help_teaches_with_examples() {
         &["run", "--help"],
         &["synthesize", "--help"],
         &["logits", "--help"],
+        &["perplexity", "--help"],
     ] {
         let output = Command::new(BINARY)
             .args(command)

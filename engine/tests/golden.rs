@@ -5,6 +5,8 @@
 //! without one it prints `skipped: no GPU`. `EDGELLM_GOLDEN_DIR` and `EDGELLM_MODEL` name the data
 //! and the default model where the tests run outside of a checkout.
 
+#[path = "golden/agreement.rs"]
+mod agreement;
 #[path = "golden/greedy.rs"]
 mod greedy;
 #[path = "golden/logits.rs"]

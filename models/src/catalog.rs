@@ -1,4 +1,4 @@
-//! Known models: where to get them, their size, hash and licence. Data from `catalog.toml`.
+//! Known models and texts: where to get them, their size, hash and licence. Data from `catalog.toml`.
 
 use serde::Deserialize;
 
@@ -8,13 +8,16 @@ use crate::error::shown;
 /// The catalog as it was when this crate was built.
 const BUILTIN: &str = include_str!("../catalog.toml");
 
-/// Models by name; the first is the default.
+/// Models and texts by name; the first of each is the default.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Catalog {
-    /// The entries in file order.
+    /// The models in file order.
     #[serde(rename = "model")]
     pub models: Vec<Model>,
+    /// The texts in file order.
+    #[serde(rename = "text")]
+    pub texts: Vec<Text>,
 }
 
 /// One known model.
@@ -38,6 +41,37 @@ pub struct Model {
     pub architecture: String,
     /// Where it comes from.
     pub source: Source,
+}
+
+/// A known text, for calibration and measurement.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Text {
+    /// Unique name, among those of the models too.
+    pub name: String,
+    /// File name under which it is kept; no path.
+    pub file: String,
+    /// Exact size.
+    pub bytes: u64,
+    /// Hash of the file, 64 lower-case hexadecimal digits.
+    pub sha256: String,
+    /// What its terms are.
+    pub licence: String,
+    /// Where it comes from.
+    pub source: TextSource,
+}
+
+/// Where a text comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum TextSource {
+    /// A gzip-compressed file inside a Debian package.
+    Debian {
+        /// Package.
+        package: String,
+        /// Path inside the package.
+        path: String,
+    },
 }
 
 /// Where a model file comes from.
@@ -67,8 +101,8 @@ impl Catalog {
     /// Parses and checks a catalog.
     ///
     /// # Errors
-    /// Malformed TOML, no models, a name or alias used twice, a file name with a path in it, or a
-    /// hash that is not 64 hexadecimal digits.
+    /// Malformed TOML, no models or texts, a name or alias used twice, a file name with a path in
+    /// it, or a hash that is not 64 hexadecimal digits.
     pub fn parse(text: &str) -> Result<Catalog, Error> {
         let fail = |reason: String| Error::Catalog { reason };
         let catalog: Catalog = toml::from_str(text).map_err(|error| {
@@ -80,27 +114,30 @@ impl Catalog {
                 error.message().replace('\n', " ")
             ))
         })?;
-        if catalog.models.is_empty() {
-            return Err(fail("it has no models".to_owned()));
+        if catalog.models.is_empty() || catalog.texts.is_empty() {
+            return Err(fail("it has no models or no texts".to_owned()));
         }
+        let texts = catalog.texts.iter();
         let mut names: Vec<&str> = catalog.models.iter().flat_map(Model::names).collect();
+        names.extend(texts.clone().map(|text| text.name.as_str()));
         names.sort_unstable();
         if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(fail(format!("{} names two models", shown(pair[0]))));
+            return Err(fail(format!("{} names two things", shown(pair[0]))));
         }
-        for model in &catalog.models {
-            if model.file.is_empty() || model.file.contains(['/', '\\']) || model.file == ".." {
+        let models = catalog.models.iter();
+        let files = models
+            .map(|model| (&model.name, &model.file, &model.sha256))
+            .chain(texts.map(|text| (&text.name, &text.file, &text.sha256)));
+        for (name, file, sha256) in files {
+            if file.is_empty() || file.contains(['/', '\\']) || file == ".." {
                 return Err(fail(format!(
                     "file {} is not a plain file name",
-                    shown(&model.file)
+                    shown(file)
                 )));
             }
             let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-            if model.sha256.len() != 64 || !model.sha256.bytes().all(is_hex) {
-                return Err(fail(format!(
-                    "sha256 of {} is malformed",
-                    shown(&model.name)
-                )));
+            if sha256.len() != 64 || !sha256.bytes().all(is_hex) {
+                return Err(fail(format!("sha256 of {} is malformed", shown(name))));
             }
         }
         Ok(catalog)
@@ -110,6 +147,12 @@ impl Catalog {
     pub fn default_model(&self) -> &Model {
         // Parsing refuses an empty catalog.
         &self.models[0]
+    }
+
+    /// The text that is read when none is named.
+    pub fn default_text(&self) -> &Text {
+        // Parsing refuses a catalog without.
+        &self.texts[0]
     }
 
     /// Finds a model by name or alias, whatever the case.
@@ -186,7 +229,7 @@ mod tests {
             (
                 "aliases = [",
                 "aliases = [\"smollm2-135m-instruct\", ",
-                "names two models",
+                "names two things",
             ),
         ] {
             assert!(BUILTIN.contains(from), "{from}");
@@ -195,6 +238,6 @@ mod tests {
                 .to_string();
             assert!(error.contains(expect) && !error.contains('\n'), "{error}");
         }
-        assert!(Catalog::parse("model = []").is_err());
+        assert!(Catalog::parse("model = []\ntext = []").is_err());
     }
 }

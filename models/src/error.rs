@@ -92,6 +92,14 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// One of several files of a model that cannot be read.
+    #[error("{file}: {reason}")]
+    Shard {
+        /// File name.
+        file: String,
+        /// Why.
+        reason: String,
+    },
     /// A matrix whose parts do not fit together.
     #[error("{format} matrix: {reason}")]
     Matrix {

@@ -14,7 +14,10 @@ pub type WeightId = usize;
 pub enum WeightKind {
     /// `(V, D)` lookup table, also the logits matrix when tied: becomes INT8.
     Embedding,
-    /// `(N, K)` matrix of a linear layer: becomes INT4 (or INT8 when the source is 8 bit).
+    /// The same in a model whose linear layers are floats: becomes F16.
+    FloatTable,
+    /// `(N, K)` matrix of a linear layer: INT4, INT8, ternary or F16, whatever keeps the numbers of
+    /// the source.
     Linear,
     /// `(N,)` float vector: normalisation gain or bias.
     Vector,
@@ -125,6 +128,23 @@ pub enum Step {
         /// `(N,)` destination.
         dst: Buffer,
     },
+    /// [`Step::RmsNorm`] of every head of `buffer` `(heads, head_dim)` by itself, in place.
+    HeadNorm {
+        /// `(Dh,)` gain, the same for all heads.
+        weight: WeightId,
+        /// Added to the mean square.
+        eps: f32,
+        /// Buffer normalised in place.
+        buffer: Buffer,
+        /// Heads in the buffer.
+        heads: usize,
+    },
+    /// Rounds `buffer` in place to 8 bits with one scale a token: `x = round(x / s) * s`, ties to
+    /// even, with `s = max(|x|, 1e-5) / 127`.
+    RoundToInt8 {
+        /// Buffer rounded in place.
+        buffer: Buffer,
+    },
     /// Half-split rotary position embedding, in place on `(heads, head_dim)`.
     /// Angles come from [`Recipe::rope_inverse_frequencies`].
     Rope {
@@ -162,6 +182,15 @@ pub enum Step {
         /// `(F,)` destination.
         dst: Buffer,
     },
+    /// `dst = relu(gate)² * up`.
+    ReluSquaredGlu {
+        /// `(F,)` gate.
+        gate: Buffer,
+        /// `(F,)` up.
+        up: Buffer,
+        /// `(F,)` destination.
+        dst: Buffer,
+    },
     /// `dst += src`.
     Add {
         /// Source.
@@ -189,33 +218,36 @@ pub struct Recipe {
     pub weights: Vec<WeightRef>,
     /// Steps in order.
     pub steps: Vec<Step>,
-    /// `(head_dim / 2,)` numbers that divide the rotary frequencies, for models whose context was
-    /// stretched (Llama 3.x, linear scaling); all finite and positive.
-    pub rope_divisors: Option<Vec<f32>>,
+}
+
+impl Config {
+    /// Elements of `buffer` for one token.
+    pub fn elems(&self, buffer: Buffer) -> usize {
+        match buffer {
+            Buffer::Residual | Buffer::Normed | Buffer::Projected => self.width,
+            Buffer::Query | Buffer::Attended => self.heads * self.head_dim,
+            Buffer::Key | Buffer::Value => self.kv_heads * self.head_dim,
+            Buffer::Gate | Buffer::Up | Buffer::Gated => self.ffn,
+            Buffer::Logits => self.vocab,
+        }
+    }
 }
 
 impl Recipe {
     /// Elements of `buffer` for one token.
     pub fn elems(&self, buffer: Buffer) -> usize {
-        let c = &self.config;
-        match buffer {
-            Buffer::Residual | Buffer::Normed | Buffer::Projected => c.width,
-            Buffer::Query | Buffer::Attended => c.heads * c.head_dim,
-            Buffer::Key | Buffer::Value => c.kv_heads * c.head_dim,
-            Buffer::Gate | Buffer::Up | Buffer::Gated => c.ffn,
-            Buffer::Logits => c.vocab,
-        }
+        self.config.elems(buffer)
     }
 
     /// `(head_dim / 2,)` inverse frequencies in radians a position: `theta^(-2i / head_dim)`
     /// (RoFormer, <https://arxiv.org/abs/2104.09864>), each divided by its entry of
-    /// [`Recipe::rope_divisors`] where there is one.
+    /// [`Config::rope_divisors`] where there is one.
     pub fn rope_inverse_frequencies(&self) -> Vec<f64> {
         let c = &self.config;
         (0..c.head_dim / 2)
             .map(|i| {
                 let frequency = (c.rope_theta as f64).powf(-2.0 * i as f64 / c.head_dim as f64);
-                match &self.rope_divisors {
+                match &c.rope_divisors {
                     Some(divisors) => frequency / divisors[i] as f64,
                     None => frequency,
                 }

@@ -10,7 +10,7 @@ mod tokenizer;
 use std::io::Write;
 
 use crate::Error;
-use crate::arch::{llama, qwen2};
+use crate::arch::{Stretch, llama, qwen2};
 use crate::error::shown;
 use crate::file::gguf::{DType, Writer};
 use random::{Spread, fill_tensor};
@@ -50,20 +50,6 @@ pub struct Shape {
     pub qkv_bias: bool,
     /// Pre-tokeniser that the metadata names (`tokenizer.ggml.pre`).
     pub pre_tokenizer: &'static str,
-}
-
-/// Llama 3's context stretching: slow frequencies are divided by `factor`, fast ones kept, those
-/// between interpolated by how often they turn within the original context.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Stretch {
-    /// Divisor of the slow frequencies.
-    pub factor: f64,
-    /// Turns within the original context at or below which a frequency is slow.
-    pub low_turns: f64,
-    /// Turns at or above which it is fast.
-    pub high_turns: f64,
-    /// Tokens of the original context.
-    pub original_context: f64,
 }
 
 /// Smallest vocabulary: the bytes and the special tokens.
@@ -237,20 +223,6 @@ impl Default for Options {
             linear: DType::Q4_0,
             embedding: DType::Q8_0,
         }
-    }
-}
-
-impl Stretch {
-    /// `(head_dim / 2,)` divisors of the rotary frequencies.
-    fn divisors(&self, head_dim: usize, theta: f64) -> Vec<f32> {
-        let divisor = |i: usize| {
-            let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
-            let turns = self.original_context * frequency / std::f64::consts::TAU;
-            let fast = (turns - self.low_turns) / (self.high_turns - self.low_turns);
-            let fast = fast.clamp(0.0, 1.0);
-            (1.0 / ((1.0 - fast) / self.factor + fast)) as f32
-        };
-        (0..head_dim / 2).map(divisor).collect()
     }
 }
 

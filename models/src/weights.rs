@@ -2,12 +2,22 @@
 //!
 //! | use | source | becomes |
 //! |---|---|---|
+//! | linear | F16, BF16, F32 | F16: kept, kept where f16 has the range, rounded to 11 bits |
 //! | linear | Q4_0, Q4_1 | INT4 group 32, bit for bit |
+//! | linear | Q4_K | INT4 group 32: levels kept, scale and minimum rounded to f16 |
 //! | linear | Q8_0 | INT8 group 32, bit for bit |
+//! | linear | Q5_0 | INT8 group 32, exact (levels -16 to 15) |
+//! | linear | Q5_1, Q5_K, Q6_K | INT8 group 32, rounded |
+//! | linear | TQ1_0, TQ2_0 | ternary group 256, exact |
 //! | embedding, output | Q8_0 | INT8 group 32, bit for bit |
-//! | embedding, output | Q4_0 | INT8 group 32, exact (levels -8 to 7) |
-//! | embedding, output | F32, F16, BF16, Q4_1, Q6_K | INT8, one scale a row, rounded |
+//! | embedding, output | Q4_0, Q5_0 | INT8 group 32, exact |
+//! | embedding, output | F32, F16, BF16 | INT8, one scale a row, rounded; F16 where the linear layers are floats |
+//! | embedding, output | Q4_1, Q5_1, Q4_K, Q5_K, Q6_K | INT8, one scale a row, rounded |
 //! | vector | F32, F16, BF16 | f32, exact |
+//!
+//! What rounding costs: INT8 at most half a level, 1/254 of the largest weight of the group (an eighth of
+//! a level of Q5_K's, a quarter of Q6_K's); Q4_K's scale and minimum 2^-12 of themselves, so a weight at
+//! most 0.004 of the step between two levels, and 0.0003 of its group's minimum.
 //!
 //! Anything else is an error that names the tensor and its type. Everything here is a pure
 //! function of the file, so several threads may decode tensors of one file at once.
@@ -17,44 +27,50 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::Error;
 use crate::error::shown;
-use crate::file::gguf::{DType, Gguf, TensorInfo};
+use crate::file::{DType, Source, Tensor};
+use crate::quant::floats::{self, BLOCK, RowDecoder, SUPER_BLOCK, f16_at};
 use crate::quant::int4::CELL_BYTES;
-use crate::quant::{Int4Matrix, Int8Matrix, Weight, int8};
+use crate::quant::{F16Matrix, Int4Matrix, Int8Matrix, TernaryMatrix, Weight, int8, ternary};
 use crate::recipe::{RowOrder, WeightKind, WeightRef};
 
-/// Weights a block of the Q4_0, Q4_1 and Q8_0 types.
-const BLOCK: usize = 32;
 /// Q4_0: f16 scale, then a cell.
 const Q4_0_BYTES: usize = 2 + CELL_BYTES;
 /// Q4_1: f16 scale, f16 minimum, then a cell.
 const Q4_1_BYTES: usize = 4 + CELL_BYTES;
+/// Q5_0: f16 scale, fifth bits, then a cell.
+const Q5_0_BYTES: usize = 6 + CELL_BYTES;
 /// Q8_0: f16 scale, then the levels.
 const Q8_0_BYTES: usize = 2 + BLOCK;
-/// Weights a Q6_K block.
-const Q6_K_BLOCK: usize = 256;
-/// Q6_K: low nibbles, high bit pairs, i8 scales, f16 scale.
-const Q6_K_BYTES: usize = 128 + 64 + 16 + 2;
 
 /// Decodes one tensor of a recipe.
 ///
 /// # Errors
 /// A tensor that is missing, has another shape than the recipe says or a type that its use cannot
 /// take, a scale or value that is not finite.
-pub fn decode(gguf: &Gguf<'_>, weight: &WeightRef) -> Result<Weight, Error> {
+pub fn decode(source: &dyn Source, weight: &WeightRef) -> Result<Weight, Error> {
     if weight.kind == WeightKind::Vector {
-        return decode_vector(gguf, weight).map(Weight::Vector);
+        return decode_vector(source, weight).map(Weight::Vector);
     }
-    let rows = Rows::new(gguf, weight)?;
+    let rows = Rows::new(source, weight)?;
+    use DType::*;
     match (weight.kind, rows.dtype) {
-        (WeightKind::Linear, DType::Q4_0) => rows.q4_0().map(Weight::Int4),
-        (WeightKind::Linear, DType::Q4_1) => rows.q4_1().map(Weight::Int4),
-        (WeightKind::Linear | WeightKind::Embedding, DType::Q8_0) => rows.q8_0().map(Weight::Int8),
-        (WeightKind::Embedding, DType::Q4_0) => rows.q4_0_widened().map(Weight::Int8),
-        (WeightKind::Embedding, DType::F32) => rows.rounded(f32_row).map(Weight::Int8),
-        (WeightKind::Embedding, DType::F16) => rows.rounded(f16_row).map(Weight::Int8),
-        (WeightKind::Embedding, DType::BF16) => rows.rounded(bf16_row).map(Weight::Int8),
-        (WeightKind::Embedding, DType::Q4_1) => rows.rounded(q4_1_row).map(Weight::Int8),
-        (WeightKind::Embedding, DType::Q6_K) => rows.rounded(q6_k_row).map(Weight::Int8),
+        (WeightKind::Linear | WeightKind::FloatTable, F32 | F16 | BF16) => {
+            rows.floats().map(Weight::F16)
+        }
+        (WeightKind::Linear, Q4_0) => rows.q4_0().map(Weight::Int4),
+        (WeightKind::Linear, Q4_1) => rows.q4_1().map(Weight::Int4),
+        (WeightKind::Linear, Q4_K) => rows.q4_k().map(Weight::Int4),
+        (WeightKind::Linear, Q5_1 | Q5_K | Q6_K) => rows.rounded(BLOCK).map(Weight::Int8),
+        (WeightKind::Linear, TQ1_0) => rows.ternary::<54>(floats::tq1_0_codes).map(Weight::Ternary),
+        (WeightKind::Linear, TQ2_0) => rows.ternary::<66>(floats::tq2_0_codes).map(Weight::Ternary),
+        (_, Q8_0) => rows.q8_0().map(Weight::Int8),
+        (_, Q5_0) => rows
+            .int8_blocks::<Q5_0_BYTES>(floats::q5_0_levels)
+            .map(Weight::Int8),
+        (_, Q4_0) => rows.q4_0_widened().map(Weight::Int8),
+        (_, F32 | F16 | BF16 | Q4_1 | Q5_1 | Q4_K | Q5_K | Q6_K) => {
+            rows.rounded(weight.cols).map(Weight::Int8)
+        }
         _ => Err(rows.unusable()),
     }
     .map_err(|error| match error {
@@ -67,29 +83,34 @@ pub fn decode(gguf: &Gguf<'_>, weight: &WeightRef) -> Result<Weight, Error> {
 ///
 /// # Errors
 /// As [`decode`].
-pub fn decode_vector(gguf: &Gguf<'_>, weight: &WeightRef) -> Result<Vec<f32>, Error> {
-    let rows = Rows::new(gguf, weight)?;
-    match rows.dtype {
-        DType::F32 => rows.vector(f32_row),
-        DType::F16 => rows.vector(f16_row),
-        DType::BF16 => rows.vector(bf16_row),
-        _ => Err(rows.unusable()),
+pub fn decode_vector(source: &dyn Source, weight: &WeightRef) -> Result<Vec<f32>, Error> {
+    let rows = Rows::new(source, weight)?;
+    match rows.dtype.is_float() {
+        true => rows.vector(),
+        false => Err(rows.unusable()),
     }
+}
+
+/// Checks that the source has what a weight is made of, in the shape that the recipe expects; gives the
+/// names of the tensors.
+///
+/// # Errors
+/// A tensor that is missing or has another shape, naming both.
+pub fn check(source: &dyn Source, weight: &WeightRef) -> Result<Vec<String>, Error> {
+    check_shape(source.require_tensor(&weight.name)?, weight)?;
+    Ok(vec![weight.name.clone()])
 }
 
 /// Checks that a tensor has the shape that a recipe expects: `[cols, rows]` for a matrix,
 /// `[cols]` for a vector (whose `rows` is 1).
-///
-/// # Errors
-/// Another shape, naming both.
-pub fn check_shape(tensor: &TensorInfo<'_>, weight: &WeightRef) -> Result<(), Error> {
+fn check_shape(tensor: &Tensor<'_>, weight: &WeightRef) -> Result<(), Error> {
     let (rows, cols) = (weight.rows as u64, weight.cols as u64);
     let expected = match weight.kind {
         WeightKind::Vector if rows != 1 => {
             return Err(fail(weight, format!("a vector has one row, not {rows}")));
         }
         WeightKind::Vector => vec![cols],
-        WeightKind::Embedding | WeightKind::Linear => vec![cols, rows],
+        _ => vec![cols, rows],
     };
     // Trailing dimensions of 1 change nothing.
     let used = tensor
@@ -126,8 +147,8 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    fn new(gguf: &Gguf<'a>, weight: &'a WeightRef) -> Result<Self, Error> {
-        let tensor = gguf.require_tensor(&weight.name)?;
+    fn new(source: &'a dyn Source, weight: &'a WeightRef) -> Result<Self, Error> {
+        let tensor = source.require_tensor(&weight.name)?;
         check_shape(tensor, weight)?;
         if let RowOrder::Interleaved { head_dim } = weight.row_order {
             let rows = if weight.kind == WeightKind::Vector {
@@ -155,16 +176,23 @@ impl<'a> Rows<'a> {
     /// The error of a type that the tensor's use cannot take.
     fn unusable(&self) -> Error {
         let usable = match self.weight.kind {
-            WeightKind::Embedding => {
-                "an embedding or output table: Q8_0, Q4_0, Q4_1, Q6_K, F16, BF16 and F32 can"
+            WeightKind::Embedding | WeightKind::FloatTable => {
+                "an embedding or output table: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K can"
             }
-            WeightKind::Linear => "a linear layer: Q4_0, Q4_1 and Q8_0 can",
+            WeightKind::Linear => {
+                "a linear layer: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, TQ1_0 and TQ2_0 can"
+            }
             WeightKind::Vector => "a vector: F32, F16 and BF16 can",
         };
         fail(
             self.weight,
             format!("type {} cannot be used as {usable}", self.dtype.name()),
         )
+    }
+
+    /// Floats of one stored row.
+    fn decoder(&self) -> Result<RowDecoder, Error> {
+        floats::row_decoder(self.dtype).ok_or_else(|| self.unusable())
     }
 
     /// The stored bytes of each row, in kernel order.
@@ -212,6 +240,72 @@ impl<'a> Rows<'a> {
         Int4Matrix::new(rows, cols, BLOCK, quants, scales, Some(mins))
     }
 
+    /// Levels as they are; scale and minimum become f16, which the products of two scales do not fit.
+    fn q4_k(&self) -> Result<Int4Matrix, Error> {
+        let (rows, cols) = (self.weight.rows, self.weight.cols);
+        let mut quants = vec![0u8; self.elems() / 2];
+        let mut scales = Vec::with_capacity(self.elems() / BLOCK);
+        let mut mins = Vec::with_capacity(self.elems() / BLOCK);
+        for (src, dst) in self.iter().zip(quants.chunks_exact_mut(cols / 2)) {
+            let (blocks, _) = src.as_chunks::<144>();
+            for (block, cells) in blocks.iter().zip(dst.chunks_exact_mut(SUPER_BLOCK / 2)) {
+                for (j, cell) in cells.chunks_exact_mut(CELL_BYTES).enumerate() {
+                    for (l, byte) in cell.iter_mut().enumerate() {
+                        let level = |l| floats::q4_k_level(block, j, l);
+                        *byte = level(l) | level(l + CELL_BYTES) << 4;
+                    }
+                }
+                let sub_blocks = floats::k_scales_and_mins(block);
+                scales.extend(sub_blocks.map(|(scale, _)| f16::from_f32(scale)));
+                mins.extend(sub_blocks.map(|(_, min)| f16::from_f32(-min)));
+            }
+        }
+        Int4Matrix::new(rows, cols, BLOCK, quants, scales, Some(mins))
+    }
+
+    /// Ternary group 256 from blocks of `BYTES` that end with their scale.
+    fn ternary<const BYTES: usize>(
+        &self,
+        codes_of: impl Fn(&[u8; BYTES], &mut [u8; SUPER_BLOCK]),
+    ) -> Result<TernaryMatrix, Error> {
+        let (rows, cols) = (self.weight.rows, self.weight.cols);
+        let mut quants = vec![0u8; self.elems() / 4];
+        let mut scales = Vec::with_capacity(self.elems() / SUPER_BLOCK);
+        let mut codes = [0; SUPER_BLOCK];
+        for (src, dst) in self.iter().zip(quants.chunks_exact_mut(cols / 4)) {
+            let (blocks, _) = src.as_chunks::<BYTES>();
+            for (block, cells) in blocks.iter().zip(dst.chunks_exact_mut(SUPER_BLOCK / 4)) {
+                codes_of(block, &mut codes);
+                ternary::pack(&codes, cells);
+                scales.push(f16_at(block, BYTES - 2).to_f32());
+            }
+        }
+        TernaryMatrix::new(rows, cols, SUPER_BLOCK, quants, scales)
+    }
+
+    /// F16, each value rounded to the nearest; one that is finite and too large is an error.
+    fn floats(&self) -> Result<F16Matrix, Error> {
+        let (rows, cols) = (self.weight.rows, self.weight.cols);
+        let mut values = vec![f16::ZERO; self.elems()];
+        let decode = self.decoder()?;
+        let mut row = vec![0f32; cols];
+        for (i, (src, out)) in self.iter().zip(values.chunks_exact_mut(cols)).enumerate() {
+            decode(src, &mut row);
+            out.convert_from_f32_slice(&row);
+            if let Some(k) = out.iter().position(|v| !v.is_finite()) {
+                let why = match row[k].is_finite() {
+                    true => ", beyond the 65504 of F16",
+                    false => "",
+                };
+                return Err(fail(
+                    self.weight,
+                    format!("value {k} of row {i} is {}{why}", row[k]),
+                ));
+            }
+        }
+        F16Matrix::new(rows, cols, values)
+    }
+
     fn q8_0(&self) -> Result<Int8Matrix, Error> {
         self.int8_blocks::<Q8_0_BYTES>(|block, levels| {
             for (level, byte) in levels.iter_mut().zip(&block[2..]) {
@@ -249,22 +343,24 @@ impl<'a> Rows<'a> {
         Int8Matrix::new(rows, cols, BLOCK, quants, scales)
     }
 
-    /// INT8 with one scale a row, rounded from the float row that `read` gives.
-    fn rounded(&self, mut read: impl FnMut(&[u8], &mut [f32])) -> Result<Int8Matrix, Error> {
+    /// INT8 with a scale for each `group` of a row, rounded from the floats of the row.
+    fn rounded(&self, group: usize) -> Result<Int8Matrix, Error> {
         let (rows, cols) = (self.weight.rows, self.weight.cols);
         let mut quants = vec![0i8; self.elems()];
-        let mut scales = Vec::with_capacity(rows);
+        let mut scales = Vec::with_capacity(rows * cols.div_ceil(group));
+        let decode = self.decoder()?;
         let mut row = vec![0f32; cols];
         for (src, levels) in self.iter().zip(quants.chunks_exact_mut(cols)) {
-            read(src, &mut row);
-            scales.push(int8::encode_group(&row, levels));
+            decode(src, &mut row);
+            let groups = row.chunks(group).zip(levels.chunks_mut(group));
+            scales.extend(groups.map(|(row, levels)| int8::encode_group(row, levels)));
         }
-        Int8Matrix::new(rows, cols, cols, quants, scales)
+        Int8Matrix::new(rows, cols, group, quants, scales)
     }
 
-    fn vector(&self, read: impl FnOnce(&[u8], &mut [f32])) -> Result<Vec<f32>, Error> {
+    fn vector(&self) -> Result<Vec<f32>, Error> {
         let mut stored = vec![0f32; self.weight.cols];
-        read(self.data, &mut stored);
+        self.decoder()?(self.data, &mut stored);
         if let Some(i) = stored.iter().position(|v| !v.is_finite()) {
             return Err(fail(self.weight, format!("value {i} is {}", stored[i])));
         }
@@ -285,70 +381,6 @@ fn stored_row(order: RowOrder, row: usize) -> usize {
             let (head, r) = (row / head_dim, row % head_dim);
             let half = head_dim / 2;
             head * head_dim + 2 * (r % half) + r / half
-        }
-    }
-}
-
-fn f16_at<const N: usize>(block: &[u8; N], at: usize) -> f16 {
-    f16::from_le_bytes([block[at], block[at + 1]])
-}
-
-fn f32_row(src: &[u8], out: &mut [f32]) {
-    for (out, bytes) in out.iter_mut().zip(src.as_chunks::<4>().0) {
-        *out = f32::from_le_bytes(*bytes);
-    }
-}
-
-fn f16_row(src: &[u8], out: &mut [f32]) {
-    // In pieces, so that the copy that aligns the halves stays in cache and off the heap.
-    let mut halves = [f16::ZERO; 256];
-    for (out, bytes) in out.chunks_mut(256).zip(src.chunks(512)) {
-        let halves = &mut halves[..out.len()];
-        for (half, bytes) in halves.iter_mut().zip(bytes.as_chunks::<2>().0) {
-            *half = f16::from_le_bytes(*bytes);
-        }
-        halves.convert_to_f32_slice(out);
-    }
-}
-
-fn bf16_row(src: &[u8], out: &mut [f32]) {
-    for (out, bytes) in out.iter_mut().zip(src.as_chunks::<2>().0) {
-        *out = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
-    }
-}
-
-fn q4_1_row(src: &[u8], out: &mut [f32]) {
-    let blocks = src.as_chunks::<Q4_1_BYTES>().0;
-    for (block, out) in blocks.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
-        let (scale, min) = (f16_at(block, 0).to_f32(), f16_at(block, 2).to_f32());
-        let (low, high) = out.split_at_mut(CELL_BYTES);
-        for ((byte, low), high) in block[4..].iter().zip(low).zip(high) {
-            *low = scale * f32::from(byte & 15) + min;
-            *high = scale * f32::from(byte >> 4) + min;
-        }
-    }
-}
-
-/// Q6_K: two halves of 128 weights; in each, weight `32 q + l` takes its low nibble from byte
-/// `32 (q % 2) + l` (high nibble of it for `q >= 2`), its top bits from bit pair `q` of byte `l`,
-/// and the i8 scale `2 q + l / 16`.
-fn q6_k_row(src: &[u8], out: &mut [f32]) {
-    let blocks = src.as_chunks::<Q6_K_BYTES>().0;
-    for (block, out) in blocks.iter().zip(out.as_chunks_mut::<Q6_K_BLOCK>().0) {
-        let scale = f16_at(block, 208).to_f32();
-        for (half, out) in out.chunks_exact_mut(128).enumerate() {
-            let nibbles = &block[64 * half..64 * half + 64];
-            let pairs = &block[128 + 32 * half..128 + 32 * half + 32];
-            let scales = &block[192 + 8 * half..192 + 8 * half + 8];
-            for (q, out) in out.chunks_exact_mut(32).enumerate() {
-                for (l, out) in out.iter_mut().enumerate() {
-                    let low = nibbles[32 * (q % 2) + l] >> (4 * (q / 2)) & 15;
-                    let high = pairs[l] >> (2 * q) & 3;
-                    let level = (low | high << 4) as i8 - 32;
-                    let sub_scale = scales[2 * q + l / 16] as i8;
-                    *out = scale * f32::from(sub_scale) * f32::from(level);
-                }
-            }
         }
     }
 }

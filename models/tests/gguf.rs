@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Raw, Stream, synthetic_bytes};
+use models::file::Source;
 use models::file::gguf::{DType, Gguf, Value, Writer};
 use models::{arch, weights};
 
@@ -145,7 +146,7 @@ fn version_2_is_read_like_version_3() {
     bytes[4..8].copy_from_slice(&2u32.to_le_bytes());
     let gguf = Gguf::parse(&bytes).unwrap();
     assert_eq!(gguf.version, 2);
-    arch::recipe_from_gguf(&gguf).unwrap();
+    arch::recipe(&gguf).unwrap();
 }
 
 #[test]
@@ -317,7 +318,7 @@ fn nested_arrays_are_read() {
 /// Reads a file as far as it goes.
 fn read_all(bytes: &[u8]) -> Result<(), models::Error> {
     let gguf = Gguf::parse(bytes)?;
-    let recipe = arch::recipe_from_gguf(&gguf)?;
+    let recipe = arch::recipe(&gguf)?;
     for weight in &recipe.weights {
         weights::decode(&gguf, weight)?;
     }

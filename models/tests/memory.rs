@@ -7,7 +7,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{Raw, Tensor, edited, set, synthetic_bytes};
-use models::arch::recipe_from_gguf;
+use models::arch::recipe;
 use models::file::gguf::{DType, Gguf, Value};
 use models::weights::decode;
 
@@ -48,7 +48,7 @@ fn peak_bytes(work: impl FnOnce()) -> usize {
 fn refused(bytes: &[u8]) -> bool {
     let read = || {
         let gguf = Gguf::parse(bytes)?;
-        let recipe = recipe_from_gguf(&gguf)?;
+        let recipe = recipe(&gguf)?;
         recipe
             .weights
             .iter()

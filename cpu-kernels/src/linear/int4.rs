@@ -44,6 +44,8 @@ pub fn forward(w: &Int4Matrix, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
 }
 
 impl Matrix for Int4Matrix {
+    const ONE_TOKEN_KERNELS: bool = true;
+
     fn rows(&self) -> usize {
         self.rows
     }

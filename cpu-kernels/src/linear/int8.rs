@@ -35,6 +35,8 @@ pub fn forward(w: &Int8Matrix, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
 }
 
 impl Matrix for Int8Matrix {
+    const ONE_TOKEN_KERNELS: bool = true;
+
     fn rows(&self) -> usize {
         self.rows
     }

@@ -23,11 +23,13 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod float16;
 pub mod int4;
 pub mod int8;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
+pub mod ternary;
 
 use std::ops::Range;
 
@@ -87,8 +89,10 @@ fn kernels(isa: Isa) -> &'static Kernels {
     }
 }
 
-/// A quantised matrix that has kernels.
+/// A matrix that has kernels.
 pub trait Matrix: Sync {
+    /// Whether there are kernels for one token; else it goes the way of several.
+    const ONE_TOKEN_KERNELS: bool;
     /// N.
     fn rows(&self) -> usize;
     /// K.
@@ -103,7 +107,7 @@ pub trait Matrix: Sync {
     /// `y[i] = row i of the range · x` for one token, `x` `(k,)`.
     ///
     /// # Panics
-    /// If the range is outside the matrix or a length does not fit.
+    /// If the range is outside the matrix, a length does not fit, or there are no kernels for one token.
     fn multiply(&self, isa: Isa, rows: Range<usize>, x: &[f32], y: &mut [f32]);
 }
 
@@ -123,7 +127,7 @@ fn tokens(rows: usize, cols: usize, bias: Option<&[f32]>, x: usize, y: usize) ->
 }
 
 /// Computes the rows `rows` of `y = w x + bias` for all tokens of `x` `(t, k)`; `y` is `(t, n)`.
-/// `scratch` holds [`scratch_elems`]; it is used only when there are several tokens.
+/// `scratch` holds [`scratch_elems`]; one token of a format with kernels for it needs none.
 ///
 /// # Panics
 /// If a length does not fit the shape of `w`.
@@ -145,7 +149,7 @@ pub unsafe fn part<M: Matrix>(
     if rows.is_empty() {
         return;
     }
-    if tokens == 1 {
+    if tokens == 1 && M::ONE_TOKEN_KERNELS {
         // SAFETY: with one token columns are elements; the caller leaves these to this call.
         let y = unsafe { y.slice_mut(rows.clone()) };
         w.multiply(isa, rows.clone(), x, y);
@@ -193,7 +197,7 @@ fn forward<M: Matrix>(w: &M, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
     let tasks = rayon::current_num_threads()
         .min(bytes.div_ceil(BYTES_PER_TASK))
         .max(1);
-    let scratch_elems = if x.len() > w.cols() {
+    let scratch_elems = if x.len() > w.cols() || !M::ONE_TOKEN_KERNELS {
         scratch_elems(w.cols())
     } else {
         0

@@ -111,11 +111,39 @@ fn int8_is_close_to_the_reference() {
 }
 
 #[test]
+fn f16_and_ternary_are_close_to_the_reference() {
+    let mut random = Random::new(15);
+    for (n, k, group, tokens) in SHAPES {
+        let w = random.f16(n, k);
+        compare(
+            &w,
+            tokens,
+            &mut random,
+            |bias, x, y| float16::reference(&w, bias, x, y),
+            |bias, x, y| float16::forward(&w, bias, x, y),
+            &format!("f16 n={n} k={k} t={tokens}"),
+        );
+        for group in [group.min(k), k] {
+            let w = random.ternary(n, k, group);
+            compare(
+                &w,
+                tokens,
+                &mut random,
+                |bias, x, y| ternary::reference(&w, bias, x, y),
+                |bias, x, y| ternary::forward(&w, bias, x, y),
+                &format!("ternary n={n} k={k} group={group} t={tokens}"),
+            );
+        }
+    }
+}
+
+#[test]
 fn several_tokens_equal_one_by_one() {
     let mut random = Random::new(12);
     let (n, k, tokens) = (66, 576, 17);
     let four = random.int4(n, k, 32, true);
     let eight = random.int8(n, k, 32);
+    let (half, two) = (random.f16(n, k), random.ternary(n, k, 64));
     let x = random.floats(tokens * k, 2.0);
     for isa in Isa::available() {
         for (what, run) in [
@@ -124,6 +152,8 @@ fn several_tokens_equal_one_by_one() {
                 &(|x: &[f32]| run(isa, &four, None, x, 1)) as &dyn Fn(&[f32]) -> Vec<f32>,
             ),
             ("int8", &|x| run(isa, &eight, None, x, 1)),
+            ("f16", &|x| run(isa, &half, None, x, 1)),
+            ("ternary", &|x| run(isa, &two, None, x, 1)),
         ] {
             let single: Vec<f32> = x.chunks_exact(k).flat_map(run).collect();
             assert_eq!(run(&x), single, "{what} {isa}: the same bits");

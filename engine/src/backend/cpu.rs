@@ -14,7 +14,7 @@ use cpu_kernels::buffer::AlignedBuffer;
 use cpu_kernels::isa::{Isa, OVERRIDE};
 use cpu_kernels::linear::{self, TILE_ROWS};
 use cpu_kernels::team::{Phases, SharedSlice, split};
-use cpu_kernels::{add, embed, kv_append, rmsnorm, rope, sample, swiglu};
+use cpu_kernels::{add, embed, kv_append, relu2_glu, rmsnorm, rope, round_int8, sample, swiglu};
 use half::f16;
 use half::slice::HalfBitsSliceExt;
 use models::quant::Weight;
@@ -142,8 +142,14 @@ impl CpuBackend {
     }
 
     /// Runs the list for at most [`CHUNK_TOKENS`] checked tokens.
-    fn run(&mut self, tokens: &[u32], logits: bool) {
+    fn run(&mut self, tokens: &[u32], logits: Logits<'_>) {
         let scratch_elems = Scratch::elems(&self.program, self.context);
+        let activations = SharedSlice::new(&mut self.activations);
+        let logits = match logits {
+            Logits::Unwanted => None,
+            Logits::Last => Some(activations.part(self.program.buffer(Buffer::Logits, 1))),
+            Logits::Each(all) => Some(SharedSlice::new(all)),
+        };
         let job = Job {
             program: &self.program,
             weights: &self.model.weights,
@@ -162,7 +168,7 @@ impl CpuBackend {
             },
             cos: &self.cos,
             sin: &self.sin,
-            activations: SharedSlice::new(&mut self.activations),
+            activations,
             cache: SharedSlice::new(self.cache.reinterpret_cast_mut::<f16>()),
         };
         let scratch = SharedSlice::new(&mut self.scratch);
@@ -208,15 +214,32 @@ impl Backend for CpuBackend {
         self.check(tokens)?;
         let chunks = tokens.len().div_ceil(CHUNK_TOKENS);
         for (i, chunk) in tokens.chunks(CHUNK_TOKENS).enumerate() {
-            self.run(chunk, i + 1 == chunks);
+            let wanted = match i + 1 == chunks {
+                true => Logits::Last,
+                false => Logits::Unwanted,
+            };
+            self.run(chunk, wanted);
         }
         Ok(())
     }
 
     fn decode(&mut self, token: u32) -> Result<(), Error> {
         self.check(&[token])?;
-        self.run(&[token], true);
+        self.run(&[token], Logits::Last);
         Ok(())
+    }
+
+    fn prefill_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
+        self.check(tokens)?;
+        let last = self.program.buffer(Buffer::Logits, 1);
+        let mut all = vec![0.0; tokens.len() * last.len()];
+        let rows = all.chunks_mut(CHUNK_TOKENS * last.len());
+        for (chunk, rows) in tokens.chunks(CHUNK_TOKENS).zip(rows) {
+            self.run(chunk, Logits::Each(rows));
+        }
+        let kept = all.len() - last.len();
+        self.activations[last].copy_from_slice(&all[kept..]);
+        Ok(all)
     }
 
     fn argmax(&mut self) -> Result<u32, Error> {
@@ -259,14 +282,23 @@ impl Scratch<'_> {
     }
 }
 
+/// Which tokens of a call get logits.
+enum Logits<'a> {
+    Unwanted,
+    /// The last one, into its activation buffer.
+    Last,
+    /// All of them, into `(tokens, V)`.
+    Each(&'a mut [f32]),
+}
+
 /// What the threads of a team share while they run the list once.
 struct Job<'a> {
     program: &'a Program,
     weights: &'a [Weight],
     isa: Isa,
     tokens: &'a [u32],
-    /// Whether logits are wanted.
-    logits: bool,
+    /// `(n, V)`: where the logits of the last `n` tokens go, if they are wanted.
+    logits: Option<SharedSlice<'a, f32>>,
     position: usize,
     context: usize,
     shape: AttentionShape,
@@ -322,7 +354,8 @@ impl Job<'_> {
                 let dst = unsafe { dst.slice_mut(own.start * width..own.end * width) };
                 match &self.weights[table] {
                     Weight::Int8(table) => embed::part(isa, table, &self.tokens[own], dst),
-                    _ => unreachable!("the program was compiled with an INT8 table"),
+                    Weight::F16(table) => embed::part(isa, table, &self.tokens[own], dst),
+                    _ => unreachable!("the program was compiled with an INT8 or F16 table"),
                 }
             }
             Step::RmsNorm {
@@ -357,18 +390,45 @@ impl Job<'_> {
                 // SAFETY: this share's columns of `dst`.
                 unsafe { self.linear(weight, bias, src, dst, own, scratch) };
             }
-            Step::Logits { table, src, dst } => {
-                if !self.logits {
+            Step::Logits {
+                table,
+                src,
+                dst: dst_buffer,
+            } => {
+                let Some(dst) = self.logits else {
                     return;
-                }
+                };
+                let vocab = self.program.buffer(dst_buffer, 1).len();
+                let rows = dst.len() / vocab;
                 // SAFETY: `src` was complete before this phase.
                 let src = unsafe { self.read(src) };
                 let width = src.len() / tokens;
-                let dst = self.activations.part(self.program.buffer(dst, 1));
-                let own = split(dst.len(), TILE_ROWS, part, parts);
-                let last = &src[(tokens - 1) * width..];
-                // SAFETY: this share's elements of `dst`.
+                let own = split(vocab, TILE_ROWS, part, parts);
+                let last = &src[(tokens - rows) * width..];
+                // SAFETY: this share's columns of `dst`.
                 unsafe { self.linear(table, None, last, dst, own, scratch) };
+            }
+            Step::HeadNorm {
+                weight,
+                eps,
+                buffer,
+                heads,
+            } => {
+                let (dh, weight) = (self.shape.head_dim, self.vector(weight));
+                let buffer = self.buffer(buffer);
+                for unit in split(tokens * heads, 1, part, parts) {
+                    // SAFETY: a head of this share.
+                    let head = unsafe { buffer.slice_mut(unit * dh..(unit + 1) * dh) };
+                    rmsnorm::part_in_place(isa, head, weight, eps);
+                }
+            }
+            Step::RoundToInt8 { buffer } => {
+                let own = split(tokens, 1, part, parts);
+                let buffer = self.buffer(buffer);
+                let width = buffer.len() / tokens;
+                // SAFETY: the rows of this share's tokens.
+                let own = unsafe { buffer.slice_mut(own.start * width..own.end * width) };
+                round_int8::part(isa, own, width);
             }
             Step::Rope { buffer, heads } => {
                 let (dh, half) = (self.shape.head_dim, self.shape.head_dim / 2);
@@ -431,6 +491,16 @@ impl Job<'_> {
                     }
                 }
             }
+            Step::ReluSquaredGlu { gate, up, dst } => {
+                let (gate, up, dst) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
+                for own in columns(dst.len(), tokens, part, parts) {
+                    // SAFETY: this share's columns of all three.
+                    unsafe {
+                        let (gate, up) = (gate.slice(own.clone()), up.slice(own.clone()));
+                        relu2_glu::part(isa, gate, up, dst.slice_mut(own));
+                    }
+                }
+            }
             Step::Add { src, dst } => {
                 let (src, dst) = (self.buffer(src), self.buffer(dst));
                 for own in columns(dst.len(), tokens, part, parts) {
@@ -462,6 +532,14 @@ impl Job<'_> {
             },
             // SAFETY: as above.
             Weight::Int8(w) => unsafe {
+                linear::part(self.isa, w, bias, src, dst, own, scratch);
+            },
+            // SAFETY: as above.
+            Weight::Ternary(w) => unsafe {
+                linear::part(self.isa, w, bias, src, dst, own, scratch);
+            },
+            // SAFETY: as above.
+            Weight::F16(w) => unsafe {
                 linear::part(self.isa, w, bias, src, dst, own, scratch);
             },
             Weight::Vector(_) => unreachable!("the program was compiled with a matrix here"),

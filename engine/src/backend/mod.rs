@@ -31,7 +31,9 @@ impl LoadedModel {
         for step in &self.recipe.steps {
             match step {
                 Step::Embed { table, .. } => row[*table] = true,
-                Step::RmsNorm { weight, .. } => whole[*weight] = true,
+                Step::RmsNorm { weight, .. } | Step::HeadNorm { weight, .. } => {
+                    whole[*weight] = true
+                }
                 Step::Linear { weight, bias, .. } => {
                     whole[*weight] = true;
                     if let Some(bias) = bias {
@@ -42,26 +44,20 @@ impl LoadedModel {
                 Step::Rope { .. }
                 | Step::KvAppend { .. }
                 | Step::Attention { .. }
+                | Step::RoundToInt8 { .. }
                 | Step::SwiGlu { .. }
+                | Step::ReluSquaredGlu { .. }
                 | Step::Add { .. } => {}
             }
         }
-        let bytes_and_rows = |weight: &Weight| match weight {
-            Weight::Int4(m) => {
-                let halves = m.scales.len() + m.mins.as_ref().map_or(0, |mins| mins.len());
-                (m.quants.len() + 2 * halves, m.rows)
-            }
-            Weight::Int8(m) => (m.quants.len() + 2 * m.scales.len(), m.rows),
-            Weight::Vector(v) => (4 * v.len(), 1),
-        };
         self.weights
             .iter()
             .enumerate()
             .map(|(id, weight)| {
-                let (bytes, rows) = bytes_and_rows(weight);
+                let (bytes, rows) = (weight.bytes(), weight.shape().0 as u64);
                 match (whole[id], row[id]) {
-                    (true, _) => bytes as u64,
-                    (false, true) => (bytes / rows.max(1)) as u64,
+                    (true, _) => bytes,
+                    (false, true) => bytes / rows.max(1),
                     (false, false) => 0,
                 }
             })
@@ -114,6 +110,23 @@ pub trait Backend {
     /// # Errors
     /// [`Error::Machine`] if nothing was appended yet or the device fails.
     fn logits(&mut self) -> Result<Vec<f32>, Error>;
+
+    /// Appends `tokens` and returns the `(T, V)` logits of every one of them, for scoring a text.
+    /// The caller cuts a long text: the result is as large as that.
+    ///
+    /// # Errors
+    /// As [`Backend::prefill`].
+    fn prefill_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
+        if tokens.is_empty() {
+            return Err(Error::input("no tokens to append"));
+        }
+        let mut all = Vec::new();
+        for token in tokens {
+            self.decode(*token)?;
+            all.extend(self.logits()?);
+        }
+        Ok(all)
+    }
 
     /// Tokens in the cache.
     fn position(&self) -> usize;

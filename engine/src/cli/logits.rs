@@ -4,17 +4,16 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::Args;
 use engine::Error;
-use engine::backend::{Selected, select};
+use engine::backend::Selected;
 use engine::generate::check_prompt;
-use engine::weights::ModelFile;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::atomic_file::AtomicFile;
-use super::{Failure, ModelArgs, model_path, set_threads};
+use super::loaded::Loaded;
+use super::{Failure, ModelArgs, set_threads};
 
 /// Write the logits of every position of a text, to compare with another implementation.
 ///
@@ -55,38 +54,18 @@ Examples:
 /// Runs the command.
 pub fn execute(args: LogitsArgs) -> Result<ExitCode, Failure> {
     set_threads(args.model.threads);
-    let mapped = ModelFile::open(&model_path::resolve(args.model.model.as_deref())?)?;
-    let file = mapped.parse()?;
-    let recipe = mapped.recipe(&file)?;
+    let loaded = Loaded::open(args.model.model.as_deref())?;
     let ids = match (&args.source.text_file, &args.source.ids_file) {
-        (Some(path), _) => mapped
-            .tokenizer(&file, &recipe)?
-            .encode(&read_text(path)?, true)?,
+        (Some(path), _) => loaded.tokenizer.encode(&read_text(path)?, true)?,
         (None, Some(path)) => parse_ids(&read_text(path)?)?,
         (None, None) => Vec::new(),
     };
-    let context = args
-        .model
-        .context
-        .unwrap_or(ids.len().min(recipe.config.context));
-    if context > recipe.config.context {
-        return Err(Error::Input(format!(
-            "--context {context} is more than the {} tokens that the model was trained for",
-            recipe.config.context
-        ))
-        .into());
-    }
+    let context = loaded.check_context(args.model.context.unwrap_or(ids.len()))?;
     check_prompt(ids.len(), context)?;
-    let model = Arc::new(mapped.load(&file, recipe)?);
     let Selected {
         mut backend,
         reason,
-    } = select(
-        args.model.backend.into(),
-        Arc::clone(&model),
-        context,
-        args.model.tier.map(u32::from),
-    )?;
+    } = loaded.backend(&args.model, context)?;
 
     let mut out = AtomicFile::create(&args.out)?;
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} tokens, {eta} left")
@@ -112,7 +91,7 @@ pub fn execute(args: LogitsArgs) -> Result<ExitCode, Failure> {
         info.name,
         info.tier,
         ids.len(),
-        model.recipe.config.vocab
+        loaded.vocab()
     );
     Ok(ExitCode::SUCCESS)
 }

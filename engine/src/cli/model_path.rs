@@ -1,9 +1,9 @@
-//! Where model files are.
+//! Where fetched models and texts are.
 
 use std::path::{Path, PathBuf};
 
 use engine::Error;
-use models::catalog::{Catalog, Model};
+use models::catalog::Catalog;
 
 /// Folder of fetched models inside a checkout.
 const CHECKOUT_FOLDER: &str = "models/files";
@@ -25,25 +25,36 @@ pub fn resolve(flag: Option<&Path>) -> Result<PathBuf, Error> {
             None => return Ok(path.to_owned()),
         },
     };
-    fetched(model, &folders())
+    fetched(&model.file, &folders()).map_err(|looked_in| {
+        Error::Input(format!(
+            "the model {name} is not there ({looked_in}): fetch it with `cargo xtask model fetch {name}` or name a GGUF file with -m",
+            name = model.name,
+        ))
+    })
 }
 
-/// The file of a catalogue model in the first of `folders` that has it.
-fn fetched(model: &Model, folders: &[PathBuf]) -> Result<PathBuf, Error> {
-    folders
-        .iter()
-        .map(|folder| folder.join(&model.file))
-        .find(|path| path.is_file())
-        .ok_or_else(|| {
-            let looked_in: Vec<String> =
-                folders.iter().map(|folder| folder.display().to_string()).collect();
-            Error::Input(format!(
-                "the model {} is not there (looked in {}): fetch it with `cargo xtask model fetch {}` or name a GGUF file with -m",
-                model.name,
-                looked_in.join(", "),
-                model.name
-            ))
-        })
+/// The catalogue's default text.
+///
+/// # Errors
+/// [`Error::Input`] if it has not been fetched.
+pub fn default_text() -> Result<PathBuf, Error> {
+    let catalog = Catalog::builtin()?;
+    let text = catalog.default_text();
+    fetched(&text.file, &folders()).map_err(|looked_in| {
+        Error::Input(format!(
+            "the text {name} is not there ({looked_in}): fetch it with `cargo xtask model fetch {name}` or name a file with --text",
+            name = text.name,
+        ))
+    })
+}
+
+/// `file` in the first of `folders` that has it; where it was looked for if none has.
+fn fetched(file: &str, folders: &[PathBuf]) -> Result<PathBuf, String> {
+    let mut paths = folders.iter().map(|folder| folder.join(file));
+    paths.find(|path| path.is_file()).ok_or_else(|| {
+        let folders = folders.iter().map(|folder| folder.display().to_string());
+        format!("looked in {}", folders.collect::<Vec<_>>().join(", "))
+    })
 }
 
 /// Folders of fetched models: of the checkout around the current folder or around this program,
@@ -75,21 +86,18 @@ mod tests {
         for folder in &folders {
             std::fs::create_dir(folder).expect("created");
         }
-        let catalog = Catalog::builtin().expect("valid");
-        let model = catalog.default_model();
-        let error = fetched(model, &folders).expect_err("not there");
-        assert_eq!(error.exit_code(), 2);
-        assert!(error.to_string().contains("cargo xtask model fetch"));
-        std::fs::write(folders[1].join(&model.file), b"x").expect("written");
-        assert_eq!(
-            fetched(model, &folders).expect("there"),
-            folders[1].join(&model.file)
+        let looked_in = fetched("m.gguf", &folders).expect_err("not there");
+        assert!(
+            looked_in.contains("/a, ") && looked_in.ends_with("/b"),
+            "{looked_in}"
         );
-        std::fs::write(folders[0].join(&model.file), b"x").expect("written");
-        assert_eq!(
-            fetched(model, &folders).expect("there"),
-            folders[0].join(&model.file)
-        );
+        for folder in ["b", "a"].map(|name| folder.path().join(name)) {
+            std::fs::write(folder.join("m.gguf"), b"x").expect("written");
+            assert_eq!(
+                fetched("m.gguf", &folders).expect("there"),
+                folder.join("m.gguf")
+            );
+        }
     }
 
     #[test]

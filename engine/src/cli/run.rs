@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
@@ -16,7 +15,7 @@ use engine::weights::ModelFile;
 use models::file::gguf::Gguf;
 use serde::Serialize;
 
-use super::{Failure, ModelArgs, model_path, set_threads, stdout_failure};
+use super::{Failure, ModelArgs, interrupt, model_path, set_threads, stdout_failure};
 
 /// Most bytes read as a prompt from standard input.
 const STDIN_LIMIT_BYTES: u64 = 64 << 20;
@@ -24,9 +23,6 @@ const STDIN_LIMIT_BYTES: u64 = 64 << 20;
 const CONTEXT_STEP_TOKENS: usize = 64;
 /// Metadata key of the chat template.
 const TEMPLATE_KEY: &str = "tokenizer.chat_template";
-
-/// Raised by Ctrl-C.
-static INTERRUPT: AtomicBool = AtomicBool::new(false);
 
 /// Generate text from a prompt.
 ///
@@ -125,7 +121,7 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
     if input.is_empty() {
         return Err(Error::Input("the prompt is empty".into()).into());
     }
-    catch_interrupts()?;
+    interrupt::catch()?;
 
     let mapped = ModelFile::open(&model_path::resolve(args.model.model.as_deref())?)?;
     let file = mapped.parse()?;
@@ -183,7 +179,7 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
         Limits {
             max_tokens: args.tokens,
             context,
-            interrupt: &INTERRUPT,
+            interrupt: &interrupt::RAISED,
         },
         |piece: Piece<'_>| {
             let written = match (args.json, args.ids, piece.id) {
@@ -352,16 +348,6 @@ fn read_input(flag: &str) -> Result<String, Error> {
         }
     }
     Ok(text)
-}
-
-/// The first Ctrl-C ends the run after the current token, the second one ends the process.
-fn catch_interrupts() -> Result<(), Error> {
-    ctrlc::set_handler(|| {
-        if INTERRUPT.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    })
-    .map_err(|e| Error::Machine(format!("cannot catch Ctrl-C: {e}")))
 }
 
 /// A seed that differs from run to run.

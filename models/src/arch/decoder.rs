@@ -1,301 +1,62 @@
-//! What the decoder-only families share: reading the configuration, the layer recipe, and the
-//! check that the file holds the tensors of the recipe and no others.
+//! What the decoder-only families share: the layer recipe, and the check that the source holds the
+//! tensors of the recipe and no others.
 
 use std::collections::HashSet;
 
 use super::Config;
-use crate::error::shown;
-use crate::file::gguf::Gguf;
+use super::names::{Outer, Part};
+use crate::file::gguf::ROPE_DIVISORS;
+use crate::file::{Naming, Source};
 use crate::recipe::{Buffer, Recipe, RowOrder, Step, WeightId, WeightKind, WeightRef};
 use crate::{Error, weights};
 
-/// Tensor of the rotary frequency divisors, one for all layers.
-const ROPE_DIVISORS: &str = "rope_freqs.weight";
-/// Largest dimension or count taken from a file; sizes made of two of them cannot overflow.
-const MAX_DIMENSION: u64 = i32::MAX as u64;
-
 /// How a family differs from the others.
 pub(super) struct Family {
-    /// Prefix of its metadata keys.
-    pub name: &'static str,
-    /// q and k rows hold rotary pairs as neighbours.
-    pub interleaved_rotary_rows: bool,
+    /// q and k rows of its GGUF files hold rotary pairs as neighbours.
+    pub interleaved_in_gguf: bool,
+    /// Every head of q and k is normalised before it is turned.
+    pub head_norms: bool,
+    /// Attention output and gated activation are normalised before their projections.
+    pub sub_norms: bool,
+    /// What the gate projection goes through.
+    pub gate: Gate,
 }
 
-pub(super) fn recipe(gguf: &Gguf<'_>, family: &Family) -> Result<Recipe, Error> {
-    let keys = Keys {
-        gguf,
-        family: family.name,
-    };
-    keys.refuse_unsupported()?;
-    let config = keys.config()?;
-    let rope_divisors = rope_divisors(&keys, config.head_dim)?;
+/// Activation of the feed-forward gate.
+#[derive(Clone, Copy)]
+pub(super) enum Gate {
+    Silu,
+    ReluSquared,
+}
+
+pub(super) fn recipe(
+    source: &dyn Source,
+    config: Config,
+    family: &Family,
+) -> Result<Recipe, Error> {
     let mut builder = Builder {
-        gguf,
+        source,
+        config: &config,
+        family,
         weights: Vec::new(),
         steps: Vec::new(),
+        used: HashSet::new(),
     };
-    builder.model(&config, family)?;
+    builder.model()?;
     builder.refuse_unknown_tensors()?;
+    let Builder { weights, steps, .. } = builder;
     Ok(Recipe {
         config,
-        weights: builder.weights,
-        steps: builder.steps,
-        rope_divisors,
+        weights,
+        steps,
     })
-}
-
-/// Metadata under the family's prefix.
-struct Keys<'g, 'a> {
-    gguf: &'g Gguf<'a>,
-    family: &'static str,
-}
-
-impl Keys<'_, '_> {
-    fn key(&self, name: &str) -> String {
-        format!("{}.{name}", self.family)
-    }
-
-    fn fail(&self, name: &str, reason: String) -> Error {
-        Error::KeyValue {
-            key: shown(&self.key(name)),
-            reason,
-        }
-    }
-
-    fn dimension_opt(&self, name: &str) -> Result<Option<usize>, Error> {
-        match self.gguf.metadata.u64_opt(&self.key(name))? {
-            Some(v) if v == 0 || v > MAX_DIMENSION => {
-                Err(self.fail(name, format!("{v} is not between 1 and {MAX_DIMENSION}")))
-            }
-            // No truncation: at most MAX_DIMENSION.
-            v => Ok(v.map(|v| v as usize)),
-        }
-    }
-
-    fn dimension(&self, name: &str) -> Result<usize, Error> {
-        self.dimension_opt(name)?.ok_or_else(|| Error::MissingKey {
-            key: shown(&self.key(name)),
-        })
-    }
-
-    fn positive_opt(&self, name: &str) -> Result<Option<f32>, Error> {
-        match self.gguf.metadata.f64_opt(&self.key(name))? {
-            Some(v) if !(v as f32).is_finite() || v as f32 <= 0.0 => {
-                Err(self.fail(name, format!("{v} is not a positive number")))
-            }
-            v => Ok(v.map(|v| v as f32)),
-        }
-    }
-
-    fn multiple_of_32(&self, name: &str, value: usize) -> Result<usize, Error> {
-        if value.is_multiple_of(32) {
-            return Ok(value);
-        }
-        Err(self.fail(name, format!("{value} is not a multiple of 32")))
-    }
-
-    /// Settings that change the result and that the recipe cannot express.
-    fn refuse_unsupported(&self) -> Result<(), Error> {
-        let metadata = &self.gguf.metadata;
-        if let Some(experts) = metadata.u64_opt(&self.key("expert_count"))?
-            && experts > 0
-        {
-            return Err(self.fail(
-                "expert_count",
-                "mixtures of experts are not supported".into(),
-            ));
-        }
-        if let Some(window) = self.dimension_opt("attention.sliding_window")?
-            && window < self.dimension("context_length")?
-        {
-            let reason = format!("attention windows ({window} tokens) are not supported");
-            return Err(self.fail("attention.sliding_window", reason));
-        }
-        for name in [
-            "logit_scale",
-            "embedding_scale",
-            "residual_scale",
-            "attention.scale",
-        ] {
-            if let Some(scale) = metadata.f64_opt(&self.key(name))?
-                && scale != 0.0
-            {
-                return Err(self.fail(name, format!("{scale} is not supported")));
-            }
-        }
-        if metadata.bool_opt(&self.key("attention.causal"))? == Some(false) {
-            let reason = "attention to later tokens is not supported".to_owned();
-            return Err(self.fail("attention.causal", reason));
-        }
-        Ok(())
-    }
-
-    fn config(&self) -> Result<Config, Error> {
-        let metadata = &self.gguf.metadata;
-        let width = self.multiple_of_32("embedding_length", self.dimension("embedding_length")?)?;
-        let ffn = self.multiple_of_32(
-            "feed_forward_length",
-            self.dimension("feed_forward_length")?,
-        )?;
-        let heads = self.dimension("attention.head_count")?;
-        let kv_heads = self
-            .dimension_opt("attention.head_count_kv")?
-            .unwrap_or(heads);
-        if !heads.is_multiple_of(kv_heads) {
-            let reason = format!("{kv_heads} key/value heads do not divide {heads} heads");
-            return Err(self.fail("attention.head_count_kv", reason));
-        }
-        let norm_eps = self
-            .positive_opt("attention.layer_norm_rms_epsilon")?
-            .ok_or_else(|| Error::MissingKey {
-                key: shown(&self.key("attention.layer_norm_rms_epsilon")),
-            })?;
-        Ok(Config {
-            architecture: self.family.to_owned(),
-            name: metadata
-                .string_opt("general.name")?
-                .unwrap_or(self.family)
-                .to_owned(),
-            layers: self.dimension("block_count")?,
-            width,
-            heads,
-            kv_heads,
-            head_dim: self.head_dim(width, heads)?,
-            ffn,
-            vocab: self.vocab()?,
-            context: self.dimension("context_length")?,
-            rope_theta: self.positive_opt("rope.freq_base")?.unwrap_or(10_000.0),
-            norm_eps,
-            tied: self.gguf.tensor("output.weight").is_none(),
-        })
-    }
-
-    fn head_dim(&self, width: usize, heads: usize) -> Result<usize, Error> {
-        let key_length = self.dimension_opt("attention.key_length")?;
-        let head_dim = match key_length {
-            Some(length) => length,
-            None if width.is_multiple_of(heads) => width / heads,
-            None => {
-                let reason = format!("{heads} heads do not divide the width {width}");
-                return Err(self.fail("attention.head_count", reason));
-            }
-        };
-        let name = if key_length.is_some() {
-            "attention.key_length"
-        } else {
-            "embedding_length"
-        };
-        if !head_dim.is_multiple_of(2) {
-            return Err(self.fail(name, format!("head width {head_dim} is odd")));
-        }
-        match heads.checked_mul(head_dim) {
-            Some(all) if all as u64 <= MAX_DIMENSION => self.multiple_of_32(name, all)?,
-            _ => return Err(self.fail(name, format!("{heads} heads of {head_dim} are too wide"))),
-        };
-        for name in ["attention.value_length", "rope.dimension_count"] {
-            if let Some(other) = self.dimension_opt(name)?
-                && other != head_dim
-            {
-                let reason = format!("{other} differs from the head width {head_dim}");
-                return Err(self.fail(name, reason));
-            }
-        }
-        Ok(head_dim)
-    }
-
-    /// Rows of the embedding table, which tokenizer and metadata have to agree with.
-    fn vocab(&self) -> Result<usize, Error> {
-        let table = self.gguf.require_tensor("token_embd.weight")?;
-        let rows = table.dims.get(1).copied().unwrap_or(1);
-        let tokens = self.gguf.metadata.array_opt("tokenizer.ggml.tokens")?;
-        let claims = [
-            (
-                "tokenizer.ggml.tokens".to_owned(),
-                tokens.map(|tokens| tokens.len() as u64),
-            ),
-            (
-                self.key("vocab_size"),
-                self.gguf.metadata.u64_opt(&self.key("vocab_size"))?,
-            ),
-        ];
-        for (key, claim) in claims {
-            if let Some(claim) = claim
-                && claim != rows
-            {
-                return Err(Error::KeyValue {
-                    key: shown(&key),
-                    reason: format!(
-                        "vocabulary of {claim} tokens, but token_embd.weight has {rows} rows"
-                    ),
-                });
-            }
-        }
-        if rows > MAX_DIMENSION {
-            return Err(Error::Tensor {
-                name: shown(table.name),
-                reason: format!("{rows} rows are more than {MAX_DIMENSION}"),
-            });
-        }
-        Ok(rows as usize)
-    }
-
-    /// Factor by which positions are stretched uniformly.
-    fn linear_rope_factor(&self) -> Result<f32, Error> {
-        let kind = self
-            .gguf
-            .metadata
-            .string_opt(&self.key("rope.scaling.type"))?;
-        match kind {
-            Some("none") => Ok(1.0),
-            // The older key, and files with a factor and no type, mean linear scaling.
-            None | Some("linear") => Ok(match self.positive_opt("rope.scaling.factor")? {
-                Some(factor) => factor,
-                None => self.positive_opt("rope.scale_linear")?.unwrap_or(1.0),
-            }),
-            Some(other) => {
-                let reason = format!("{} is not supported: none and linear are", shown(other));
-                Err(self.fail("rope.scaling.type", reason))
-            }
-        }
-    }
-}
-
-/// The divisors of the rotary frequencies: those of the file times the linear factor.
-fn rope_divisors(keys: &Keys<'_, '_>, head_dim: usize) -> Result<Option<Vec<f32>>, Error> {
-    let factor = keys.linear_rope_factor()?;
-    if keys.gguf.tensor(ROPE_DIVISORS).is_none() {
-        return Ok((factor != 1.0).then(|| vec![factor; head_dim / 2]));
-    }
-    let weight = vector(ROPE_DIVISORS.to_owned(), head_dim / 2, RowOrder::AsStored);
-    let mut divisors = weights::decode_vector(keys.gguf, &weight)?;
-    for divisor in &mut divisors {
-        *divisor *= factor;
-        if !divisor.is_finite() || *divisor <= 0.0 {
-            return Err(Error::Tensor {
-                name: shown(ROPE_DIVISORS),
-                reason: format!("{divisor} cannot divide a frequency"),
-            });
-        }
-    }
-    Ok(Some(divisors))
-}
-
-fn vector(name: String, cols: usize, row_order: RowOrder) -> WeightRef {
-    WeightRef {
-        name,
-        rows: 1,
-        cols,
-        kind: WeightKind::Vector,
-        row_order,
-    }
 }
 
 /// A linear layer: tensor name without suffix, output and input width, row order, buffers.
 struct Linear {
-    name: String,
+    part: Part,
+    layer: usize,
     rows: usize,
-    cols: usize,
     row_order: RowOrder,
     src: Buffer,
     dst: Buffer,
@@ -303,60 +64,102 @@ struct Linear {
 
 /// Collects weights and steps; each tensor is checked as it is named, so that a layer count that
 /// the file merely claims ends at the first layer that is not there.
-struct Builder<'g, 'a> {
-    gguf: &'g Gguf<'a>,
+struct Builder<'s> {
+    source: &'s dyn Source,
+    config: &'s Config,
+    family: &'s Family,
     weights: Vec<WeightRef>,
     steps: Vec<Step>,
+    /// Tensors that the weights are made of.
+    used: HashSet<String>,
 }
 
-impl Builder<'_, '_> {
+impl Builder<'_> {
     fn weight(&mut self, weight: WeightRef) -> Result<WeightId, Error> {
-        weights::check_shape(self.gguf.require_tensor(&weight.name)?, &weight)?;
+        self.used.extend(weights::check(self.source, &weight)?);
         self.weights.push(weight);
         Ok(self.weights.len() - 1)
     }
 
-    fn table(&mut self, name: &str, config: &Config) -> Result<WeightId, Error> {
+    fn vector(
+        &mut self,
+        name: String,
+        cols: usize,
+        row_order: RowOrder,
+    ) -> Result<WeightId, Error> {
         self.weight(WeightRef {
-            name: name.to_owned(),
-            rows: config.vocab,
-            cols: config.width,
-            kind: WeightKind::Embedding,
+            name,
+            rows: 1,
+            cols,
+            kind: WeightKind::Vector,
+            row_order,
+        })
+    }
+
+    /// A vocabulary table. It stays as precise as the linear layers are.
+    fn table(&mut self, outer: Outer) -> Result<WeightId, Error> {
+        let naming = self.source.naming();
+        let first = format!("{}.weight", Part::Query.name(naming, 0));
+        let kind = match self.source.tensor(&first) {
+            Some(tensor) if tensor.dtype.is_float() => WeightKind::FloatTable,
+            _ => WeightKind::Embedding,
+        };
+        self.weight(WeightRef {
+            name: outer.name(naming).to_owned(),
+            rows: self.config.vocab,
+            cols: self.config.width,
+            kind,
             row_order: RowOrder::AsStored,
         })
     }
 
-    fn norm(&mut self, name: String, config: &Config) -> Result<(), Error> {
-        let weight = self.weight(vector(name, config.width, RowOrder::AsStored))?;
+    fn norm(&mut self, name: String, src: Buffer, dst: Buffer, elems: usize) -> Result<(), Error> {
+        let weight = self.vector(format!("{name}.weight"), elems, RowOrder::AsStored)?;
         self.steps.push(Step::RmsNorm {
             weight,
-            eps: config.norm_eps,
-            src: Buffer::Residual,
-            dst: Buffer::Normed,
+            eps: self.config.norm_eps,
+            src,
+            dst,
         });
         Ok(())
+    }
+
+    /// The norm between the residual stream and the linear layers that read it.
+    fn input_norm(&mut self, part: Part, layer: usize) -> Result<(), Error> {
+        let name = part.name(self.source.naming(), layer);
+        self.norm(name, Buffer::Residual, Buffer::Normed, self.config.width)?;
+        self.round(Buffer::Normed);
+        Ok(())
+    }
+
+    /// Rounds the input of a linear layer where the model was trained so.
+    fn round(&mut self, buffer: Buffer) {
+        if self.config.int8_activations {
+            self.steps.push(Step::RoundToInt8 { buffer });
+        }
     }
 
     /// A linear layer, with its bias if the file has one.
     fn linear(&mut self, linear: Linear) -> Result<(), Error> {
         let Linear {
-            name,
+            part,
+            layer,
             rows,
-            cols,
             row_order,
             src,
             dst,
         } = linear;
+        let name = part.name(self.source.naming(), layer);
         let weight = self.weight(WeightRef {
             name: format!("{name}.weight"),
             rows,
-            cols,
+            cols: self.config.elems(src),
             kind: WeightKind::Linear,
             row_order,
         })?;
         let bias = format!("{name}.bias");
-        let bias = match self.gguf.tensor(&bias) {
-            Some(_) => Some(self.weight(vector(bias, rows, row_order))?),
+        let bias = match self.source.tensor(&bias) {
+            Some(_) => Some(self.vector(bias, rows, row_order)?),
             None => None,
         };
         self.steps.push(Step::Linear {
@@ -368,21 +171,28 @@ impl Builder<'_, '_> {
         Ok(())
     }
 
-    fn model(&mut self, config: &Config, family: &Family) -> Result<(), Error> {
-        let table = self.table("token_embd.weight", config)?;
+    fn model(&mut self) -> Result<(), Error> {
+        let table = self.table(Outer::Embedding)?;
         self.steps.push(Step::Embed {
             table,
             dst: Buffer::Residual,
         });
-        for layer in 0..config.layers {
-            self.attention(layer, config, family)?;
-            self.feed_forward(layer, config)?;
+        for layer in 0..self.config.layers {
+            self.attention(layer)?;
+            self.feed_forward(layer)?;
         }
-        self.norm("output_norm.weight".to_owned(), config)?;
-        let table = if config.tied {
+        let norm = Outer::Norm.name(self.source.naming());
+        let weight = self.vector(norm.to_owned(), self.config.width, RowOrder::AsStored)?;
+        self.steps.push(Step::RmsNorm {
+            weight,
+            eps: self.config.norm_eps,
+            src: Buffer::Residual,
+            dst: Buffer::Normed,
+        });
+        let table = if self.config.tied {
             table
         } else {
-            self.table("output.weight", config)?
+            self.table(Outer::Output)?
         };
         self.steps.push(Step::Logits {
             table,
@@ -392,45 +202,52 @@ impl Builder<'_, '_> {
         Ok(())
     }
 
-    fn attention(&mut self, layer: usize, config: &Config, family: &Family) -> Result<(), Error> {
-        let name = |part: &str| format!("blk.{layer}.{part}");
+    fn attention(&mut self, layer: usize) -> Result<(), Error> {
         let Config {
             width,
             heads,
             kv_heads,
             head_dim,
             ..
-        } = *config;
-        let rotary = match family.interleaved_rotary_rows {
-            true => RowOrder::Interleaved { head_dim },
-            false => RowOrder::AsStored,
+        } = *self.config;
+        let rotary = match (self.source.naming(), self.family.interleaved_in_gguf) {
+            (Naming::Gguf, true) => RowOrder::Interleaved { head_dim },
+            _ => RowOrder::AsStored,
         };
-        self.norm(name("attn_norm.weight"), config)?;
+        self.input_norm(Part::AttentionNorm, layer)?;
         for (part, heads, row_order, dst) in [
-            ("attn_q", heads, rotary, Buffer::Query),
-            ("attn_k", kv_heads, rotary, Buffer::Key),
-            ("attn_v", kv_heads, RowOrder::AsStored, Buffer::Value),
+            (Part::Query, heads, rotary, Buffer::Query),
+            (Part::Key, kv_heads, rotary, Buffer::Key),
+            (Part::Value, kv_heads, RowOrder::AsStored, Buffer::Value),
         ] {
-            let rows = heads * head_dim;
-            let src = Buffer::Normed;
             self.linear(Linear {
-                name: name(part),
-                rows,
-                cols: width,
+                part,
+                layer,
+                rows: heads * head_dim,
                 row_order,
-                src,
+                src: Buffer::Normed,
                 dst,
             })?;
         }
+        let turned = [
+            (Part::QueryNorm, Buffer::Query, heads),
+            (Part::KeyNorm, Buffer::Key, kv_heads),
+        ];
+        if self.family.head_norms {
+            for (part, buffer, heads) in turned {
+                let name = format!("{}.weight", part.name(self.source.naming(), layer));
+                let weight = self.vector(name, head_dim, RowOrder::AsStored)?;
+                self.steps.push(Step::HeadNorm {
+                    weight,
+                    eps: self.config.norm_eps,
+                    buffer,
+                    heads,
+                });
+            }
+        }
+        let rope = |(_, buffer, heads)| Step::Rope { buffer, heads };
+        self.steps.extend(turned.map(rope));
         self.steps.extend([
-            Step::Rope {
-                buffer: Buffer::Query,
-                heads,
-            },
-            Step::Rope {
-                buffer: Buffer::Key,
-                heads: kv_heads,
-            },
             Step::KvAppend {
                 layer,
                 key: Buffer::Key,
@@ -443,51 +260,71 @@ impl Builder<'_, '_> {
                 scale: (1.0 / (head_dim as f64).sqrt()) as f32,
             },
         ]);
-        self.linear(Linear {
-            name: name("attn_output"),
-            rows: width,
-            cols: heads * head_dim,
-            row_order: RowOrder::AsStored,
-            src: Buffer::Attended,
-            dst: Buffer::Projected,
-        })?;
-        self.steps.push(Step::Add {
-            src: Buffer::Projected,
-            dst: Buffer::Residual,
-        });
-        Ok(())
+        // The queries were read: their buffer has the width that the sub-norm needs.
+        let src = self.sub_norm(
+            Part::AttentionSubNorm,
+            layer,
+            Buffer::Attended,
+            Buffer::Query,
+        )?;
+        self.projection(Part::AttentionOutput, layer, width, src)
     }
 
-    fn feed_forward(&mut self, layer: usize, config: &Config) -> Result<(), Error> {
-        let name = |part: &str| format!("blk.{layer}.{part}");
-        let Config { width, ffn, .. } = *config;
-        let row_order = RowOrder::AsStored;
-        self.norm(name("ffn_norm.weight"), config)?;
-        for (part, dst) in [("ffn_gate", Buffer::Gate), ("ffn_up", Buffer::Up)] {
-            let src = Buffer::Normed;
+    fn feed_forward(&mut self, layer: usize) -> Result<(), Error> {
+        let Config { width, ffn, .. } = *self.config;
+        self.input_norm(Part::FfnNorm, layer)?;
+        for (part, dst) in [(Part::Gate, Buffer::Gate), (Part::Up, Buffer::Up)] {
             self.linear(Linear {
-                name: name(part),
+                part,
+                layer,
                 rows: ffn,
-                cols: width,
-                row_order,
-                src,
+                row_order: RowOrder::AsStored,
+                src: Buffer::Normed,
                 dst,
             })?;
         }
-        self.steps.push(Step::SwiGlu {
-            gate: Buffer::Gate,
-            up: Buffer::Up,
-            dst: Buffer::Gated,
+        let (gate, up, dst) = (Buffer::Gate, Buffer::Up, Buffer::Gated);
+        self.steps.push(match self.family.gate {
+            Gate::Silu => Step::SwiGlu { gate, up, dst },
+            Gate::ReluSquared => Step::ReluSquaredGlu { gate, up, dst },
         });
-        let (src, dst) = (Buffer::Gated, Buffer::Projected);
-        let name = name("ffn_down");
+        // The gate was read, too.
+        let src = self.sub_norm(Part::FfnSubNorm, layer, Buffer::Gated, Buffer::Gate)?;
+        self.projection(Part::Down, layer, width, src)
+    }
+
+    /// Normalises `src` into `free` where the family does; gives the buffer that the projection reads.
+    fn sub_norm(
+        &mut self,
+        part: Part,
+        layer: usize,
+        src: Buffer,
+        free: Buffer,
+    ) -> Result<Buffer, Error> {
+        if !self.family.sub_norms {
+            return Ok(src);
+        }
+        let name = part.name(self.source.naming(), layer);
+        self.norm(name, src, free, self.config.elems(src))?;
+        Ok(free)
+    }
+
+    /// A linear layer whose result joins the residual stream.
+    fn projection(
+        &mut self,
+        part: Part,
+        layer: usize,
+        width: usize,
+        src: Buffer,
+    ) -> Result<(), Error> {
+        self.round(src);
         self.linear(Linear {
-            name,
+            part,
+            layer,
             rows: width,
-            cols: ffn,
-            row_order,
+            row_order: RowOrder::AsStored,
             src,
-            dst,
+            dst: Buffer::Projected,
         })?;
         self.steps.push(Step::Add {
             src: Buffer::Projected,
@@ -498,14 +335,21 @@ impl Builder<'_, '_> {
 
     /// A tensor that no step reads is a part of the model that would be left out of the result.
     fn refuse_unknown_tensors(&self) -> Result<(), Error> {
-        let known: HashSet<&str> = self.weights.iter().map(|w| w.name.as_str()).collect();
-        let unknown = |name: &str| name != ROPE_DIVISORS && !known.contains(name);
-        match self.gguf.tensors.iter().find(|tensor| unknown(tensor.name)) {
+        let tied_output = Outer::Output.name(self.source.naming());
+        let known = |name: &str| {
+            self.used.contains(name)
+                || match self.source.naming() {
+                    Naming::Gguf => name == ROPE_DIVISORS,
+                    // A copy of the embedding table, and a table that older files keep.
+                    Naming::HuggingFace => {
+                        (self.config.tied && name == tied_output)
+                            || name.ends_with(".rotary_emb.inv_freq")
+                    }
+                }
+        };
+        match self.source.tensors().iter().find(|t| !known(t.name)) {
             None => Ok(()),
-            Some(tensor) => Err(Error::Tensor {
-                name: shown(tensor.name),
-                reason: "is no part of this architecture".to_owned(),
-            }),
+            Some(tensor) => Err(tensor.fail("is no part of this architecture".to_owned())),
         }
     }
 }

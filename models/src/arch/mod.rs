@@ -1,81 +1,81 @@
 //! Architectures: model configuration -> [`Recipe`]. One file each.
 
+pub mod bitnet;
+mod config;
 mod decoder;
 pub mod llama;
+mod names;
 pub mod qwen2;
+pub mod qwen3;
+
+pub use config::{Config, Stretch};
+pub(crate) use config::{Field, Keys, MAX_DIMENSION, positive, read};
 
 use crate::Error;
 use crate::error::shown;
-use crate::file::gguf::Gguf;
+use crate::file::Source;
 use crate::recipe::Recipe;
-
-/// Dimensions and constants of a decoder-only transformer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Config {
-    /// Architecture name as the model file spells it (`llama`, `qwen2`).
-    pub architecture: String,
-    /// Model name from the file; the architecture where it has none.
-    pub name: String,
-    /// Layers.
-    pub layers: usize,
-    /// D: model width.
-    pub width: usize,
-    /// H: query heads.
-    pub heads: usize,
-    /// KV: key/value heads; divides `heads`.
-    pub kv_heads: usize,
-    /// Dh: head width, even.
-    pub head_dim: usize,
-    /// F: feed-forward width.
-    pub ffn: usize,
-    /// V: vocabulary size.
-    pub vocab: usize,
-    /// Trained context in tokens.
-    pub context: usize,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f32,
-    /// Epsilon of RMSNorm.
-    pub norm_eps: f32,
-    /// Logits use the embedding table.
-    pub tied: bool,
-}
 
 /// One row of the registry.
 #[derive(Debug, Clone, Copy)]
 pub struct Architecture {
-    /// Name as `general.architecture` spells it.
+    /// Name in [`Config::architecture`].
     pub name: &'static str,
-    /// Makes the recipe of a file of this architecture.
-    pub recipe: fn(&Gguf<'_>) -> Result<Recipe, Error>,
+    /// Names in `general.architecture` of GGUF files.
+    pub gguf: &'static [&'static str],
+    /// Names in `model_type` of `config.json`.
+    pub hugging_face: &'static [&'static str],
+    /// Activation of the feed-forward gate, as `hidden_act` spells it.
+    pub activation: &'static str,
+    /// Makes the recipe of a model of this architecture.
+    pub recipe: fn(&dyn Source, Config) -> Result<Recipe, Error>,
 }
 
 /// Every architecture that can run.
 pub const ARCHITECTURES: &[Architecture] = &[
-    Architecture {
-        name: llama::NAME,
-        recipe: llama::recipe,
-    },
-    Architecture {
-        name: qwen2::NAME,
-        recipe: qwen2::recipe,
-    },
+    llama::ARCHITECTURE,
+    qwen2::ARCHITECTURE,
+    qwen3::ARCHITECTURE,
+    bitnet::ARCHITECTURE,
 ];
 
-/// Metadata key of the architecture's name.
+/// Metadata key of the architecture's name in GGUF files.
 pub const ARCHITECTURE_KEY: &str = "general.architecture";
 
-/// Makes the recipe of a model file.
+/// The architecture with this name in the format whose names `names` picks.
 ///
 /// # Errors
-/// An unknown architecture; metadata that is missing, out of range or asks for something that the
-/// recipe cannot express; tensors that are missing, unknown or have another shape than the
-/// metadata says. Every message names the key or tensor.
-pub fn recipe_from_gguf(gguf: &Gguf<'_>) -> Result<Recipe, Error> {
-    let name = gguf.metadata.string(ARCHITECTURE_KEY)?;
-    match ARCHITECTURES.iter().find(|a| a.name == name) {
-        Some(architecture) => (architecture.recipe)(gguf),
-        None => Err(Error::UnknownArchitecture {
+/// An unknown name; the message lists the known ones.
+pub(crate) fn find(
+    name: &str,
+    names: fn(&Architecture) -> &'static [&'static str],
+) -> Result<&'static Architecture, Error> {
+    ARCHITECTURES
+        .iter()
+        .find(|a| names(a).contains(&name))
+        .ok_or_else(|| Error::UnknownArchitecture {
             found: shown(name),
+            known: ARCHITECTURES
+                .iter()
+                .flat_map(|a| names(a).iter().copied())
+                .collect::<Vec<_>>()
+                .join(", "),
+        })
+}
+
+/// Makes the recipe of a model.
+///
+/// # Errors
+/// An unknown architecture; a configuration that is missing, out of range or asks for something that
+/// the recipe cannot express; tensors that are missing, unknown or have another shape than the
+/// configuration says. Every message names the key or tensor.
+pub fn recipe(source: &dyn Source) -> Result<Recipe, Error> {
+    let config = source.config()?;
+    let known = ARCHITECTURES.iter().find(|a| a.name == config.architecture);
+    match known {
+        Some(architecture) => (architecture.recipe)(source, config),
+        None => Err(Error::UnknownArchitecture {
+            found: shown(&config.architecture),
             known: ARCHITECTURES
                 .iter()
                 .map(|a| a.name)

@@ -10,6 +10,8 @@
 //!               NAME.quants   (n, k/2) U8 or (n, k) I8    cells of INT4, levels of INT8
 //!               NAME.scales   (n, ceil(k/group)) F16
 //!               NAME.mins     (n, ceil(k/group)) F16      INT4 with minima
+//!               NAME.quants   (n, k/4) U8, NAME.scales (n, ceil(k/group)) F32       ternary
+//!               NAME          (n, k) F16                  a float matrix
 //!               padding.I     (n,) U8 zeros               fills up to the next 4,096 bytes
 //! ```
 //!
@@ -26,6 +28,7 @@ use std::ops::Range;
 
 use bytemuck::Pod;
 use bytes::Bytes;
+use half::f16;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
@@ -33,7 +36,7 @@ pub use writer::{DataWriter, Writer};
 
 use crate::Error;
 use crate::error::shown;
-use crate::quant::{Int4Form, Int4Matrix, Int8Matrix, Shared, Weight};
+use crate::quant::{F16Matrix, Int4Form, Int4Matrix, Int8Matrix, Shared, TernaryMatrix, Weight};
 
 /// Version of the metadata that is written, and the only one that is read.
 pub const VERSION: u32 = 1;
@@ -72,6 +75,13 @@ pub enum Layout {
         /// Weights that share a scale.
         group: usize,
     },
+    /// [`TernaryMatrix`].
+    Ternary {
+        /// Weights that share a scale.
+        group: usize,
+    },
+    /// [`F16Matrix`].
+    F16,
     /// A vector of 32-bit floats; `rows` is 1.
     F32,
 }
@@ -116,6 +126,8 @@ impl StoredWeight {
                 )
             }
             Weight::Int8(m) => (m.rows, m.cols, Layout::Int8 { group: m.group }),
+            Weight::Ternary(m) => (m.rows, m.cols, Layout::Ternary { group: m.group }),
+            Weight::F16(m) => (m.rows, m.cols, Layout::F16),
             Weight::Vector(values) => (1, values.len(), Layout::F32),
         };
         StoredWeight {
@@ -162,6 +174,11 @@ impl StoredWeight {
                 part(".quants", Dtype::I8, vec![rows, cols]),
                 part(".scales", Dtype::F16, vec![rows, groups(group)?]),
             ],
+            Layout::Ternary { group } => vec![
+                part(".quants", Dtype::U8, vec![rows, cols / 4]),
+                part(".scales", Dtype::F32, vec![rows, groups(group)?]),
+            ],
+            Layout::F16 => vec![part("", Dtype::F16, vec![rows, cols])],
             Layout::F32 => vec![part("", Dtype::F32, vec![cols])],
         })
     }
@@ -308,6 +325,17 @@ impl Container {
                 self.values(stored, &places[1])?,
             )
             .map(Weight::Int8),
+            Layout::Ternary { group } => TernaryMatrix::new(
+                rows,
+                cols,
+                group,
+                self.values::<u8>(stored, &places[0])?,
+                self.values::<f32>(stored, &places[1])?,
+            )
+            .map(Weight::Ternary),
+            Layout::F16 => {
+                F16Matrix::new(rows, cols, self.values::<f16>(stored, &places[0])?).map(Weight::F16)
+            }
             Layout::F32 => {
                 let values: Shared<f32> = self.values(stored, &places[0])?;
                 if rows != 1 {

@@ -11,18 +11,21 @@
 //! Nothing is allocated from a count that the file merely claims: tables grow as entries are
 //! read, and each entry takes bytes of the file. Strings, arrays and tensor data borrow from it.
 
+mod config;
 mod cursor;
-mod dtype;
 mod metadata;
 mod writer;
 
 use std::collections::HashMap;
 
-pub use dtype::DType;
+pub use super::dtype::DType;
+pub(crate) use config::ROPE_DIVISORS;
 pub use metadata::{Array, Elements, MAX_ARRAY_DEPTH, MAX_KEY_BYTES, Metadata, Value, ValueType};
 pub use writer::{DataWriter, Writer};
 
+use super::{Naming, Source, Tensor};
 use crate::Error;
+use crate::arch::Config;
 use crate::error::shown;
 use cursor::Cursor;
 
@@ -35,19 +38,6 @@ pub const DEFAULT_ALIGNMENT: u64 = 32;
 /// Metadata key of the alignment.
 pub const ALIGNMENT_KEY: &str = "general.alignment";
 
-/// One tensor of a file.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TensorInfo<'a> {
-    /// Name.
-    pub name: &'a str,
-    /// Dimensions, fastest first: `[k, n]` for a matrix of `n` rows; none is zero.
-    pub dims: Vec<u64>,
-    /// Element type.
-    pub dtype: DType,
-    /// Exactly the bytes of the tensor.
-    pub data: &'a [u8],
-}
-
 /// A parsed file; borrows from its bytes.
 #[derive(Debug, Clone)]
 pub struct Gguf<'a> {
@@ -56,7 +46,7 @@ pub struct Gguf<'a> {
     /// Key/value metadata.
     pub metadata: Metadata<'a>,
     /// Tensors in file order.
-    pub tensors: Vec<TensorInfo<'a>>,
+    pub tensors: Vec<Tensor<'a>>,
     index: HashMap<&'a str, usize>,
 }
 
@@ -100,16 +90,23 @@ impl<'a> Gguf<'a> {
             index,
         })
     }
+}
 
-    /// The tensor with this name.
-    pub fn tensor(&self, name: &str) -> Option<&TensorInfo<'a>> {
-        self.index.get(name).map(|&i| &self.tensors[i])
+impl Source for Gguf<'_> {
+    fn naming(&self) -> Naming {
+        Naming::Gguf
     }
 
-    /// The tensor with this name, its absence being an error.
-    pub fn require_tensor(&self, name: &str) -> Result<&TensorInfo<'a>, Error> {
-        self.tensor(name)
-            .ok_or_else(|| Error::MissingTensor { name: shown(name) })
+    fn config(&self) -> Result<Config, Error> {
+        config::config(self)
+    }
+
+    fn tensors(&self) -> &[Tensor<'_>] {
+        &self.tensors
+    }
+
+    fn tensor(&self, name: &str) -> Option<&Tensor<'_>> {
+        self.index.get(name).map(|&i| &self.tensors[i])
     }
 }
 
@@ -199,7 +196,7 @@ impl<'a> TensorEntry<'a> {
         })
     }
 
-    fn locate(self, file: &'a [u8], start: u64, alignment: u64) -> Result<TensorInfo<'a>, Error> {
+    fn locate(self, file: &'a [u8], start: u64, alignment: u64) -> Result<Tensor<'a>, Error> {
         let fail = |reason: String| Error::Tensor {
             name: shown(self.name),
             reason,
@@ -222,7 +219,7 @@ impl<'a> TensorEntry<'a> {
                 (file.len() as u64).saturating_sub(start)
             ))
         })?;
-        Ok(TensorInfo {
+        Ok(Tensor {
             name: self.name,
             dims: self.dims,
             dtype: self.dtype,

@@ -1,14 +1,19 @@
 //! Weight formats: block layout, encode, decode. One file a format.
 
+pub mod float16;
+pub mod floats;
 pub mod int4;
 pub mod int4_tiled;
 pub mod int8;
 mod shared;
+pub mod ternary;
 
+pub use float16::F16Matrix;
 pub use int4::{Int4Form, Int4Matrix};
 pub use int4_tiled::Int4Tiled;
 pub use int8::Int8Matrix;
 pub use shared::Shared;
+pub use ternary::TernaryMatrix;
 
 use half::f16;
 
@@ -21,6 +26,10 @@ pub enum Weight {
     Int4(Int4Matrix),
     /// 8-bit matrix.
     Int8(Int8Matrix),
+    /// 2-bit matrix of -1, 0 and 1.
+    Ternary(TernaryMatrix),
+    /// Float matrix.
+    F16(F16Matrix),
     /// Float vector.
     Vector(Vec<f32>),
 }
@@ -31,7 +40,20 @@ impl Weight {
         match self {
             Weight::Int4(matrix) => matrix.bytes(),
             Weight::Int8(matrix) => matrix.bytes(),
+            Weight::Ternary(matrix) => matrix.bytes(),
+            Weight::F16(matrix) => matrix.bytes(),
             Weight::Vector(values) => size_of_val(values.as_slice()) as u64,
+        }
+    }
+
+    /// `(rows, columns)`; a vector is one row.
+    pub fn shape(&self) -> (usize, usize) {
+        match self {
+            Weight::Int4(m) => (m.rows, m.cols),
+            Weight::Int8(m) => (m.rows, m.cols),
+            Weight::Ternary(m) => (m.rows, m.cols),
+            Weight::F16(m) => (m.rows, m.cols),
+            Weight::Vector(values) => (1, values.len()),
         }
     }
 }

@@ -5,9 +5,9 @@
 //!
 //! | cut | steps | share |
 //! |---|---|---|
-//! | tokens | embed, rmsnorm | whole tokens |
-//! | columns | linear (what it writes), add, swiglu | a range of columns of every token |
-//! | heads | rope, KV append, attention | whole `(token, head)` pairs |
+//! | tokens | embed, rmsnorm, rounding to 8 bits | whole tokens |
+//! | columns | linear (what it writes), add, gated activations | a range of columns of every token |
+//! | heads | norm of heads, rope, KV append, attention | whole `(token, head)` pairs |
 //!
 //! What a share wrote it may read again by the same cut in the same phase. Whatever is cut
 //! differently, above all the source of a linear step and the cache that attention reads, which are
@@ -59,6 +59,8 @@ impl Phase {
                 self.matrix_bytes += match model.weights.get(*id) {
                     Some(Weight::Int4(m)) => m.rows * m.row_bytes(),
                     Some(Weight::Int8(m)) => m.rows * m.row_bytes(),
+                    Some(Weight::Ternary(m)) => m.rows * m.row_bytes(),
+                    Some(Weight::F16(m)) => m.rows * m.row_bytes(),
                     _ => 0,
                 };
             }
@@ -69,8 +71,11 @@ impl Phase {
             Step::KvAppend { .. } => self.elems += 2 * config.kv_heads * config.head_dim,
             Step::Embed { dst: buffer, .. }
             | Step::RmsNorm { dst: buffer, .. }
+            | Step::HeadNorm { buffer, .. }
+            | Step::RoundToInt8 { buffer }
             | Step::Rope { buffer, .. }
             | Step::SwiGlu { dst: buffer, .. }
+            | Step::ReluSquaredGlu { dst: buffer, .. }
             | Step::Add { dst: buffer, .. } => self.elems += recipe.elems(*buffer),
         }
         self.steps.push(step.clone());
@@ -141,6 +146,8 @@ fn check(model: &LoadedModel, step: &Step) -> Result<(), Error> {
     let matrix = |id: WeightId, rows: usize, cols: usize| match model.weights.get(id) {
         Some(Weight::Int4(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
         Some(Weight::Int8(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
+        Some(Weight::Ternary(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
+        Some(Weight::F16(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
         _ => fail(id, format!("a ({rows}, {cols}) matrix")),
     };
     let same = |what: &str, elems: &[usize]| {
@@ -151,22 +158,38 @@ fn check(model: &LoadedModel, step: &Step) -> Result<(), Error> {
             "recipe: buffers of a {what} step differ in length"
         )))
     };
+    let apart = |src: &Buffer, dst: &Buffer| match src == dst {
+        true => Err(Error::input("recipe: a norm step onto its own source")),
+        false => Ok(()),
+    };
     let config = &recipe.config;
     let elems = |buffer: &Buffer| recipe.elems(*buffer);
     match step {
         Step::Embed { table, dst } => match model.weights.get(*table) {
             Some(Weight::Int8(m)) if m.rows >= config.vocab && m.cols == elems(dst) => Ok(()),
+            Some(Weight::F16(m)) if m.rows >= config.vocab && m.cols == elems(dst) => Ok(()),
             _ => fail(
                 *table,
-                format!("an INT8 table ({}, {})", config.vocab, elems(dst)),
+                format!("an INT8 or F16 table ({}, {})", config.vocab, elems(dst)),
             ),
         },
         Step::RmsNorm {
             weight, src, dst, ..
         } => {
             same("norm", &[elems(src), elems(dst)])?;
+            apart(src, dst)?;
             vector(*weight, elems(dst))
         }
+        Step::HeadNorm {
+            weight,
+            buffer,
+            heads,
+            ..
+        } => {
+            same("head norm", &[elems(buffer), heads * config.head_dim])?;
+            vector(*weight, config.head_dim)
+        }
+        Step::RoundToInt8 { .. } => Ok(()),
         Step::Linear {
             weight,
             bias,
@@ -195,7 +218,9 @@ fn check(model: &LoadedModel, step: &Step) -> Result<(), Error> {
             )?;
             check_layer(recipe, *layer)
         }
-        Step::SwiGlu { gate, up, dst } => same("gate", &[elems(gate), elems(up), elems(dst)]),
+        Step::SwiGlu { gate, up, dst } | Step::ReluSquaredGlu { gate, up, dst } => {
+            same("gate", &[elems(gate), elems(up), elems(dst)])
+        }
         Step::Add { src, dst } => same("residual", &[elems(src), elems(dst)]),
     }
 }
@@ -257,7 +282,10 @@ fn accesses(step: &Step) -> Vec<Access> {
         Step::Linear { src, dst, .. } | Step::Logits { src, dst, .. } => {
             vec![read(src, Cut::Whole), write(dst, Cut::Columns)]
         }
-        Step::Rope { buffer, .. } => vec![write(buffer, Cut::Heads)],
+        Step::Rope { buffer, .. } | Step::HeadNorm { buffer, .. } => {
+            vec![write(buffer, Cut::Heads)]
+        }
+        Step::RoundToInt8 { buffer } => vec![write(buffer, Cut::Tokens)],
         Step::KvAppend { layer, key, value } => vec![
             read(key, Cut::Heads),
             read(value, Cut::Heads),
@@ -270,7 +298,7 @@ fn accesses(step: &Step) -> Vec<Access> {
             cache(layer, Cut::Whole, false),
             write(dst, Cut::Heads),
         ],
-        Step::SwiGlu { gate, up, dst } => vec![
+        Step::SwiGlu { gate, up, dst } | Step::ReluSquaredGlu { gate, up, dst } => vec![
             read(gate, Cut::Columns),
             read(up, Cut::Columns),
             write(dst, Cut::Columns),
@@ -322,12 +350,13 @@ mod tests {
                 vocab: 10,
                 context: 8,
                 rope_theta: 1e4,
+                rope_divisors: None,
                 norm_eps: 1e-5,
                 tied: true,
+                int8_activations: false,
             },
             weights: Vec::new(),
             steps: layer(),
-            rope_divisors: None,
         };
         let model = LoadedModel {
             recipe,

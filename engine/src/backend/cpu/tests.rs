@@ -1,7 +1,6 @@
 //! The backend against the references of `cpu-kernels`, on small models with random weights.
 
 use models::file::gguf::{DType, Gguf};
-use models::quant::{Int4Matrix, Int8Matrix};
 use models::synthetic::{self, Options};
 
 use super::*;
@@ -14,7 +13,7 @@ fn model(shape: &str, linear: DType, embedding: DType) -> Arc<LoadedModel> {
     };
     let bytes = synthetic::to_vec(synthetic::shape(shape).unwrap(), &options).unwrap();
     let file = Gguf::parse(&bytes).unwrap();
-    let recipe = models::arch::recipe_from_gguf(&file).unwrap();
+    let recipe = models::arch::recipe(&file).unwrap();
     let weights = recipe
         .weights
         .iter()
@@ -47,20 +46,6 @@ fn reference_logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
         .collect();
     let cache = vec![f16::NAN; c.kv_heads * t * c.head_dim];
     let mut caches = vec![(cache.clone(), cache); c.layers];
-    let int4 = |id: WeightId| -> Option<&Int4Matrix> {
-        if let Weight::Int4(m) = &model.weights[id] {
-            Some(m)
-        } else {
-            None
-        }
-    };
-    let int8 = |id: WeightId| -> Option<&Int8Matrix> {
-        if let Weight::Int8(m) = &model.weights[id] {
-            Some(m)
-        } else {
-            None
-        }
-    };
     let vector = |id: WeightId| match &model.weights[id] {
         Weight::Vector(v) => v.as_slice(),
         _ => panic!("not a vector"),
@@ -68,7 +53,12 @@ fn reference_logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
     for step in &recipe.steps {
         match *step {
             Step::Embed { table, dst } => {
-                embed::reference(int8(table).unwrap(), tokens, &mut buffers[dst as usize]);
+                let out = &mut buffers[dst as usize];
+                match &model.weights[table] {
+                    Weight::Int8(table) => embed::reference(table, tokens, out),
+                    Weight::F16(table) => embed::reference_f16(table, tokens, out),
+                    other => panic!("{other:?} is no table"),
+                }
             }
             Step::RmsNorm {
                 weight,
@@ -86,16 +76,23 @@ fn reference_logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
                 dst,
             } => {
                 let (bias, x) = (bias.map(vector), buffers[src as usize].clone());
-                let y = &mut buffers[dst as usize];
-                match int4(weight) {
-                    Some(w) => linear::int4::reference(w, bias, &x, y),
-                    None => linear::int8::reference(int8(weight).unwrap(), bias, &x, y),
-                }
+                reference_linear(&model.weights[weight], bias, &x, &mut buffers[dst as usize]);
             }
             Step::Logits { table, src, dst } => {
                 let x = buffers[src as usize].clone();
-                let y = &mut buffers[dst as usize];
-                cpu_kernels::logits::reference(int8(table).unwrap(), None, &x, y);
+                reference_linear(&model.weights[table], None, &x, &mut buffers[dst as usize]);
+            }
+            Step::HeadNorm {
+                weight,
+                eps,
+                buffer,
+                ..
+            } => {
+                let x = buffers[buffer as usize].clone();
+                rmsnorm::reference(&x, vector(weight), eps, &mut buffers[buffer as usize]);
+            }
+            Step::RoundToInt8 { buffer } => {
+                round_int8::reference(&mut buffers[buffer as usize], recipe.elems(buffer));
             }
             Step::Rope { buffer, heads } => {
                 let x = &mut buffers[buffer as usize];
@@ -129,6 +126,10 @@ fn reference_logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
                 let (gate, up) = (buffers[gate as usize].clone(), buffers[up as usize].clone());
                 swiglu::reference(&gate, &up, &mut buffers[dst as usize]);
             }
+            Step::ReluSquaredGlu { gate, up, dst } => {
+                let (gate, up) = (buffers[gate as usize].clone(), buffers[up as usize].clone());
+                relu2_glu::reference(&gate, &up, &mut buffers[dst as usize]);
+            }
             Step::Add { src, dst } => {
                 let src = buffers[src as usize].clone();
                 add::reference(&src, &mut buffers[dst as usize]);
@@ -136,6 +137,16 @@ fn reference_logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
         }
     }
     buffers[Buffer::Logits as usize][(t - 1) * c.vocab..].to_vec()
+}
+
+fn reference_linear(weight: &Weight, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
+    match weight {
+        Weight::Int4(w) => linear::int4::reference(w, bias, x, y),
+        Weight::Int8(w) => linear::int8::reference(w, bias, x, y),
+        Weight::Ternary(w) => linear::ternary::reference(w, bias, x, y),
+        Weight::F16(w) => linear::float16::reference(w, bias, x, y),
+        Weight::Vector(_) => panic!("not a matrix"),
+    }
 }
 
 #[track_caller]
@@ -320,4 +331,25 @@ fn speed() {
         1.0 / decode,
         bytes / decode / 1e9
     );
+}
+
+#[test]
+fn logits_of_every_prompt_token_are_those_of_single_steps() {
+    let model = model("tiny", DType::Q4_1, DType::Q8_0);
+    // More than one chunk, and a last one that is not full.
+    let tokens = tokens(&model, CHUNK_TOKENS + 5);
+    let mut steps = backend(&model, 64, Isa::selected(), 2);
+    let mut expected = Vec::new();
+    for token in &tokens {
+        steps.decode(*token).unwrap();
+        expected.extend(steps.logits().unwrap());
+    }
+    let mut prompt = backend(&model, 64, Isa::selected(), 2);
+    prompt.prefill(&tokens[..3]).unwrap();
+    let have = prompt.prefill_logits(&tokens[3..]).unwrap();
+    let vocab = model.recipe.config.vocab;
+    assert_eq!(have, expected[3 * vocab..]);
+    assert_eq!(prompt.position(), tokens.len());
+    assert_eq!(prompt.logits().unwrap(), expected[expected.len() - vocab..]);
+    assert!(prompt.prefill_logits(&[]).is_err());
 }

@@ -96,6 +96,34 @@ pub(super) fn fetch_pip(cache: &Path, progress: &dyn Progress) -> Result<PathBuf
     Ok(modules)
 }
 
+/// Writes the gzip-compressed file `member` of the distribution's package `package` to `to`,
+/// uncompressed. `dir` takes temporary files.
+///
+/// # Errors
+/// The system is not Debian-like, there is no network, or no such package or member.
+pub fn fetch_compressed(
+    package: &str,
+    member: &str,
+    to: &Path,
+    dir: &Path,
+    progress: &dyn Progress,
+) -> Result<(), Error> {
+    need_apt()?;
+    progress.step("package lists");
+    let apt = Apt::with_system_sources(dir)?;
+    apt.update(progress)?;
+    progress.step(package);
+    let archive = apt.download(package, progress)?;
+    let unpacked = dir.join("unpacked");
+    unpack(&archive, &unpacked, Some(&format!("./{member}")))?;
+    let target = fs::File::create(to).map_err(Error::io("cannot create", to))?;
+    let mut gzip = Command::new("gzip");
+    gzip.args(["--decompress", "--stdout"])
+        .arg(unpacked.join(member))
+        .stdout(target);
+    child::stdout(&mut gzip).map(|_| ())
+}
+
 fn need_apt() -> Result<(), Error> {
     if child::exists("apt-get", "--version") && child::exists("dpkg-deb", "--version") {
         Ok(())

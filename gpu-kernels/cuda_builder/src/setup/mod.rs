@@ -6,6 +6,8 @@
 mod apt;
 pub mod python;
 
+pub use apt::fetch_compressed;
+
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};

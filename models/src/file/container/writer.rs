@@ -193,6 +193,11 @@ impl<W: Write> DataWriter<W> {
                 self.part(cast_slice(&m.quants))?;
                 self.part(cast_slice(&m.scales))?;
             }
+            Weight::Ternary(m) => {
+                self.part(&m.quants)?;
+                self.part(cast_slice(&m.scales))?;
+            }
+            Weight::F16(m) => self.part(cast_slice(&m.values))?,
             Weight::Vector(values) => self.part(cast_slice(values))?,
         }
         self.written += 1;

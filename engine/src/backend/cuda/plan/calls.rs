@@ -151,6 +151,11 @@ impl Compiler<'_> {
                 let (gate, up, out) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
                 swiglu::plan(device, &shape, &swiglu::Operands { gate, up, out })
             }
+            Step::HeadNorm { .. } | Step::RoundToInt8 { .. } | Step::ReluSquaredGlu { .. } => {
+                return Err(Error::input(
+                    "this architecture cannot run on the CUDA backend: use --backend cpu",
+                ));
+            }
             Step::Add { src, dst } => {
                 let shape = add::Shape {
                     elems: self.model.recipe.elems(dst),
@@ -293,10 +298,13 @@ impl Compiler<'_> {
             Op::Step(Step::Embed { .. }) => "embed".to_owned(),
             Op::Step(Step::RmsNorm { weight, .. }) => format!("norm {}", short(*weight)),
             Op::Step(Step::Linear { weight, .. }) => short(*weight),
+            Op::Step(Step::HeadNorm { weight, .. }) => format!("norm {}", short(*weight)),
+            Op::Step(Step::RoundToInt8 { .. }) => "round".to_owned(),
             Op::Step(Step::Rope { .. }) => "rope".to_owned(),
             Op::Step(Step::KvAppend { .. }) => "append".to_owned(),
             Op::Step(Step::Attention { .. }) => "attention".to_owned(),
             Op::Step(Step::SwiGlu { .. }) => "swiglu".to_owned(),
+            Op::Step(Step::ReluSquaredGlu { .. }) => "relu2".to_owned(),
             Op::Step(Step::Add { .. }) => "add".to_owned(),
             Op::Step(Step::Logits { .. }) => "logits, choice".to_owned(),
         }

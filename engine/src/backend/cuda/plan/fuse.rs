@@ -289,10 +289,14 @@ fn buffers(step: &Step) -> ([Option<Buffer>; 2], Option<Buffer>) {
         Step::RmsNorm { src, dst, .. }
         | Step::Linear { src, dst, .. }
         | Step::Logits { src, dst, .. } => ([Some(src), None], Some(dst)),
-        Step::Rope { buffer, .. } => ([Some(buffer), None], None),
+        Step::Rope { buffer, .. }
+        | Step::HeadNorm { buffer, .. }
+        | Step::RoundToInt8 { buffer } => ([Some(buffer), None], None),
         Step::KvAppend { key, value, .. } => ([Some(key), Some(value)], None),
         Step::Attention { query, dst, .. } => ([Some(query), None], Some(dst)),
-        Step::SwiGlu { gate, up, dst } => ([Some(gate), Some(up)], Some(dst)),
+        Step::SwiGlu { gate, up, dst } | Step::ReluSquaredGlu { gate, up, dst } => {
+            ([Some(gate), Some(up)], Some(dst))
+        }
         Step::Add { src, dst } => ([Some(src), Some(dst)], None),
     }
 }

@@ -95,6 +95,9 @@ impl Compiler<'_> {
             Some(Weight::Vector(values)) => {
                 Placed::Vector(self.memory.upload(bytemuck::cast_slice(values))?)
             }
+            Some(Weight::Ternary(_) | Weight::F16(_)) => {
+                return Err(self.wrong_kind(id, "a weight that CUDA can use: try --backend cpu"));
+            }
             Some(Weight::Int4(_)) => return Err(self.wrong_kind(id, "an 8-bit matrix or a vector")),
             None => return Err(Error::input(format!("there is no weight {id}"))),
         };

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use cuda_std::emulator::{self, Buffer as Emulated};
-use models::arch::recipe_from_gguf;
+use models::arch::recipe;
 use models::file::gguf::{DType, Gguf};
 use models::quant::Weight;
 use models::synthetic::{self, Options};
@@ -21,7 +21,7 @@ fn model(shape: &str, linear: DType) -> LoadedModel {
     };
     let bytes = synthetic::to_vec(shape, &options).expect("a synthetic model");
     let gguf = Gguf::parse(&bytes).expect("a valid file");
-    let recipe = recipe_from_gguf(&gguf).expect("a known architecture");
+    let recipe = recipe(&gguf).expect("a known architecture");
     let weights = recipe
         .weights
         .iter()

@@ -1,10 +1,11 @@
-//! Element types of GGUF tensors: ids, names and block sizes of the GGML types.
+//! Element types of tensors: ids, names and block sizes of the GGML types, and what safetensors
+//! files have beside them.
 
 /// Declares [`DType`] with its id, name, elements a block and bytes a block in one table.
 macro_rules! dtypes {
     ($($(#[$doc:meta])* $variant:ident = $id:literal, $elems:literal, $bytes:literal;)*) => {
-        /// Element type of a tensor, by GGML id. Only some of them can be decoded into weights
-        /// (see [`crate::weights::decode`]); all of them can be listed and measured.
+        /// Element type of a tensor. Only some of them can be decoded into weights (see
+        /// [`crate::weights::decode`]); all of them can be listed and measured.
         #[allow(non_camel_case_types)]
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum DType {
@@ -17,13 +18,14 @@ macro_rules! dtypes {
 
             /// The type with this GGML id.
             pub fn from_id(id: u32) -> Option<DType> {
-                match id {
-                    $($id => Some(DType::$variant),)*
-                    _ => None,
-                }
+                let found = match id {
+                    $($id => DType::$variant,)*
+                    _ => return None,
+                };
+                (id < FIRST_FOREIGN_ID).then_some(found)
             }
 
-            /// GGML id.
+            /// GGML id; [`FIRST_FOREIGN_ID`] and more for a type that GGML does not have.
             pub fn id(self) -> u32 {
                 match self { $(DType::$variant => $id,)* }
             }
@@ -45,6 +47,9 @@ macro_rules! dtypes {
         }
     };
 }
+
+/// Ids from here on are not GGML's: no GGUF file holds them.
+pub const FIRST_FOREIGN_ID: u32 = 1 << 31;
 
 dtypes! {
     /// 32-bit float.
@@ -115,9 +120,50 @@ dtypes! {
     NVFP4 = 40, 64, 36;
     /// One bit with a scale.
     Q1_0 = 41, 128, 18;
+    /// Unsigned 8-bit integer.
+    U8 = 0x8000_0000, 1, 1;
+    /// 8-bit float, 4 bits of exponent.
+    F8_E4M3 = 0x8000_0001, 1, 1;
+    /// 8-bit float, 5 bits of exponent.
+    F8_E5M2 = 0x8000_0002, 1, 1;
+    /// One byte, 0 or 1.
+    BOOL = 0x8000_0003, 1, 1;
+    /// Unsigned 16-bit integer.
+    U16 = 0x8000_0004, 1, 2;
+    /// Unsigned 32-bit integer.
+    U32 = 0x8000_0005, 1, 4;
+    /// Unsigned 64-bit integer.
+    U64 = 0x8000_0006, 1, 8;
 }
 
 impl DType {
+    /// Whether the elements are plain floats that weights can be made of.
+    pub fn is_float(self) -> bool {
+        matches!(self, DType::F32 | DType::F16 | DType::BF16)
+    }
+
+    /// The type with this name in a safetensors header.
+    pub fn from_safetensors(name: &str) -> Option<DType> {
+        const NAMED: [DType; 15] = [
+            DType::F64,
+            DType::F32,
+            DType::F16,
+            DType::BF16,
+            DType::F8_E4M3,
+            DType::F8_E5M2,
+            DType::I64,
+            DType::I32,
+            DType::I16,
+            DType::I8,
+            DType::U64,
+            DType::U32,
+            DType::U16,
+            DType::U8,
+            DType::BOOL,
+        ];
+        NAMED.iter().find(|t| t.name() == name).copied()
+    }
+
     /// Bytes of a tensor with these dimensions (fastest first); `None` when a row is not a whole
     /// number of blocks or the size overflows.
     pub fn tensor_bytes(self, dims: &[u64]) -> Option<u64> {
@@ -139,8 +185,11 @@ mod tests {
     #[test]
     fn ids_round_trip_and_unknown_ids_are_none() {
         for t in DType::ALL {
-            assert_eq!(DType::from_id(t.id()), Some(*t));
+            let ggml = (t.id() < FIRST_FOREIGN_ID).then_some(*t);
+            assert_eq!(DType::from_id(t.id()), ggml);
         }
+        assert_eq!(DType::from_safetensors("BF16"), Some(DType::BF16));
+        assert_eq!(DType::from_safetensors("Q4_0"), None);
         for id in [4, 5, 31, 1000, u32::MAX] {
             assert_eq!(DType::from_id(id), None);
         }

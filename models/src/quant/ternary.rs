@@ -1,0 +1,169 @@
+//! Ternary weights: `w = scale * (code - 1)`, two bits a weight, grouped along K.
+//!
+//! ```text
+//! quants  (n, k/4)  bytes, row-major; every 32 weights are one 8-byte cell:
+//!
+//!   byte j of a cell:   | weight 24+j | weight 16+j | weight 8+j | weight j |   j in 0..8, high bits first
+//!
+//! scales  (n, ceil(k/group))  f32: BitNet's one scale a tensor is no f16 in general
+//! ```
+//!
+//! Codes are 0, 1, 2; code 3 (weight 2) is kept as it is where a file has it. One shift and one mask
+//! give eight weights of a cell in order, on a 64-bit word as on a vector of cells.
+
+use super::{Shared, check_len, check_shape};
+use crate::Error;
+
+/// Weights a cell.
+pub const CELL_WEIGHTS: usize = 32;
+/// Bytes a cell.
+pub const CELL_BYTES: usize = 8;
+const _: () = assert!(CELL_WEIGHTS == 4 * CELL_BYTES);
+
+const FORMAT: &str = "ternary";
+
+/// An `(rows, cols)` matrix in ternary form.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TernaryMatrix {
+    /// N.
+    pub rows: usize,
+    /// K, a multiple of 32.
+    pub cols: usize,
+    /// Weights that share a scale: a multiple of 32, at most `cols`.
+    pub group: usize,
+    /// `(rows, cols/4)` cells.
+    pub quants: Shared<u8>,
+    /// `(rows, ceil(cols/group))`.
+    pub scales: Shared<f32>,
+}
+
+impl TernaryMatrix {
+    /// Puts a matrix together from its parts.
+    ///
+    /// # Errors
+    /// A group that is zero, no multiple of 32 or more than `cols`, `cols` that is zero or no multiple
+    /// of 32, parts of the wrong length, or a scale that is not finite.
+    pub fn new(
+        rows: usize,
+        cols: usize,
+        group: usize,
+        quants: impl Into<Shared<u8>>,
+        scales: impl Into<Shared<f32>>,
+    ) -> Result<Self, Error> {
+        let (quants, scales) = (quants.into(), scales.into());
+        let fail = |reason| {
+            Err(Error::Matrix {
+                format: FORMAT,
+                reason,
+            })
+        };
+        if group == 0 || !group.is_multiple_of(CELL_WEIGHTS) || group > cols {
+            return fail(format!(
+                "group is {group}, it is a multiple of 32 up to the {cols} columns"
+            ));
+        }
+        let groups = check_shape(FORMAT, rows, cols, group)?;
+        check_len(FORMAT, "quants", quants.len(), rows * cols / 4)?;
+        check_len(FORMAT, "scales", scales.len(), groups)?;
+        if let Some(i) = scales.iter().position(|v| !v.is_finite()) {
+            return fail(format!("scale {i} is {}", scales[i]));
+        }
+        Ok(TernaryMatrix {
+            rows,
+            cols,
+            group,
+            quants,
+            scales,
+        })
+    }
+
+    /// Groups a row.
+    pub fn groups_per_row(&self) -> usize {
+        self.cols.div_ceil(self.group)
+    }
+
+    /// `(cols/4,)` cells of row `i`.
+    pub fn row_quants(&self, i: usize) -> &[u8] {
+        &self.quants[i * self.cols / 4..(i + 1) * self.cols / 4]
+    }
+
+    /// `(ceil(cols/group),)` scales of row `i`.
+    pub fn row_scales(&self, i: usize) -> &[f32] {
+        let groups = self.groups_per_row();
+        &self.scales[i * groups..(i + 1) * groups]
+    }
+
+    /// Writes row `i` as floats to `out`, which holds `cols` of them.
+    pub fn dequantize_row(&self, i: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.cols, "a row has `cols` weights");
+        let (scales, cells_per_group) = (self.row_scales(i), self.group / CELL_WEIGHTS);
+        let cells = self.row_quants(i).as_chunks::<CELL_BYTES>().0;
+        let outs = out.as_chunks_mut::<CELL_WEIGHTS>().0;
+        for (c, (cell, out)) in cells.iter().zip(outs).enumerate() {
+            decode_cell(cell, scales[c / cells_per_group], out);
+        }
+    }
+
+    /// Bytes that reading the whole matrix moves.
+    pub fn bytes(&self) -> u64 {
+        (self.quants.len() + size_of_val(&*self.scales)) as u64
+    }
+}
+
+/// The weights of one cell.
+#[inline(always)]
+pub fn decode_cell(cell: &[u8; CELL_BYTES], scale: f32, out: &mut [f32; CELL_WEIGHTS]) {
+    for (p, out) in out.as_chunks_mut::<CELL_BYTES>().0.iter_mut().enumerate() {
+        for (byte, out) in cell.iter().zip(out) {
+            *out = scale * (f32::from(byte >> (2 * p) & 3) - 1.0);
+        }
+    }
+}
+
+/// Packs codes 0 to 3 into cells; four codes a byte.
+pub(crate) fn pack(codes: &[u8], cells: &mut [u8]) {
+    let codes = codes.as_chunks::<CELL_WEIGHTS>().0;
+    for (codes, cell) in codes.iter().zip(cells.as_chunks_mut::<CELL_BYTES>().0) {
+        for (j, byte) in cell.iter_mut().enumerate() {
+            *byte = (0..4).fold(0, |byte, p| {
+                byte | (codes[p * CELL_BYTES + j] & 3) << (2 * p)
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_packed_comes_out_in_order() {
+        let codes: Vec<u8> = (0..2 * 96).map(|i| (i * 7 / 3 % 4) as u8).collect();
+        let mut quants = vec![0; codes.len() / 4];
+        pack(&codes, &mut quants);
+        let scales = vec![0.5, 3.0, -1.0, 2.0];
+        let matrix = TernaryMatrix::new(2, 96, 64, quants, scales.clone()).unwrap();
+        let mut row = [0f32; 96];
+        for i in 0..2 {
+            matrix.dequantize_row(i, &mut row);
+            for (k, w) in row.iter().enumerate() {
+                let want = scales[2 * i + k / 64] * (f32::from(codes[96 * i + k]) - 1.0);
+                assert_eq!(*w, want, "{i} {k}");
+            }
+        }
+        assert_eq!(matrix.bytes(), 48 + 16);
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_are_refused() {
+        let error = |group, quants: usize, scale| {
+            TernaryMatrix::new(1, 32, group, vec![0; quants], vec![scale])
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(error(0, 8, 1.0).contains("group"));
+        assert!(error(64, 8, 1.0).contains("group"));
+        assert!(error(32, 7, 1.0).contains("quants"));
+        assert!(error(32, 8, f32::NAN).contains("NaN"));
+    }
+}
