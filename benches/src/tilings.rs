@@ -19,7 +19,7 @@ const SHOWN: usize = 8;
 fn candidates(device: &DeviceInfo, shape: &Shape) -> Vec<Tiling> {
     let depth = shape.cols.div_ceil(128) as u32;
     let row_tiles = shape.rows.div_ceil(16) as u32;
-    let most = max_warps(shape.group);
+    let most = max_warps(device, shape);
     let mut found = vec![rule(device, shape)];
     for split in 1..=most.min(depth) {
         // A split that leaves everybody as much to do as a smaller one is of no use.
@@ -95,7 +95,7 @@ mod tests {
             let found = candidates(&DeviceInfo::T4, &shape);
             assert_eq!(found[0], rule(&DeviceInfo::T4, &shape));
             for (i, tiling) in found.iter().enumerate() {
-                assert!(tiling.split * tiling.teams <= max_warps(128));
+                assert!(tiling.split * tiling.teams <= max_warps(&DeviceInfo::T4, &shape));
                 assert!(!found[..i].contains(tiling));
             }
         }

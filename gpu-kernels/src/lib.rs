@@ -42,7 +42,7 @@ pub mod variant;
 
 /// Every kernel, for the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
-pub static ENTRIES: [&cuda_std::emulator::Entry; 32] = [
+pub static ENTRIES: [&cuda_std::emulator::Entry; 38] = [
     &embed::EMBED_INT8_ENTRY,
     &rmsnorm::RMSNORM_F32_ENTRY,
     &linear::gemv_int4::LINEAR_GEMV_INT4_BASELINE_ENTRY,
@@ -53,6 +53,12 @@ pub static ENTRIES: [&cuda_std::emulator::Entry; 32] = [
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_MIN_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_MIN_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_MIN_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_MIN_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_MIN_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_MIN_HALF_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_TOKENS_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_TOKENS_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_TOKENS_ENTRY,

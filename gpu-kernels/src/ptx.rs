@@ -751,7 +751,9 @@ pub fn clock(dep: u32) -> u32 {
     {
         let v: u32;
         // SAFETY: scratch
-        unsafe { asm!("{{ .reg .pred p; mov.u32 {0}, 0; setp.ne.u32 p, {1}, 0xdeadbeef; @p mov.u32 {0}, %clock; }}", out(reg32) v, in(reg32) dep, options(nostack)); }
+        unsafe {
+            asm!("{{ .reg .pred p; mov.u32 {0}, 0; setp.ne.u32 p, {1}, 0xdeadbeef; @p mov.u32 {0}, %clock; }}", out(reg32) v, in(reg32) dep, options(nostack));
+        }
         v
     }
     #[cfg(not(target_arch = "nvptx64"))]

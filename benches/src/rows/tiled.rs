@@ -85,13 +85,16 @@ pub fn gemv_int4_mma(product: &Tiled) -> Row {
         Epilogue::Store | Epilogue::Add => rows,
     };
     let groups = matrix_rows * cols.div_ceil(shape.group) * if mins { 2 } else { 1 };
-    let vectors = 4 * tokens * (rows + cols) + if norm { 4 * cols } else { 0 };
+    let elem = |half| if half { 2 } else { 4 };
+    let vectors = tokens * (rows * elem(shape.half_y) + cols * elem(shape.half_x))
+        + if norm { 4 * cols } else { 0 };
     let mut text = format!("{rows} x {cols} group {}", shape.group);
     if tokens > 1 {
         text.push_str(&format!(", {tokens} tokens"));
     }
     for (what, on) in [
         (" minima", mins),
+        (" half", shape.half_x),
         (" norm", norm),
         (" add", shape.epilogue == Epilogue::Add),
         (" swiglu", shape.epilogue == Epilogue::SwiGlu),
@@ -105,7 +108,7 @@ pub fn gemv_int4_mma(product: &Tiled) -> Row {
         ));
     }
     Row {
-        kernel: gemv_int4_mma::entry(shape.group, mins, tokens),
+        kernel: gemv_int4_mma::entry(shape.group, mins, tokens, shape.half_x),
         shape: text,
         bytes: (matrix_rows * cols / 2 + 2 * groups + vectors) as u64,
         streams: true,
@@ -168,7 +171,11 @@ fn tiled_operands(
             DeviceSlice::NONE
         },
         bias: DeviceSlice::NONE,
-        x: floats(memory, tokens * cols)?,
+        x: if product.shape.half_x {
+            halves(memory, cols)?
+        } else {
+            floats(memory, tokens * cols)?
+        },
         gain: if product.norm {
             floats(memory, cols)?
         } else {

@@ -1,305 +1,182 @@
-//! The kernel for one token.
+//! What the entries for one token run.
 
-use cuda_std::shared::{self, Shared};
-use cuda_std::{thread, warp};
+mod feed;
+mod stage;
 
-use super::kernel::{HALVES_1024, Place, Slot, two_floats};
+use cuda_std::{shared, thread};
+
+use super::tile::{HALVES_1024, Place, Slot, Weights, fragments, two_floats};
 use super::{FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, TILE_COLS, TILE_ROWS};
-use crate::product::mma_k16;
+use crate::product::{at_least_sm_80, mma_k16};
 use crate::unroll::unroll;
 use crate::{ptx, swiglu};
-
-/// Tiles that a warp has in flight.
-pub(super) const DEPTH: usize = 4;
-/// Loads of x that a thread has in flight.
-const BATCH: usize = 4;
+#[cfg(not(target_arch = "nvptx64"))]
+pub(super) use feed::{DEPTH, ring_tile_bytes};
+use feed::{Feed, Job, Registers, Ring};
+pub(super) use stage::Regions;
+use stage::{Batch, Stage, first_batch, stage_floats, stage_halves};
 
 /// Parameters of a launch.
 #[derive(Clone, Copy)]
-pub(super) struct OneArgs {
-    pub quants: *const u32,
-    pub scales: *const u32,
-    pub mins: *const u32,
+pub(super) struct Args {
+    pub weights: Weights,
+    /// `(rows,)`, or null.
     pub bias: *const f32,
+    /// `(cols,)` floats or halves.
     pub x: *const u32,
+    /// Weights of the norm in front `(cols,)`, or null: none.
     pub gain: *const f32,
+    /// `(rows,)` floats or halves.
     pub y: *mut f32,
+    /// Rows of y.
     pub rows: u32,
     pub cols: u32,
+    /// Tiles along N and K.
     pub row_tiles: u32,
     pub depth_tiles: u32,
+    /// Added to the norm's mean square.
     pub eps: f32,
     pub flags: u32,
 }
 
-/// Byte offsets in a block's shared memory; x, halves, is at its start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct OneRegions {
-    /// Sums of x, f32: a group. Only with minima.
-    pub sums: u32,
-    /// Two times `(warps, 16)` f32; before that the warps' sums of squares.
-    pub partials: u32,
-    /// All of it.
-    pub bytes: u32,
-}
+/// Whether a launch starts before the one before it has ended, and has weights to ask for first.
+const DEPENDENT: bool = cfg!(all(target_arch = "nvptx64", target_feature = "sm_90"));
 
-impl OneRegions {
-    #[inline(always)]
-    pub const fn new(depth_tiles: u32, group: u32, mins: bool, warps: u32) -> OneRegions {
-        let sums = depth_tiles * TILE_COLS * 2;
-        let groups = depth_tiles * (TILE_COLS / group);
-        let sum_bytes = if mins { groups * 4 } else { 0 };
-        let partials = (sums + sum_bytes).next_multiple_of(16);
-        OneRegions {
-            sums,
-            partials,
-            bytes: partials + 2 * warps * TILE_ROWS * 4,
+/// The body of every entry.
+///
+/// # Safety
+/// Launched as the plan says; `mins` are there if `MINS` says so, x are halves if `HALF_X` does.
+#[inline(always)]
+pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool, const HALF_X: bool>(args: &Args) {
+    // SAFETY: passed on.
+    unsafe {
+        if at_least_sm_80() {
+            run::<GROUP, MINS, HALF_X, Ring>(args);
+        } else {
+            run::<GROUP, MINS, HALF_X, Registers>(args);
         }
     }
 }
 
-#[derive(Clone, Copy)]
-struct Stage {
-    base: Shared,
-    regions: OneRegions,
-}
-
-/// Four words each, `step` words apart, from word `first` on; zeros from word `end` on.
+/// # Safety
+/// As [`gemv`].
 #[inline(always)]
-unsafe fn load_batch(x: *const u32, first: u32, step: u32, end: u32) -> [[u32; 4]; BATCH] {
-    let mut batch = [[0; 4]; BATCH];
-    unroll!(I < BATCH => {
-        let word = first + I as u32 * step;
-        // SAFETY: a load is made only of what is there.
-        batch[I % BATCH] = unsafe {
-            ptx::ld_global_v4_u32_if(word < end, x.wrapping_add(word as usize), batch[I % BATCH])
-        };
-    });
-    batch
-}
-
-/// Leaves the sum of a group's x in shared memory: `lanes` lanes next to each other hold parts of it.
-#[inline(always)]
-unsafe fn put_sum<const LANES: u32>(stage: &Stage, lane: u32, group: u32, there: bool, sum: f32) {
-    let mut sum = sum;
-    let mut mask = 1;
-    while mask < LANES {
-        sum += warp::shuffle_xor_f32(warp::FULL_MASK, sum, mask);
-        mask *= 2;
-    }
-    if there && lane.is_multiple_of(LANES) {
-        // SAFETY: inside the region for them.
-        unsafe { ptx::st_shared_f32(stage.base, stage.regions.sums + group * 4, sum) };
-    }
-}
-
-/// Stages x, halves.
-#[inline(always)]
-unsafe fn stage_halves<const GROUP: u32, const MINS: bool>(
-    args: &OneArgs,
-    stage: &Stage,
-    place: &Place,
-    rank: u32,
-    first: [[u32; 4]; BATCH],
+unsafe fn run<const GROUP: u32, const MINS: bool, const HALF_X: bool, F: Feed<GROUP, MINS>>(
+    args: &Args,
 ) {
-    let step = place.warps() * 128;
-    let words = args.cols / 2;
-    let end = args.depth_tiles * (TILE_COLS / 2);
-    let mut batch = first;
-    let mut word = rank * 4;
-    let mut warp_word = place.warp() * 128;
-    // SAFETY: as the entries'.
-    unsafe {
-        loop {
-            unroll!(I < BATCH => {
-                if warp_word < end {
-                    let x = batch[I % BATCH];
-                    if MINS {
-                        let mut sum = 0.0;
-                        unroll!(J < 4 => {
-                            let [low, high] = two_floats(x[J]);
-                            sum += low + high;
-                        });
-                        let group = word * 2 / GROUP;
-                        match GROUP {
-                            32 => put_sum::<4>(stage, place.lane, group, word < end, sum),
-                            64 => put_sum::<8>(stage, place.lane, group, word < end, sum),
-                            _ => put_sum::<16>(stage, place.lane, group, word < end, sum),
-                        }
-                    }
-                    if word < end {
-                        ptx::st_shared_v4_u32(stage.base, word * 4, x);
-                    }
-                }
-                word += step;
-                warp_word += step;
-            });
-            if warp_word >= end {
-                break;
-            }
-            batch = load_batch(args.x, word, step, words);
-        }
-    }
-}
-
-/// `1 / sqrt(mean(x^2) + eps)`.
-#[inline(always)]
-unsafe fn norm_scale(
-    args: &OneArgs,
-    stage: &Stage,
-    place: &Place,
-    rank: u32,
-    first: &[[u32; 4]; BATCH],
-) -> f32 {
-    let step = place.warps() * 128;
-    let mut batch = *first;
-    let mut sum = 0.0;
-    let mut column = rank * 4;
-    loop {
-        unroll!(I < BATCH => {
-            let x = batch[I % BATCH].map(f32::from_bits);
-            sum += (x[0] * x[0] + x[1] * x[1]) + (x[2] * x[2] + x[3] * x[3]);
-        });
-        column += BATCH as u32 * step;
-        if column >= args.cols {
-            break;
-        }
-        // SAFETY: as load_batch says.
-        batch = unsafe { load_batch(args.x, column, step, args.cols) };
-    }
-    let total = warp::reduce_sum_f32(sum);
-    // SAFETY: a slot a warp, of those of the partial sums, which come after the next barrier.
-    unsafe {
-        if place.lane == 0 {
-            ptx::st_shared_f32(stage.base, stage.regions.partials + place.warp() * 4, total);
-        }
-        thread::sync_threads();
-        let mut sum = 0.0;
-        if place.lane < place.warps() {
-            sum = ptx::ld_shared_f32(stage.base, stage.regions.partials + place.lane * 4);
-        }
-        let mean = warp::reduce_sum_f32(sum) * ptx::rcp(args.cols as f32);
-        ptx::rsqrt(mean + args.eps)
-    }
-}
-
-/// Stages x, floats, normed if there is a gain.
-#[inline(always)]
-unsafe fn stage_floats<const GROUP: u32, const MINS: bool>(
-    args: &OneArgs,
-    stage: &Stage,
-    place: &Place,
-    rank: u32,
-    first: [[u32; 4]; BATCH],
-) {
-    let step = place.warps() * 128;
-    let end = args.depth_tiles * TILE_COLS;
-    let mut batch = first;
-    let mut column = rank * 4;
-    let mut tile = place.warp();
-    // SAFETY: as the entries'.
-    unsafe {
-        let has_gain = !args.gain.is_null();
-        let mut scale = 1.0;
-        if has_gain {
-            scale = norm_scale(args, stage, place, rank, &batch);
-        }
-        loop {
-            let mut gains = [[0; 4]; BATCH];
-            if has_gain {
-                gains = load_batch(args.gain.cast(), column, step, args.cols);
-            }
-            unroll!(I < BATCH => {
-                if tile < args.depth_tiles {
-                    let mut x = batch[I % BATCH].map(f32::from_bits);
-                    if has_gain {
-                        let gain = gains[I % BATCH].map(f32::from_bits);
-                        unroll!(J < 4 => {
-                            x[J] = x[J] * scale * gain[J];
-                        });
-                    }
-                    let halves = [ptx::f32x2_to_f16x2(x[0], x[1]), ptx::f32x2_to_f16x2(x[2], x[3])];
-                    if MINS {
-                        let [low, high] = halves.map(two_floats);
-                        let sum = (low[0] + low[1]) + (high[0] + high[1]);
-                        let group = column / GROUP;
-                        match GROUP {
-                            32 => put_sum::<8>(stage, place.lane, group, true, sum),
-                            64 => put_sum::<16>(stage, place.lane, group, true, sum),
-                            _ => put_sum::<32>(stage, place.lane, group, true, sum),
-                        }
-                    }
-                    ptx::st_shared_v2_u32(stage.base, column * 2, halves);
-                }
-                tile += place.warps();
-                column += step;
-            });
-            if tile * TILE_COLS >= end {
-                break;
-            }
-            batch = load_batch(args.x, column, step, args.cols);
-        }
-    }
-}
-
-/// Eight weights of two rows as halves, without their zero point 8; with minima there is none.
-#[inline(always)]
-fn weights<const MINS: bool>(word: u32, halves: u32) -> [u32; 4] {
-    const LOW: u32 = 0x000f_000f;
-    const HIGH: u32 = 0x00f0_00f0;
-    // The halves 1032 and -72, or 1024 and -64, twice each.
-    let (low_zero, high_zero) = if MINS {
-        (0x6400_6400, 0xd400_d400)
-    } else {
-        (0x6408_6408, 0xd480_d480)
+    let place = Place::of_thread();
+    // Not a constant to the assembler, which does not know that the lane is below 32: as a literal
+    // it would take the one place for it that the and-or has, and the masks would be moved to
+    // registers anew for every word.
+    let halves = HALVES_1024 - (place.lane >> 5);
+    let stage = Stage {
+        base: shared::dynamic_shared_mem(),
+        regions: Regions::new(args.depth_tiles, GROUP, MINS, place.warps()),
     };
-    // A sixteenth.
-    const SIXTEENTH: u32 = 0x2c00_2c00;
-    let other = word >> 8;
-    [
-        ptx::sub_f16x2((word & LOW) | halves, low_zero),
-        ptx::sub_f16x2((other & LOW) | halves, low_zero),
-        ptx::fma_f16x2((word & HIGH) | halves, SIXTEENTH, high_zero),
-        ptx::fma_f16x2((other & HIGH) | halves, SIXTEENTH, high_zero),
-    ]
+    let grid = thread::grid_dim_x();
+    let job = Job {
+        weights: args.weights,
+        place,
+        first: thread::block_idx_x() + place.team * grid,
+        round: place.teams * grid,
+        row_tiles: args.row_tiles,
+        depth_tiles: args.depth_tiles,
+    };
+    let ring =
+        stage.regions.bytes + place.warp() * feed::DEPTH * feed::ring_tile_bytes(GROUP, MINS);
+    let mut feed = F::new(&job, stage.base, ring);
+
+    // SAFETY: the plan checked the buffers and gave the shared memory of `Regions` and the ring;
+    // a barrier stands between the staging of x and its use.
+    unsafe {
+        let mut first = Batch::default();
+        if DEPENDENT {
+            ptx::griddep_launch();
+        } else {
+            first = first_batch::<HALF_X>(args, &place);
+        }
+        feed.ask_early(&job);
+        if DEPENDENT {
+            ptx::griddep_wait();
+            first = first_batch::<HALF_X>(args, &place);
+        }
+        if HALF_X {
+            stage_halves::<GROUP, MINS>(args, &stage, &place, first);
+        } else {
+            stage_floats::<GROUP, MINS>(args, &stage, &place, first);
+        }
+        feed.ask_more(&job);
+        thread::sync_threads();
+
+        let mut row_tile = job.first;
+        let mut block_tile = thread::block_idx_x();
+        let mut parity = 0;
+        loop {
+            let output = Output::of(args, &place, row_tile);
+            let added = output.addend(args);
+            let mut sums = [0.0f32; 2];
+            feed.row_tile(&job, row_tile, |slot, tile| {
+                multiply::<GROUP, MINS>(slot, &stage, &place, tile, halves, &mut sums);
+            });
+            if place.split > 1 {
+                sums = combine(&stage, &place, parity, sums);
+                parity ^= 1;
+            }
+            output.store(args, sums, added);
+            row_tile += job.round;
+            block_tile += job.round;
+            if block_tile >= args.row_tiles {
+                break;
+            }
+        }
+    }
 }
 
+/// Adds a tile's products to the sums of rows g and g + 8. Every column of the matrix units' result
+/// is the same, as every column of operand B is x.
+///
+/// # Safety
+/// All lanes of the warp call it, `tile` is staged, and the slot is loaded.
 #[inline(always)]
 unsafe fn multiply<const GROUP: u32, const MINS: bool>(
     slot: &Slot,
     stage: &Stage,
-    x: u32,
+    place: &Place,
     tile: u32,
     halves: u32,
     sums: &mut [f32; 2],
 ) {
+    let x = tile * TILE_COLS * 2 + place.q * 16;
     let groups = TILE_COLS / GROUP;
     // SAFETY: by the caller's promise.
     unsafe {
         unroll!(I < (TILE_COLS / GROUP) as usize => {
+            let group = tile * groups + I as u32;
+            // Chains of products, short so that they overlap: one starts from what has to be taken
+            // off, the others from zero.
             let mut chains = [[0.0f32; 4]; 4];
+            chains[0] = ptx::ld_shared_v4_f32(stage.base, stage.offset(group));
             unroll!(J < (GROUP / 32) as usize => {
                 let quarter = I * (GROUP / 32) as usize + J;
                 let b = ptx::ld_shared_v4_u32(stage.base, x + quarter as u32 * 64);
                 let words = slot.words[quarter / 2];
                 let word = quarter % 2 * 2;
-                let left = weights::<MINS>(words[word], halves);
-                let right = weights::<MINS>(words[word + 1], halves);
+                let (left, right) =
+                    (fragments(words[word], halves), fragments(words[word + 1], halves));
                 let chain = J % 2 * 2;
                 chains[chain] = mma_k16(left, [b[0], b[1]], chains[chain]);
                 chains[chain + 1] = mma_k16(right, [b[2], b[3]], chains[chain + 1]);
             });
-            let [upper, lower] = two_floats(slot.scales[I % 4]);
-            let of = |i: usize| {
-                let pair = chains[0][i] + chains[1][i];
-                if GROUP > 32 { pair + (chains[2][i] + chains[3][i]) } else { pair }
+            let of = |row: usize| {
+                let pair = chains[0][row] + chains[1][row];
+                if GROUP > 32 { pair + (chains[2][row] + chains[3][row]) } else { pair }
             };
+            let [upper, lower] = two_floats(slot.scales[I % 4]);
             sums[0] = ptx::fma(upper, of(0), sums[0]);
             sums[1] = ptx::fma(lower, of(2), sums[1]);
             if MINS {
                 let [upper, lower] = two_floats(slot.mins[I % 4]);
-                let group = tile * groups + I as u32;
-                let x = ptx::ld_shared_f32(stage.base, stage.regions.sums + group * 4);
+                let x = ptx::ld_shared_f32(stage.base, stage.sum(group));
                 sums[0] = ptx::fma(upper, x, sums[0]);
                 sums[1] = ptx::fma(lower, x, sums[1]);
             }
@@ -307,142 +184,115 @@ unsafe fn multiply<const GROUP: u32, const MINS: bool>(
     }
 }
 
-/// The body of every entry.
+/// Adds up the sums of a team's warps, in order; only its first warp gets them. Two buffers in turn,
+/// `parity` says which, so that one barrier a round is enough.
+///
+/// # Safety
+/// All threads of the block call it, with the same parity.
 #[inline(always)]
-pub(super) unsafe fn gemv_one<const GROUP: u32, const MINS: bool, const HALF_X: bool, const ABL: u32>(args: &OneArgs) {
-    let t0 = if ABL & 8 != 0 { ptx::clock(0) } else { 0 };
-    let mut ts = [0u32; 4];
-    let place = Place::of_thread();
-    let halves = HALVES_1024 - (place.lane >> 5);
-    let depth = args.depth_tiles;
-    let row_tiles = args.row_tiles;
-    let grid = thread::grid_dim_x();
-    let rank = place.warp() * 32 + place.lane;
-    let stage = Stage {
-        base: shared::dynamic_shared_mem(),
-        regions: OneRegions::new(depth, GROUP, MINS, place.warps()),
-    };
-    let swiglu = args.flags & FLAG_SWIGLU != 0;
-    let outputs = if swiglu { TILE_ROWS / 2 } else { TILE_ROWS };
-    let round = place.teams * grid;
-    let stride = DEPTH as u32 * place.split;
-
-    let mut block_tile = thread::block_idx_x();
-    let mut row_tile = block_tile + place.team * grid;
-    let mut base = place.member;
-    let mut slots = [Slot::EMPTY; DEPTH];
-    let mut parity = 0;
-    // SAFETY: tiles are loaded only where they are there.
+unsafe fn combine(stage: &Stage, place: &Place, parity: u32, sums: [f32; 2]) -> [f32; 2] {
+    const WARP_BYTES: u32 = TILE_ROWS * 4;
+    let buffer = stage.regions.partials + parity * place.warps() * WARP_BYTES;
+    // SAFETY: a warp writes its own part; the barrier stands between writing and reading.
     unsafe {
-        let words = if HALF_X { args.cols / 2 } else { args.cols };
-        let first = load_batch(args.x, rank * 4, place.warps() * 128, words);
-        let early: usize = if ABL & 16 != 0 { 0 } else if ABL & 32 != 0 { 2 } else if ABL & 64 != 0 { DEPTH } else { 1 };
-        unroll!(I < DEPTH => { if I < early {
-            let tile = base + I as u32 * place.split;
-            let there = row_tile < row_tiles && tile < depth;
-            slots[I] = slots[I].load_tile::<GROUP, MINS>(
-                args.quants, args.scales, args.mins, &place, there, row_tile * depth + tile);
-        } });
-        if ABL & 8 != 0 { ts[0] = ptx::clock(first[0][0]); }
-        if ABL & 1 == 0 {
-            if HALF_X {
-                stage_halves::<GROUP, MINS>(args, &stage, &place, rank, first);
-            } else {
-                stage_floats::<GROUP, MINS>(args, &stage, &place, rank, first);
+        if place.q < 2 {
+            let own = buffer + place.warp() * WARP_BYTES + (place.g + 8 * place.q) * 4;
+            ptx::st_shared_f32(
+                stage.base,
+                own,
+                if place.q == 0 { sums[0] } else { sums[1] },
+            );
+        }
+        thread::sync_threads();
+        let mut total = [0.0f32; 2];
+        if place.member == 0 {
+            let team = buffer + place.team * place.split * WARP_BYTES + place.g * 4;
+            for member in 0..place.split {
+                let from = team + member * WARP_BYTES;
+                total[0] += ptx::ld_shared_f32(stage.base, from);
+                total[1] += ptx::ld_shared_f32(stage.base, from + WARP_BYTES / 2);
             }
         }
-        unroll!(I < DEPTH => { if I >= early {
-            let tile = base + I as u32 * place.split;
-            let there = row_tile < row_tiles && tile < depth;
-            slots[I] = slots[I].load_tile::<GROUP, MINS>(
-                args.quants, args.scales, args.mins, &place, there, row_tile * depth + tile);
-        } });
-        if ABL & 1 == 0 {
-            thread::sync_threads();
+        total
+    }
+}
+
+/// The row of y that a lane stores.
+#[derive(Clone, Copy)]
+struct Output {
+    row: u32,
+    /// Whether there is one.
+    there: bool,
+    /// Whether it is of the upper half of the tile's rows.
+    upper: bool,
+}
+
+impl Output {
+    /// Lanes 4g and 4g + 1 of a team's first warp store rows g and g + 8, or with SwiGLU lane 4g what
+    /// the two come to.
+    #[inline(always)]
+    fn of(args: &Args, place: &Place, row_tile: u32) -> Output {
+        let swiglu = args.flags & FLAG_SWIGLU != 0;
+        let (outputs, lanes) = if swiglu {
+            (TILE_ROWS / 2, 1)
+        } else {
+            (TILE_ROWS, 2)
+        };
+        let row = row_tile * outputs + place.g + 8 * place.q;
+        let there =
+            row_tile < args.row_tiles && place.member == 0 && place.q < lanes && row < args.rows;
+        Output {
+            row,
+            there,
+            upper: place.q == 0,
         }
-        if ABL & 8 != 0 { ts[1] = ptx::clock(ptx::ld_shared_u32(stage.base, place.lane * 4)); ts[2] = ptx::clock(slots[0].words[0][0] ^ slots[0].words[1][3]); }
-        let x_base = place.q * 16;
-        loop {
-            // The lane's row of y, if it is one that stores.
-            let half = place.lane % 4;
-            let row = row_tile * outputs + place.g + 8 * half;
-            let there = row_tile < row_tiles
-                && place.member == 0
-                && half < if swiglu { 1 } else { 2 }
-                && row < args.rows;
-            let mut added = 0.0;
+    }
+
+    /// What is added to the product: the bias, and what y was. Asked for before the product, so that
+    /// it is there after it.
+    ///
+    /// # Safety
+    /// As [`gemv`].
+    #[inline(always)]
+    unsafe fn addend(&self, args: &Args) -> f32 {
+        let row = self.row as usize;
+        let mut sum = 0.0;
+        // SAFETY: loads are made only where a row is there.
+        unsafe {
             if !args.bias.is_null() {
-                added += ptx::ld_global_f32_if(there, args.bias.wrapping_add(row as usize), 0.0);
+                sum += ptx::ld_global_f32_if(self.there, args.bias.wrapping_add(row), 0.0);
             }
             if args.flags & FLAG_ACCUMULATE != 0 {
-                let y = args.y.wrapping_add(row as usize);
-                added += ptx::ld_global_f32_if(there, y.cast_const(), 0.0);
+                let y = args.y.wrapping_add(row).cast_const();
+                sum += ptx::ld_global_f32_if(self.there, y, 0.0);
             }
-            let mut sums = [0.0f32; 2];
-            loop {
-                let last = base + stride - place.member >= depth;
-                let next_base = if last { place.member } else { base + stride };
-                let next_row = if last { row_tile + round } else { row_tile };
-                unroll!(I < DEPTH => {
-                    let tile = base + I as u32 * place.split;
-                    if tile < depth && row_tile < row_tiles {
-                        multiply::<GROUP, MINS>(
-                            &slots[I], &stage, x_base + tile * TILE_COLS * 2, tile, halves, &mut sums,
-                        );
-                    }
-                    let tile = next_base + I as u32 * place.split;
-                    let there = next_row < row_tiles && tile < depth;
-                    slots[I] = slots[I].load_tile::<GROUP, MINS>(
-                        args.quants, args.scales, args.mins, &place, there, next_row * depth + tile);
-                });
-                base = next_base;
-                row_tile = next_row;
-                if last {
-                    break;
-                }
-            }
-            if ABL & 8 != 0 { ts[3] = ptx::clock(sums[0].to_bits() ^ sums[1].to_bits()); }
-            let mut upper = sums[0];
-            let mut lower = sums[1];
-            if place.split > 1 {
-                let own = stage.regions.partials + (parity * place.warps() + place.warp()) * 64;
-                let team = stage.regions.partials
-                    + (parity * place.warps() + place.team * place.split) * 64;
-                parity ^= 1;
-                if place.q < 2 {
-                    let sum = if place.q == 0 { upper } else { lower };
-                    ptx::st_shared_f32(stage.base, own + (place.g + 8 * place.q) * 4, sum);
-                }
-                thread::sync_threads();
-                if place.member == 0 {
-                    let mut total = [0.0f32; 2];
-                    let from = team + place.g * 4;
-                    for member in 0..place.split {
-                        total[0] += ptx::ld_shared_f32(stage.base, from + member * 64);
-                        total[1] += ptx::ld_shared_f32(stage.base, from + member * 64 + 32);
-                    }
-                    upper = total[0];
-                    lower = total[1];
-                }
-            }
-            if there {
-                let mut value = if half == 0 { upper } else { lower };
-                if swiglu {
-                    value = swiglu::gated(upper, lower);
-                }
-                value += added;
-                if args.flags & FLAG_HALF_Y != 0 {
-                    let y = args.y.cast::<u16>().wrapping_add(row as usize);
-                    ptx::st_global_u16(y, ptx::f32_to_f16(value));
-                } else {
-                    ptx::st_global_f32(args.y.wrapping_add(row as usize), value);
-                }
-            }
-            block_tile += round;
-            if block_tile >= row_tiles {
-                if ABL & 8 != 0 && place.lane == 0 { let t4 = ptx::clock(upper.to_bits()); let p = args.mins.cast_mut().wrapping_add(((thread::block_idx_x() * place.warps() + place.warp()) * 8) as usize);
- ptx::st_global_u32(p, t0); unroll!(I < 4 => { ptx::st_global_u32(p.wrapping_add(1 + I), ts[I]); }); ptx::st_global_u32(p.wrapping_add(5), t4); }
-                break;
+        }
+        sum
+    }
+
+    /// # Safety
+    /// As [`gemv`].
+    #[inline(always)]
+    unsafe fn store(&self, args: &Args, [upper, lower]: [f32; 2], added: f32) {
+        if !self.there {
+            return;
+        }
+        let product = if args.flags & FLAG_SWIGLU != 0 {
+            swiglu::gated(upper, lower)
+        } else if self.upper {
+            upper
+        } else {
+            lower
+        };
+        let value = product + added;
+        let row = self.row as usize;
+        // SAFETY: the row is there.
+        unsafe {
+            if args.flags & FLAG_HALF_Y != 0 {
+                let y = args.y.cast::<u16>().wrapping_add(row);
+                ptx::st_global_u16(y, ptx::f32_to_f16(value));
+            } else {
+                ptx::st_global_f32(args.y.wrapping_add(row), value);
             }
         }
     }
