@@ -5,11 +5,11 @@
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "ptx")]
     cuda::build_tiers();
 }
 
-#[cfg(feature = "cuda")]
+#[cfg(feature = "ptx")]
 mod cuda {
     use std::fmt::Write;
     use std::path::{Path, PathBuf};

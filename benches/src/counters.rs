@@ -14,6 +14,7 @@ use engine::Error;
 use engine::backend::cuda::device::{DeviceMemory, Gpu};
 use engine::backend::cuda::plan::Memory;
 use gpu_kernels::launch::DeviceSlice;
+use gpu_kernels::tuned::Tuned;
 
 use crate::rows::{self, Operands, Row};
 use crate::select::Selection;
@@ -84,21 +85,28 @@ fn selected(selection: &Selection) -> Result<Vec<Row>, Error> {
 }
 
 /// Memory of one launch.
-struct Once(DeviceMemory);
+struct Once {
+    gpu: Arc<Gpu>,
+    memory: DeviceMemory,
+}
 
 impl Memory for Once {
     fn upload(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error> {
-        self.0.upload(bytes)
+        self.memory.upload(bytes)
     }
 
     fn reserve(&mut self, bytes: u64) -> Result<DeviceSlice, Error> {
-        self.0.reserve(bytes)
+        self.memory.reserve(bytes)
     }
 }
 
 impl Operands for Once {
     fn activations(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error> {
-        self.0.upload(bytes)
+        self.memory.upload(bytes)
+    }
+
+    fn tuned(&self) -> &Tuned {
+        self.gpu.tuned()
     }
 }
 
@@ -108,7 +116,10 @@ impl Operands for Once {
 /// [`Error::Machine`] from the device, [`Error::Input`] for a selection that leaves nothing.
 pub fn once(gpu: &Arc<Gpu>, selection: &Selection) -> Result<(), Error> {
     for row in selected(selection)? {
-        let mut memory = Once(DeviceMemory::new(gpu));
+        let mut memory = Once {
+            gpu: Arc::clone(gpu),
+            memory: DeviceMemory::new(gpu),
+        };
         let call = (row.make)(&gpu.info(), &mut memory)?;
         // SAFETY: the call's memory is `memory`, which is dropped after the wait.
         unsafe { gpu.queue(&call) }?;

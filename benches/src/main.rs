@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use benches::kernels::{self, Options};
-use benches::select::{Selection, models, parse_shape};
-use benches::{check, counters, emulate, open, rows};
+use benches::kernels::{self, Compare, Options};
+use benches::ptx::Ptx;
+use benches::select::{Selection, parse_shape};
+use benches::{check, counters, emulate, models, peers, rows, tune};
 use clap::{Parser, Subcommand};
 use engine::Error;
 use engine::backend::cuda;
@@ -18,6 +20,9 @@ use serde_json::Value;
     about = "Checks every GPU kernel against the CPU, then times it"
 )]
 struct Args {
+    /// Run the kernels of this folder, sm_75.ptx and so on, rather than the program's own.
+    #[arg(long, global = true, value_name = "FOLDER")]
+    ptx: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -45,9 +50,15 @@ enum Command {
         /// Only this tier: sm_75, sm_80, sm_90 [default: every one that the GPU runs].
         #[arg(long, value_parser = parse_tier)]
         tier: Option<u32>,
-        /// Show the speed-up over what this revision recorded, rather than over the last run.
+        /// Show the speed-up over this revision too: over what it recorded.
         #[arg(long, value_name = "REVISION")]
         compare: Option<String>,
+        /// Time the kernels of this folder, those of the revision to compare with, in the same run.
+        #[arg(long, value_name = "FOLDER", requires = "compare")]
+        compare_ptx: Option<PathBuf>,
+        /// Leave out torch and cuBLAS, which are timed where python3 has torch.
+        #[arg(long)]
+        no_peers: bool,
         /// Write the measurements of this run here, as a JSON array.
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -58,17 +69,16 @@ enum Command {
         #[arg(long)]
         revision: Option<String>,
     },
-    /// Time an INT4 matrix on the matrix units in every tiling, and show the best.
-    Tilings {
-        /// Matrices, as in 8960x1536 [default: those of Qwen2.5-1.5B and Llama 8B].
-        #[arg(value_name = "NxK", value_parser = parse_shape)]
-        shapes: Vec<(usize, usize)>,
-        /// Weights that share a scale.
-        #[arg(long, default_value_t = 128, value_parser = parse_group)]
-        group: usize,
-        /// Only this tier: sm_75, sm_80, sm_90 [default: every one that the GPU runs].
+    /// Time kernels in every launch worth a try, and put the fastest into the table of launches.
+    Tune {
+        #[command(flatten)]
+        wanted: Wanted,
+        /// The tier: sm_75, sm_80, sm_90 [default: the highest that the GPU runs].
         #[arg(long, value_parser = parse_tier)]
         tier: Option<u32>,
+        /// The table; made of the checked-in one if it is not there.
+        #[arg(long, value_name = "FILE", default_value = "gpu-kernels/tuned.toml")]
+        table: PathBuf,
     },
     /// Read hardware counters of the kernels with Nsight Compute, and show what bounds them.
     Counters {
@@ -117,8 +127,8 @@ struct Wanted {
     /// Only matrices of this shape, as in 8960x1536; one that is not listed is made.
     #[arg(long, value_name = "NxK", value_parser = parse_shape)]
     shape: Option<(usize, usize)>,
-    /// The matrices, the logits and the attention of this model.
-    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(models()))]
+    /// The matrices, the logits and the attention of this model, or of `all`.
+    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(models::names()))]
     model: Option<String>,
     /// Only this variant: its number, or its part of the kernel's name. Its baseline is timed too.
     #[arg(long, value_name = "ID")]
@@ -126,6 +136,9 @@ struct Wanted {
     /// Weights that share a scale, for --model and for a shape that is not listed.
     #[arg(long, default_value_t = 128, value_parser = parse_group)]
     group: usize,
+    /// The format with minima, likewise.
+    #[arg(long)]
+    minima: bool,
 }
 
 impl Wanted {
@@ -143,6 +156,9 @@ impl Wanted {
                 arguments.extend([name.to_owned(), value.clone()]);
             }
         }
+        if self.minima {
+            arguments.push("--minima".to_owned());
+        }
         if !self.kernel.is_empty() {
             arguments.push(self.kernel.clone());
         }
@@ -156,17 +172,16 @@ impl Wanted {
             model: self.model,
             variant: self.variant,
             group: self.group,
+            mins: self.minima,
         }
     }
 }
 
 fn parse_tier(text: &str) -> Result<u32, String> {
-    let tier = text.strip_prefix("sm_").unwrap_or(text).parse().ok();
-    let built = cuda::tiers();
-    tier.filter(|tier| built.contains(tier)).ok_or_else(|| {
-        let names: Vec<String> = built.iter().map(|tier| format!("sm_{tier}")).collect();
-        format!("there are {}", names.join(", "))
-    })
+    match text.strip_prefix("sm_").unwrap_or(text).parse() {
+        Ok(tier @ (75 | 80 | 90)) => Ok(tier),
+        _ => Err("tiers are sm_75, sm_80 and sm_90".to_owned()),
+    }
 }
 
 fn parse_group(text: &str) -> Result<usize, String> {
@@ -177,51 +192,12 @@ fn parse_group(text: &str) -> Result<usize, String> {
 }
 
 fn main() -> ExitCode {
-    let done = match Args::parse().command {
-        Command::Device => device(),
-        Command::List => {
-            list();
-            Ok(true)
-        }
-        Command::Tiers => {
-            cuda::tiers().iter().for_each(|tier| println!("{tier}"));
-            Ok(true)
-        }
-        Command::Ptx { folder } => write_ptx(&folder),
-        Command::Check { tier, filter } => on_gpu(tier, |tier| check_tier(tier, &filter)),
-        Command::Tilings {
-            shapes,
-            group,
-            tier,
-        } => tilings(tier, &shapes, group),
-        Command::Counters {
-            wanted,
-            tier,
-            ncu,
-            csv,
-        } => counted(wanted, tier, ncu, csv),
-        Command::Once { wanted, tier } => Gpu::open(tier)
-            .and_then(|gpu| counters::once(&gpu, &wanted.selection()))
-            .map(|()| true),
-        Command::Emulate { wanted } => emulated(&wanted.selection()),
-        Command::Kernels {
-            wanted,
-            tier,
-            compare,
-            json,
-            results,
-            revision,
-        } => {
-            let options = Options {
-                selection: wanted.selection(),
-                compare,
-                results,
-                revision: revision.unwrap_or_else(kernels::revision),
-            };
-            timed(tier, &options, json.as_deref())
-        }
+    let args = Args::parse();
+    let ptx = match &args.ptx {
+        Some(folder) => Ptx::read(folder),
+        None => Ok(Ptx::embedded()),
     };
-    match done {
+    match ptx.and_then(|ptx| run(args.command, &ptx)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
         Err(error) => {
@@ -231,70 +207,125 @@ fn main() -> ExitCode {
     }
 }
 
+/// Runs a command; `false` if a kernel is wrong.
+fn run(command: Command, ptx: &Ptx) -> Result<bool, Error> {
+    match command {
+        Command::Device => device(ptx).map(|()| true),
+        Command::List => {
+            list();
+            Ok(true)
+        }
+        Command::Tiers => {
+            ptx.tiers().iter().for_each(|tier| println!("{tier}"));
+            Ok(true)
+        }
+        Command::Ptx { folder } => ptx.write(&folder).map(|()| true),
+        Command::Check { tier, filter } => on_gpu(ptx, tier, |gpu| Ok(checked(gpu, &filter))),
+        Command::Tune {
+            wanted,
+            tier,
+            table,
+        } => on_best(ptx, tier, |gpu| {
+            tune::run(gpu, ptx.text(gpu.tier())?, &wanted.selection(), &table)
+        }),
+        Command::Counters {
+            wanted,
+            tier,
+            ncu,
+            csv,
+        } => counted(ptx, wanted, tier, ncu, csv),
+        Command::Once { wanted, tier } => {
+            on_best(ptx, tier, |gpu| counters::once(gpu, &wanted.selection()))
+        }
+        Command::Emulate { wanted } => emulated(&wanted.selection()),
+        Command::Kernels {
+            wanted,
+            tier,
+            compare,
+            compare_ptx,
+            no_peers,
+            json,
+            results,
+            revision,
+        } => {
+            let others = compare_ptx.as_deref().map(Ptx::read).transpose()?;
+            let options = Options {
+                selection: wanted.selection(),
+                compare: compare.map(|revision| Compare {
+                    revision,
+                    ptx: others,
+                }),
+                results,
+                revision: revision.unwrap_or_else(kernels::revision),
+            };
+            timed(ptx, tier, &options, no_peers, json.as_deref())
+        }
+    }
+}
+
+/// Why there is no GPU, said once; `None` where there is one.
+fn no_gpu() -> Option<()> {
+    let reason = cuda::available().err()?;
+    println!("skipped: no GPU ({reason})");
+    Some(())
+}
+
 /// Runs `work` for one tier or all; without a GPU, says so and counts it as skipped.
 fn on_gpu(
+    ptx: &Ptx,
     tier: Option<u32>,
-    mut work: impl FnMut(u32) -> Result<bool, Error>,
+    mut work: impl FnMut(&Arc<Gpu>) -> Result<bool, Error>,
 ) -> Result<bool, Error> {
-    let tiers = tier.map_or_else(cuda::tiers, |tier| vec![tier]);
-    if let Err(reason) = cuda::available() {
-        println!("skipped: no GPU ({reason})");
+    let tiers = tier.map_or_else(|| ptx.tiers(), |tier| vec![tier]);
+    if no_gpu().is_some() {
         println!("0 tiers checked, {} skipped", tiers.len());
         return Ok(true);
     }
     let mut all_right = true;
     for tier in tiers {
-        all_right &= work(tier)?;
+        match ptx.open(tier)? {
+            Some(gpu) => all_right &= work(&gpu)?,
+            None => println!("skipped: this GPU cannot run sm_{tier}"),
+        }
     }
     Ok(all_right)
 }
 
-/// Matrices whose tilings are timed if none is named.
-const TILED: [(usize, usize); 7] = [
-    (1536, 1536),
-    (8960, 1536),
-    (1536, 8960),
-    (4096, 4096),
-    (14_336, 4096),
-    (4096, 14_336),
-    (151_936, 1536),
-];
-
-fn tilings(tier: Option<u32>, shapes: &[(usize, usize)], group: usize) -> Result<bool, Error> {
-    on_gpu(tier, |tier| {
-        let Some(gpu) = open(tier)? else {
-            println!("skipped: this GPU cannot run sm_{tier}");
-            return Ok(true);
-        };
-        println!("{} with sm_{tier} kernels", gpu.name());
-        let shapes = if shapes.is_empty() { &TILED } else { shapes };
-        for (n, k) in shapes {
-            benches::tilings::run(&gpu, *n, *k, group)?;
-        }
-        Ok(true)
-    })
+/// Runs `work` for one tier or the highest; without a GPU, says so.
+fn on_best(
+    ptx: &Ptx,
+    tier: Option<u32>,
+    work: impl FnOnce(&Arc<Gpu>) -> Result<(), Error>,
+) -> Result<bool, Error> {
+    if no_gpu().is_none() {
+        work(&ptx.open_best(tier)?)?;
+    }
+    Ok(true)
 }
 
-fn check_tier(tier: u32, filter: &str) -> Result<bool, Error> {
-    let Some(gpu) = open(tier)? else {
-        println!("skipped: this GPU cannot run sm_{tier}");
-        return Ok(true);
-    };
+fn checked(gpu: &Arc<Gpu>, filter: &str) -> bool {
+    let tier = gpu.tier();
     println!("{} with sm_{tier} kernels", gpu.name());
-    let outcomes = check::run(&gpu, |case| case.name.contains(filter));
+    let outcomes = check::run(gpu, |case| case.name.contains(filter));
     let failed = check::report(&format!("sm_{tier}"), &outcomes);
     println!("sm_{tier}: {} cases, {failed} failed", outcomes.len());
-    Ok(failed == 0)
+    failed == 0
 }
 
-fn timed(tier: Option<u32>, options: &Options, json: Option<&Path>) -> Result<bool, Error> {
+fn timed(
+    ptx: &Ptx,
+    tier: Option<u32>,
+    options: &Options,
+    no_peers: bool,
+    json: Option<&Path>,
+) -> Result<bool, Error> {
+    let beside = match cuda::available().is_err() || no_peers {
+        true => Vec::new(),
+        false => peers::measure(&options.selection.rows()?)?,
+    };
     let mut lines = Vec::new();
-    let all_right = on_gpu(tier, |tier| {
-        let Some(gpu) = open(tier)? else {
-            println!("skipped: this GPU cannot run sm_{tier}");
-            return Ok(true);
-        };
-        let measured = kernels::run(&gpu, options)?;
+    let all_right = on_gpu(ptx, tier, |gpu| {
+        let measured = kernels::run(gpu, ptx, options, &beside)?;
         let right = measured.is_some();
         lines.extend(measured.unwrap_or_default());
         Ok(right)
@@ -306,22 +337,34 @@ fn timed(tier: Option<u32>, options: &Options, json: Option<&Path>) -> Result<bo
     Ok(all_right)
 }
 
-fn counted(wanted: Wanted, tier: Option<u32>, ncu: PathBuf, csv: PathBuf) -> Result<bool, Error> {
-    if let Err(reason) = cuda::available() {
-        println!("skipped: no GPU ({reason})");
+fn counted(
+    ptx: &Ptx,
+    wanted: Wanted,
+    tier: Option<u32>,
+    ncu: PathBuf,
+    csv: PathBuf,
+) -> Result<bool, Error> {
+    if no_gpu().is_some() {
         return Ok(true);
     }
     let mut arguments = wanted.arguments();
     if let Some(tier) = tier {
         arguments.extend(["--tier".to_owned(), tier.to_string()]);
     }
+    // The profiled program runs the same kernels.
+    let folder = csv.with_extension("ptx");
+    std::fs::create_dir_all(&folder)
+        .map_err(|error| Error::machine(format!("making {}: {error}", folder.display())))?;
+    ptx.write(&folder)?;
+    arguments.extend(["--ptx".to_owned(), folder.display().to_string()]);
     let options = counters::Options {
         arguments,
         ncu,
         csv,
     };
-    counters::run(&wanted.selection(), &options)?;
-    Ok(true)
+    let done = counters::run(&wanted.selection(), &options);
+    let _ = std::fs::remove_dir_all(&folder);
+    done.map(|()| true)
 }
 
 fn emulated(selection: &Selection) -> Result<bool, Error> {
@@ -334,30 +377,11 @@ fn emulated(selection: &Selection) -> Result<bool, Error> {
     Ok(failed == 0)
 }
 
-fn device() -> Result<bool, Error> {
+fn device(ptx: &Ptx) -> Result<(), Error> {
     cuda::available().map_err(Error::machine)?;
-    let capability = cuda::device::capability()?;
-    let tier = cuda::tiers()
-        .into_iter()
-        .filter(|tier| *tier <= capability)
-        .max();
-    let tier = tier.ok_or_else(|| {
-        Error::machine(format!(
-            "the GPU is sm_{capability}, too old for the kernels"
-        ))
-    })?;
-    let name = open(tier)?.map_or_else(String::new, |gpu| gpu.name().to_owned());
-    println!("{name} sm_{tier}");
-    Ok(true)
-}
-
-fn write_ptx(folder: &Path) -> Result<bool, Error> {
-    for (tier, text) in cuda::ptx() {
-        let path = folder.join(format!("sm_{tier}.ptx"));
-        std::fs::write(&path, text)
-            .map_err(|error| Error::machine(format!("writing {}: {error}", path.display())))?;
-    }
-    Ok(true)
+    let gpu = ptx.open_best(None)?;
+    println!("{} sm_{}", gpu.name(), gpu.tier());
+    Ok(())
 }
 
 fn list() {

@@ -4,7 +4,6 @@ use cust::device::{Device, DeviceAttribute};
 use cust::function::{BlockSize, FunctionAttribute};
 use cust::module::Module;
 use engine::Error;
-use engine::backend::cuda;
 use engine::backend::cuda::device::Gpu;
 use gpu_kernels::launch::Call;
 
@@ -38,17 +37,13 @@ fn cuda_error(what: &str) -> impl Fn(cust::error::CudaError) -> Error + '_ {
 }
 
 impl Inspector {
-    /// Loads the tier of `gpu`, whose context becomes current.
+    /// Loads `ptx`, the kernels of `gpu`, whose context becomes current.
     ///
     /// # Errors
     /// [`Error::Machine`] from the driver.
-    pub fn new(gpu: &Gpu) -> Result<Inspector, Error> {
+    pub fn new(gpu: &Gpu, ptx: &str) -> Result<Inspector, Error> {
         // Makes the context current.
         gpu.free_bytes()?;
-        let ptx = cuda::ptx()
-            .iter()
-            .find(|(tier, _)| *tier == gpu.tier())
-            .map_or("", |(_, ptx)| *ptx);
         let module = Module::from_ptx(ptx, &[]).map_err(cuda_error("loading the GPU kernels"))?;
         let threads = Device::get_device(0)
             .and_then(|device| device.get_attribute(DeviceAttribute::MaxThreadsPerMultiprocessor))

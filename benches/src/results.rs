@@ -2,13 +2,15 @@
 //!
 //! | field | |
 //! |---|---|
-//! | `date`, `revision`, `gpu`, `tier` | when, of which sources (`+` for changed ones), where |
+//! | `date`, `revision`, `gpu`, `tier` | when, of which sources (`+` for changed ones), where; `-` is the tier of what is not ours |
 //! | `kernel`, `shape`, `bytes` | what, and the bytes that a launch has to move |
 //! | `us_median`, `us_p5`, `us_p95` | microseconds a launch |
 //! | `gb_per_second` | `bytes` by the median |
 //! | `us_read` | median of the kernel that only reads as many bytes, in the same run |
+//! | `us_other` | of the revision that was compared with, in the same run |
 //! | `registers`, `shared_bytes`, `local_bytes` | as the driver compiled it |
 //! | `occupancy`, `occupancy_limit` | share of the threads that the grid fills, that the kernel allows |
+//! | `grid`, `block` | as it was launched |
 //! | `launches`, `copies`, `samples` | of the graph, of its operands, of its runs |
 
 use std::fs::{self, OpenOptions};

@@ -5,12 +5,15 @@ use std::sync::LazyLock;
 use engine::Error;
 use engine::backend::cuda::plan::Memory;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
+use gpu_kernels::tuned::Tuned;
 use gpu_kernels::variant::{Choice, INT4_GEMV, VariantId};
 use gpu_kernels::{
     add, attention, embed, kv_append, linear, logits, read as read_kernel, rmsnorm, rope,
     rope_kv_append, sample, swiglu,
 };
 use half::f16;
+
+use crate::select::SEVEN;
 
 use tiled::fused_int4;
 pub use tiled::{Tiled, gemv_int4_mma, gemv_int4_mma_in};
@@ -27,6 +30,9 @@ pub trait Operands: Memory {
     /// # Errors
     /// As [`Memory::upload`].
     fn activations(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error>;
+
+    /// The launches that the engine would take.
+    fn tuned(&self) -> &Tuned;
 }
 
 /// One measurement to take.
@@ -50,16 +56,7 @@ pub fn all() -> Vec<Row> {
     for (n, k) in [(576, 576), (192, 576), (1536, 576), (576, 1536)] {
         rows.extend(gemv_int4(n, k, 32, true));
     }
-    // Qwen2.5-1.5B: q/o, gate/up, down; Llama 8B: q/o, gate/up, down; a vocabulary.
-    for (n, k) in [
-        (1536, 1536),
-        (8960, 1536),
-        (1536, 8960),
-        (4096, 4096),
-        (14_336, 4096),
-        (4096, 14_336),
-        (151_936, 1536),
-    ] {
+    for (n, k) in SEVEN {
         rows.extend(gemv_int4(n, k, 128, false));
     }
     rows.extend(fused_int4());
@@ -118,8 +115,8 @@ pub fn all() -> Vec<Row> {
 }
 
 /// The INT4 and INT8 forms of an `(n, k)` matrix, every variant of each.
-pub fn matrix(n: usize, k: usize, group: usize) -> Vec<Row> {
-    let mut rows = gemv_int4(n, k, group, false);
+pub fn matrix(n: usize, k: usize, group: usize, mins: bool) -> Vec<Row> {
+    let mut rows = gemv_int4(n, k, group, mins);
     rows.push(gemv_int8(n, k, group));
     rows
 }
@@ -152,6 +149,8 @@ pub fn read(bytes: u64, streams: bool) -> Row {
             let operands = read_kernel::Operands {
                 data: noise(memory, bytes as usize)?,
                 out: memory.reserve(4 * shape.out_words(device) as u64)?,
+                // Hardly a thread of noise gives it.
+                wanted: 0x9e37_79b9,
             };
             planned(read_kernel::plan(device, &shape, &operands))
         }),
@@ -564,6 +563,11 @@ mod tests {
     impl Operands for Counter {
         fn activations(&mut self, bytes: &[u8]) -> Result<DeviceSlice, Error> {
             self.upload(bytes)
+        }
+
+        fn tuned(&self) -> &Tuned {
+            static NONE: Tuned = Tuned::none();
+            &NONE
         }
     }
 

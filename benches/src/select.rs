@@ -2,9 +2,9 @@
 
 use engine::Error;
 use gpu_kernels::variant::{INT4_GEMV, Variant};
-use models::synthetic;
 
-use crate::rows::{self, Row};
+use crate::models::{self, Model};
+use crate::rows::{self, Row, Tiled};
 
 /// Kernels that compute the same thing.
 struct Family {
@@ -15,6 +15,18 @@ struct Family {
     /// Those with a number.
     variants: &'static [Variant],
 }
+
+/// The seven INT4 matrices of the targets: q and o, gate and up, down of Qwen2.5-1.5B; the same of
+/// Llama 8B; a vocabulary.
+pub const SEVEN: [(usize, usize); 7] = [
+    (1536, 1536),
+    (8960, 1536),
+    (1536, 8960),
+    (4096, 4096),
+    (14_336, 4096),
+    (4096, 14_336),
+    (151_936, 1536),
+];
 
 const FAMILIES: &[Family] = &[
     Family {
@@ -54,6 +66,8 @@ pub struct Selection {
     pub variant: Option<String>,
     /// Weights that share a scale, for `shape` and `model`.
     pub group: usize,
+    /// Whether the format has minima, likewise.
+    pub mins: bool,
 }
 
 /// `NxK`, as in `8960x1536`.
@@ -74,85 +88,14 @@ pub fn parse_shape(text: &str) -> Result<(usize, usize), String> {
     Ok((number(n)?, number(k)?))
 }
 
-/// Matrices and attention of a model.
-struct Model {
-    width: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    ffn: usize,
-    vocab: usize,
-}
-
-/// Models that are timed but not made with random weights: their files are large.
-const LARGE: [(&str, Model); 2] = [
-    (
-        "qwen2.5-7b",
-        Model {
-            width: 3584,
-            heads: 28,
-            kv_heads: 4,
-            head_dim: 128,
-            ffn: 18_944,
-            vocab: 152_064,
-        },
-    ),
-    (
-        "llama-3.1-8b",
-        Model {
-            width: 4096,
-            heads: 32,
-            kv_heads: 8,
-            head_dim: 128,
-            ffn: 14_336,
-            vocab: 128_256,
-        },
-    ),
-];
-
-/// Names that `--model` takes.
-pub fn models() -> Vec<&'static str> {
-    let small = synthetic::SHAPES.iter().map(|shape| shape.name);
-    small.chain(LARGE.iter().map(|(name, _)| *name)).collect()
-}
-
-fn model(name: &str) -> Result<Model, Error> {
-    if let Some(shape) = synthetic::SHAPES.iter().find(|shape| shape.name == name) {
-        return Ok(Model {
-            width: shape.width,
-            heads: shape.heads,
-            kv_heads: shape.kv_heads,
-            head_dim: shape.head_dim,
-            ffn: shape.ffn,
-            vocab: shape.vocab,
-        });
-    }
-    LARGE
-        .into_iter()
-        .find(|(known, _)| *known == name)
-        .map(|(_, model)| model)
-        .ok_or_else(|| {
-            let known = models().join(", ");
-            Error::input(format!("no model `{name}`; known are {known}"))
-        })
-}
-
 impl Model {
-    fn rows(&self, group: usize) -> Vec<Row> {
-        let q = self.heads * self.head_dim;
-        let kv = self.kv_heads * self.head_dim;
-        // q, k and v, o, gate and up, down.
-        let mut shapes = vec![
-            (q, self.width),
-            (kv, self.width),
-            (self.width, q),
-            (self.ffn, self.width),
-            (self.width, self.ffn),
-        ];
-        shapes.dedup();
+    fn rows(&self, group: usize, mins: bool) -> Vec<Row> {
         let mut rows: Vec<Row> = Vec::new();
-        for (n, k) in shapes {
-            rows.extend(rows::matrix(n, k, group));
+        for (n, k) in self.matrices() {
+            rows.extend(rows::matrix(n, k, group, mins));
+        }
+        for product in self.products() {
+            rows.push(rows::gemv_int4_mma(&Tiled::of(&product, group, mins)));
         }
         rows.push(rows::output_matrix(self.vocab, self.width));
         for context in [512, 4096, 16_384] {
@@ -195,7 +138,10 @@ impl Selection {
     /// [`Error::Input`] for an unknown model, or where nothing is left.
     pub fn rows(&self) -> Result<Vec<Row>, Error> {
         let mut rows = match (&self.model, self.shape) {
-            (Some(name), _) => model(name)?.rows(self.group),
+            (Some(name), _) => models::named(name)?
+                .iter()
+                .flat_map(|model| model.rows(self.group, self.mins))
+                .collect(),
             (None, Some((n, k))) => {
                 let listed: Vec<Row> = rows::all()
                     .into_iter()
@@ -204,7 +150,7 @@ impl Selection {
                 if listed.iter().any(|row| self.takes(row.kernel)) {
                     listed
                 } else {
-                    rows::matrix(n, k, self.group)
+                    rows::matrix(n, k, self.group, self.mins)
                 }
             }
             (None, None) => rows::all(),
@@ -326,7 +272,7 @@ mod tests {
 
     #[test]
     fn models_have_their_matrices() {
-        for name in models() {
+        for name in models::names() {
             let selection = Selection {
                 model: Some(name.into()),
                 group: 32,

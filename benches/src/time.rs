@@ -16,6 +16,7 @@ use engine::backend::cuda::device::{DeviceMemory, Gpu};
 use engine::backend::cuda::launch::Graph;
 use engine::backend::cuda::plan::Memory;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
+use gpu_kernels::tuned::Tuned;
 
 use crate::rows::{Operands, Row};
 
@@ -26,7 +27,7 @@ const MIN_LAUNCHES: usize = 128;
 /// Copies of the operands, at most.
 const MAX_COPIES: usize = 4096;
 /// Timed runs of the graph: enough for the 5th and 95th percentile to leave out the extremes.
-const SAMPLES: usize = 41;
+pub const SAMPLES: usize = 41;
 /// Runs before those.
 const WARM_UP: usize = 3;
 
@@ -79,16 +80,25 @@ fn copies(bytes: u64, rotate_bytes: u64) -> usize {
     (rotate_bytes.div_ceil(bytes) as usize).clamp(1, MAX_COPIES)
 }
 
-/// Bytes to rotate over on the device of the current context.
-fn rotate_bytes() -> Result<u64, Error> {
+/// Bytes of the L2.
+///
+/// # Errors
+/// [`Error::Machine`] from the driver.
+pub fn l2_bytes() -> Result<u64, Error> {
     let l2 = Device::get_device(0)
         .and_then(|device| device.get_attribute(DeviceAttribute::L2CacheSize))
         .map_err(cuda("asking for the L2 size"))?;
-    Ok(ROTATE_BYTES.max(3 * u64::try_from(l2).unwrap_or(0)))
+    Ok(u64::try_from(l2).unwrap_or(0))
+}
+
+/// Bytes to rotate over.
+fn rotate_bytes() -> Result<u64, Error> {
+    Ok(ROTATE_BYTES.max(3 * l2_bytes()?))
 }
 
 /// Memory for the copies of one row's operands: buffers of activations are made once.
 struct Copies {
+    tuned: Tuned,
     memory: DeviceMemory,
     /// In the order in which a row makes them.
     activations: Vec<DeviceSlice>,
@@ -97,8 +107,9 @@ struct Copies {
 }
 
 impl Copies {
-    fn new(gpu: &Arc<Gpu>) -> Copies {
+    fn new(gpu: &Arc<Gpu>, tuned: &Tuned) -> Copies {
         Copies {
+            tuned: tuned.clone(),
             memory: DeviceMemory::new(gpu),
             activations: Vec::new(),
             taken: 0,
@@ -129,6 +140,10 @@ impl Operands for Copies {
         self.taken += 1;
         Ok(slice)
     }
+
+    fn tuned(&self) -> &Tuned {
+        &self.tuned
+    }
 }
 
 /// Times `row` on `gpu`; also returns one of its calls, whose memory is gone, for its launch.
@@ -136,7 +151,15 @@ impl Operands for Copies {
 /// # Errors
 /// [`Error::Machine`] from the device, [`Error::Input`] for a shape that the kernel cannot take.
 pub fn kernel(gpu: &Arc<Gpu>, row: &Row) -> Result<(Timing, Call), Error> {
-    let mut memory = Copies::new(gpu);
+    kernel_with(gpu, gpu.tuned(), row)
+}
+
+/// [`kernel`] with other launches than those that are tuned for the kernels of `gpu`.
+///
+/// # Errors
+/// As [`kernel`].
+pub fn kernel_with(gpu: &Arc<Gpu>, tuned: &Tuned, row: &Row) -> Result<(Timing, Call), Error> {
+    let mut memory = Copies::new(gpu, tuned);
     let info = gpu.info();
     let copies = if row.streams {
         copies(row.bytes, rotate_bytes()?)
@@ -150,48 +173,69 @@ pub fn kernel(gpu: &Arc<Gpu>, row: &Row) -> Result<(Timing, Call), Error> {
         })
         .collect::<Result<Vec<_>, _>>()?;
     // SAFETY: the calls' memory is `memory`, dropped after it.
-    let timing = unsafe { rotation(gpu, &distinct) }?;
+    let timing = unsafe { rotation(gpu, &distinct, SAMPLES) }?;
     Ok((timing, distinct[0].clone()))
 }
 
-/// Times several calls of the same operands, each over copies of these that rotate. `make`
-/// allocates one copy, of `bytes`, and plans all the calls of it.
-///
-/// # Errors
-/// As [`kernel`].
-pub fn forms(
-    gpu: &Arc<Gpu>,
-    bytes: u64,
-    make: impl Fn(&DeviceInfo, &mut dyn Operands) -> Result<Vec<Call>, Error>,
-) -> Result<Vec<Timing>, Error> {
-    let mut memory = Copies::new(gpu);
-    let info = gpu.info();
-    let copies = (0..copies(bytes, rotate_bytes()?))
-        .map(|_| {
-            memory.taken = 0;
-            make(&info, &mut memory)
+/// Several calls of the same operands, each over copies of these that rotate.
+pub struct Forms {
+    // In this order, though nothing of it is launched any more when it is dropped.
+    copies: Vec<Vec<Call>>,
+    gpu: Arc<Gpu>,
+    _memory: Copies,
+}
+
+impl Forms {
+    /// `make` allocates one copy, of `bytes`, and plans all the calls of it.
+    ///
+    /// # Errors
+    /// As [`kernel`].
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        bytes: u64,
+        make: impl Fn(&DeviceInfo, &mut dyn Operands) -> Result<Vec<Call>, Error>,
+    ) -> Result<Forms, Error> {
+        let mut memory = Copies::new(gpu, gpu.tuned());
+        let info = gpu.info();
+        let copies = (0..copies(bytes, rotate_bytes()?))
+            .map(|_| {
+                memory.taken = 0;
+                make(&info, &mut memory)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Forms {
+            copies,
+            gpu: Arc::clone(gpu),
+            _memory: memory,
         })
-        .collect::<Result<Vec<_>, _>>()?;
-    (0..copies[0].len())
-        .map(|form| {
-            let calls: Vec<Call> = copies.iter().map(|forms| forms[form].clone()).collect();
-            // SAFETY: the calls' memory is `memory`, dropped after it.
-            unsafe { rotation(gpu, &calls) }
-        })
-        .collect()
+    }
+
+    /// Times call `form`, with as many samples.
+    ///
+    /// # Errors
+    /// As [`kernel`].
+    pub fn time(&self, form: usize, samples: usize) -> Result<Timing, Error> {
+        let calls: Vec<Call> = self
+            .copies
+            .iter()
+            .map(|forms| forms[form].clone())
+            .collect();
+        // SAFETY: the calls' memory is this object's.
+        unsafe { rotation(&self.gpu, &calls, samples) }
+    }
 }
 
 /// Times a graph of the calls, one after another, repeated until there are enough of them.
 ///
 /// # Safety
 /// The memory that the calls name outlives this function.
-unsafe fn rotation(gpu: &Arc<Gpu>, distinct: &[Call]) -> Result<Timing, Error> {
+unsafe fn rotation(gpu: &Arc<Gpu>, distinct: &[Call], samples: usize) -> Result<Timing, Error> {
     let copies = distinct.len();
     let launches = copies * MIN_LAUNCHES.div_ceil(copies);
     let calls: Vec<_> = distinct.iter().cycle().take(launches).cloned().collect();
     // SAFETY: by the caller's promise; the graph's last run ends in `sample`.
     let graph = unsafe { Graph::capture(gpu, &calls) }?;
-    let us = sample(gpu, || graph.launch())?;
+    let us = sample(gpu, samples, || graph.launch())?;
     drop(graph);
     let us = us.into_iter().map(|us| us / launches as f64).collect();
     Ok(Timing::new(us, launches, copies))
@@ -209,7 +253,7 @@ pub fn device_copy(gpu: &Arc<Gpu>) -> Result<Timing, Error> {
     let source = DeviceBuffer::from_slice(&zeros).map_err(cuda("allocating"))?;
     let mut target = DeviceBuffer::from_slice(&zeros).map_err(cuda("allocating"))?;
     let stream = gpu.stream();
-    let us = sample(gpu, || {
+    let us = sample(gpu, SAMPLES, || {
         use cust::memory::AsyncCopyDestination;
         // SAFETY: both buffers outlive the copy: `sample` waits for the stream.
         unsafe { target.async_copy_from(&source, stream) }.map_err(cuda("copying"))
@@ -224,7 +268,11 @@ pub fn device_copy(gpu: &Arc<Gpu>) -> Result<Timing, Error> {
 }
 
 /// Microseconds of each timed run of `work`, by CUDA events around it.
-fn sample(gpu: &Gpu, mut work: impl FnMut() -> Result<(), Error>) -> Result<Vec<f64>, Error> {
+fn sample(
+    gpu: &Gpu,
+    samples: usize,
+    mut work: impl FnMut() -> Result<(), Error>,
+) -> Result<Vec<f64>, Error> {
     let stream = gpu.stream();
     let event = || Event::new(EventFlags::DEFAULT).map_err(cuda("making an event"));
     let (start, end) = (event()?, event()?);
@@ -232,7 +280,7 @@ fn sample(gpu: &Gpu, mut work: impl FnMut() -> Result<(), Error>) -> Result<Vec<
         work()?;
     }
     gpu.synchronize()?;
-    (0..SAMPLES)
+    (0..samples)
         .map(|_| {
             start.record(stream).map_err(cuda("recording an event"))?;
             work()?;

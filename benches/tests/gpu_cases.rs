@@ -1,6 +1,7 @@
 //! Every kernel case on a real GPU, in every tier that it runs. Skipped, aloud, without one.
 
-use benches::{check, open};
+use benches::check;
+use benches::ptx::Ptx;
 use engine::backend::cuda;
 
 #[test]
@@ -9,8 +10,9 @@ fn kernels_match_their_references_on_the_gpu() {
         println!("skipped: no GPU ({reason})");
         return;
     }
-    for tier in cuda::tiers() {
-        let Some(gpu) = open(tier).expect("the GPU opens") else {
+    let ptx = Ptx::embedded();
+    for tier in ptx.tiers() {
+        let Some(gpu) = ptx.open(tier).expect("the GPU opens") else {
             println!("skipped: this GPU cannot run sm_{tier}");
             continue;
         };

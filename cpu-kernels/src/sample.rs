@@ -1,7 +1,10 @@
-//! Token choice on the backend's side: argmax.
+//! Token choice on the backend's side: argmax, and draws among the best.
 
+pub use self::choice::{MAX_CANDIDATES, Settings, choose, penalise, top_k};
 use crate::isa::{Isa, per_isa};
 use crate::lanes::max;
+
+mod choice;
 
 /// Index of the greatest logit. The lowest index wins a tie; NaN is never chosen, unless there is
 /// nothing else, when the answer is 0.

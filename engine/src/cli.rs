@@ -1,6 +1,7 @@
 //! Flags of `edgellm` and what they start. One file a command.
 
 mod atomic_file;
+mod bench;
 mod interrupt;
 mod loaded;
 mod logits;
@@ -28,6 +29,7 @@ const EXAMPLES: &str = "\
 Examples:
   edgellm run -i \"What is the capital of France?\" --greedy
   edgellm run -m model.gguf -n 200 -i \"Explain quantum computing:\"
+  edgellm bench -m model.gguf
   git diff | edgellm run -i - --system \"Summarise this change in one sentence.\"
 
 Exit codes: 0 done, 1 the machine cannot do it, 2 the input cannot be used, 130 interrupted.";
@@ -35,6 +37,7 @@ Exit codes: 0 done, 1 the machine cannot do it, 2 the input cannot be used, 130 
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::RunArgs),
+    Bench(bench::BenchArgs),
     Synthesize(synthesize::SynthesizeArgs),
     Logits(logits::LogitsArgs),
     Perplexity(perplexity::PerplexityArgs),
@@ -45,6 +48,7 @@ impl Cli {
     pub fn execute(self) -> Result<ExitCode, Failure> {
         match self.command {
             Command::Run(args) => run::execute(args),
+            Command::Bench(args) => bench::execute(args),
             Command::Synthesize(args) => synthesize::execute(args),
             Command::Logits(args) => logits::execute(args),
             Command::Perplexity(args) => perplexity::execute(args),
@@ -200,6 +204,9 @@ mod tests {
             "edgellm run -m model.gguf -n 200 -i hello",
             "edgellm run -i hi --temperature 0.5 --top-k 3 --top-p 0.9 --seed 1 --backend auto --tier sm_75 --context 100 --json --threads 2",
             "edgellm run -i hi --greedy --raw --ids --backend cpu",
+            "edgellm run -i hi --min-p 0.1 --repetition-penalty 1.1",
+            "edgellm bench --synthetic qwen2.5-1.5b -p 512 -n 128 -d 4096 --repeat 5 --threads 2 --backend cpu --json --trace",
+            "edgellm bench -m model.gguf",
             "edgellm synthesize tiny out.gguf --seed 3",
             "edgellm logits -m m.gguf --text-file t.txt --out o.bin",
             "edgellm perplexity -m m.gguf --text t.txt --kl-reference r.logits --chunks 4 --json",
@@ -215,6 +222,9 @@ mod tests {
             "edgellm run -i hi --greedy --temperature 1",
             "edgellm run -i hi --raw --system x",
             "edgellm run -i hi --context 0",
+            "edgellm bench --synthetic tiny -m model.gguf",
+            "edgellm bench --linear q8_0 -m model.gguf",
+            "edgellm bench --repeat 0",
             "edgellm run -i hi -n -1",
             "edgellm run -i hi --tier sm_60",
             "edgellm logits -m m.gguf --out o.bin",

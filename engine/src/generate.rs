@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::backend::Backend;
-use crate::sampler::Sampler;
+use crate::sampler::Sampling;
 use crate::tokenizer::{Tokenizer, Utf8Stream};
 
 /// Prompt tokens appended between two looks at the interrupt flag.
@@ -86,11 +86,11 @@ pub struct Limits<'a> {
 ///
 /// # Errors
 /// [`Error::Input`] if the prompt is empty or longer than the context; otherwise whatever the
-/// backend, the sampler or `emit` return.
+/// backend or `emit` return.
 pub fn generate(
     backend: &mut dyn Backend,
     tokenizer: &Tokenizer,
-    sampler: &mut Sampler,
+    sampling: &Sampling,
     prompt: &[u32],
     limits: Limits<'_>,
     mut emit: impl FnMut(Piece<'_>) -> Result<(), Error>,
@@ -135,10 +135,7 @@ pub fn generate(
             }
             backend.decode(*last)?;
         }
-        let id = match sampler.sampling().is_greedy() {
-            true => backend.argmax()?,
-            false => sampler.sample(&backend.logits()?)?,
-        };
+        let id = backend.choose(sampling)?;
         let now = Instant::now();
         if outcome.first_token.is_none() {
             outcome.first_token = Some(now - start);

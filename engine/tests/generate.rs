@@ -5,9 +5,9 @@ mod support;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use engine::Error;
-use engine::backend::{Backend, BackendInfo};
+use engine::backend::{Backend, BackendInfo, Profile};
 use engine::generate::{Limits, Outcome, Stop, generate};
-use engine::sampler::{Sampler, Sampling};
+use engine::sampler::Sampling;
 use engine::tokenizer::Tokenizer;
 use models::file::gguf::Gguf;
 
@@ -19,7 +19,8 @@ const END: u32 = 258;
 struct Scripted {
     info: BackendInfo,
     script: Vec<u32>,
-    chosen: usize,
+    /// How each token was to be chosen.
+    asked: Vec<Sampling>,
     appended: Vec<u32>,
     calls: Vec<usize>,
 }
@@ -35,7 +36,7 @@ impl Scripted {
                 bytes_per_token: 1,
             },
             script: script.to_vec(),
-            chosen: 0,
+            asked: Vec::new(),
             appended: Vec::new(),
             calls: Vec::new(),
         }
@@ -57,23 +58,25 @@ impl Backend for Scripted {
         self.prefill(&[token])
     }
 
-    fn argmax(&mut self) -> Result<u32, Error> {
-        self.chosen += 1;
-        Ok(self.script[self.chosen - 1])
+    fn choose(&mut self, sampling: &Sampling) -> Result<u32, Error> {
+        self.asked.push(*sampling);
+        Ok(self.script[self.asked.len() - 1])
     }
 
     fn logits(&mut self) -> Result<Vec<f32>, Error> {
-        let mut logits = vec![0.0; VOCAB];
-        logits[self.argmax()? as usize] = 100.0;
-        Ok(logits)
+        Err(Error::Machine("a script has no logits".into()))
     }
 
     fn position(&self) -> usize {
         self.appended.len()
     }
 
-    fn reset(&mut self) {
-        self.appended.clear();
+    fn rewind(&mut self, tokens: usize) {
+        self.appended.truncate(tokens);
+    }
+
+    fn profile(&mut self, _: bool) -> Result<Profile, Error> {
+        Err(Error::Machine("a script takes no time".into()))
     }
 }
 
@@ -90,18 +93,10 @@ fn play(
     limits: Limits<'_>,
 ) -> Result<(Outcome, Vec<String>), Error> {
     let mut pieces = Vec::new();
-    let mut sampler = Sampler::new(sampling)?;
-    let outcome = generate(
-        backend,
-        &tokenizer(),
-        &mut sampler,
-        prompt,
-        limits,
-        |piece| {
-            pieces.push(piece.text.to_owned());
-            Ok(())
-        },
-    )?;
+    let outcome = generate(backend, &tokenizer(), &sampling, prompt, limits, |piece| {
+        pieces.push(piece.text.to_owned());
+        Ok(())
+    })?;
     Ok((outcome, pieces))
 }
 
@@ -206,16 +201,17 @@ fn prompts_that_do_not_fit_never_reach_the_backend() {
 }
 
 #[test]
-fn sampling_takes_the_logits_and_greedy_the_choice_of_the_device() {
+fn every_token_is_chosen_as_asked() {
     let hot = Sampling {
         temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
         seed: 1,
+        ..Sampling::GREEDY
     };
     let script = ids("same text");
-    let (sampled, _) = play(&mut Scripted::new(&script), hot, &[1], limits(9, 64)).expect("ran");
-    assert_eq!(sampled.text, "same text");
+    let mut backend = Scripted::new(&script);
+    let (outcome, _) = play(&mut backend, hot, &[1], limits(9, 64)).expect("ran");
+    assert_eq!(outcome.text, "same text");
+    assert_eq!(backend.asked, [hot; 9]);
 }
 
 #[test]
@@ -227,11 +223,10 @@ fn an_interrupt_ends_the_run_after_the_current_token() {
         interrupt: &flag,
     };
     let mut backend = Scripted::new(&ids("abcdef"));
-    let mut sampler = Sampler::new(Sampling::GREEDY).expect("valid");
     let outcome = generate(
         &mut backend,
         &tokenizer(),
-        &mut sampler,
+        &Sampling::GREEDY,
         &[1],
         stoppable,
         |piece| {
@@ -251,7 +246,7 @@ fn an_interrupt_ends_the_run_after_the_current_token() {
     let outcome = generate(
         &mut backend,
         &tokenizer(),
-        &mut sampler,
+        &Sampling::GREEDY,
         &[1; 1000],
         stoppable,
         |_| Ok(()),
@@ -275,11 +270,10 @@ fn long_prompts_arrive_complete_and_in_order() {
 #[test]
 fn a_failing_reader_ends_the_run_with_its_error() {
     let mut backend = Scripted::new(&ids("abc"));
-    let mut sampler = Sampler::new(Sampling::GREEDY).expect("valid");
     let error = generate(
         &mut backend,
         &tokenizer(),
-        &mut sampler,
+        &Sampling::GREEDY,
         &[1],
         limits(3, 64),
         |_| Err(Error::Machine("pipe closed".into())),

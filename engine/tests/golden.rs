@@ -7,6 +7,8 @@
 
 #[path = "golden/agreement.rs"]
 mod agreement;
+#[path = "golden/choices.rs"]
+mod choices;
 #[path = "golden/greedy.rs"]
 mod greedy;
 #[path = "golden/logits.rs"]

@@ -79,6 +79,11 @@ impl Row {
     }
 }
 
+/// The rows that are checked in.
+pub fn checked_in() -> Vec<Row> {
+    rows(TABLE).expect("a test reads tuned.toml")
+}
+
 /// Reads a table.
 ///
 /// # Errors
@@ -209,14 +214,21 @@ pub struct Tuned {
 }
 
 impl Tuned {
+    /// No rows: every launch is the rule's.
+    pub const fn none() -> Tuned {
+        Tuned {
+            rows: Vec::new(),
+            outdated: Vec::new(),
+        }
+    }
+
     /// The checked-in rows of the GPU named `gpu`, for kernels compiled for `tier` into `ptx`.
     pub fn load(gpu: &str, tier: u32, ptx: &str) -> Tuned {
-        let rows = rows(TABLE).expect("a test reads tuned.toml");
-        Tuned::among(rows, gpu, tier, ptx)
+        Tuned::among(checked_in(), gpu, tier, ptx)
     }
 
     fn among(rows: Vec<Row>, gpu: &str, tier: u32, ptx: &str) -> Tuned {
-        let mut tuned = Tuned::default();
+        let mut tuned = Tuned::none();
         for row in rows {
             if row.gpu != gpu || row.tier != tier {
                 continue;

@@ -15,6 +15,7 @@ mod ptx;
 mod run;
 mod setup;
 mod test;
+mod tune;
 mod workspace;
 
 pub use error::Error;
@@ -40,6 +41,7 @@ enum Task {
     Ptx(ptx::Args),
     Model(model::Args),
     Bench(bench::Args),
+    Tune(tune::Args),
     Gpu(gpu::Args),
 }
 
@@ -52,6 +54,7 @@ fn main() {
         Task::Ptx(args) => ptx::run(&args),
         Task::Model(args) => model::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Tune(args) => tune::run(&args),
         Task::Gpu(args) => setup::core()
             .and_then(|_| gpu::run(&args).map_err(|error| Error::failed(error.to_string()))),
     };

@@ -4,6 +4,8 @@ use engine::Error;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
 use gpu_kernels::linear::gemv_int4_mma;
 
+use crate::models::Product;
+
 use super::{Operands, Row, floats, halves, noise, planned};
 
 /// A product on the matrix units, with what surrounds it.
@@ -15,7 +17,7 @@ pub struct Tiled {
     pub mins: bool,
     /// Whether there is a norm in front.
     pub norm: bool,
-    /// Another tiling than the rule's.
+    /// Another tiling than the engine's choice.
     pub tiling: Option<gemv_int4_mma::Tiling>,
 }
 
@@ -28,6 +30,23 @@ impl Tiled {
             norm: false,
             tiling: None,
         }
+    }
+}
+
+impl Tiled {
+    /// A product of a decoder layer.
+    pub fn of(product: &Product, group: usize, mins: bool) -> Tiled {
+        let mut tiled = Tiled::plain(product.rows, product.cols, group);
+        tiled.shape.epilogue = product.epilogue;
+        tiled.norm = product.norm;
+        tiled.mins = mins;
+        tiled
+    }
+
+    /// Entry of the kernel.
+    pub fn kernel(&self) -> &'static str {
+        let shape = &self.shape;
+        gemv_int4_mma::entry(shape.group, self.mins, shape.tokens, shape.half_x)
     }
 }
 
@@ -47,6 +66,17 @@ pub(super) fn fused_int4() -> Vec<Row> {
         of(8960, 1536, true, Epilogue::SwiGlu, 1),
         of(1536, 8960, false, Epilogue::Add, 1),
     ];
+    // What the engine runs: the gated activations are halves.
+    for (n, k, epilogue) in [
+        (8960, 1536, Epilogue::Store),
+        (1536, 8960, Epilogue::Store),
+        (1536, 8960, Epilogue::Add),
+    ] {
+        let mut product = Tiled::plain(n, k, 128);
+        product.shape.epilogue = epilogue;
+        product.shape.half_x = true;
+        rows.push(gemv_int4_mma(&product));
+    }
     for tokens in [2, 4, 8] {
         rows.push(of(8960, 1536, false, Epilogue::Store, tokens));
         rows.push(of(1536, 8960, false, Epilogue::Store, tokens));
@@ -108,13 +138,20 @@ pub fn gemv_int4_mma(product: &Tiled) -> Row {
         ));
     }
     Row {
-        kernel: gemv_int4_mma::entry(shape.group, mins, tokens, shape.half_x),
+        kernel: product.kernel(),
         shape: text,
         bytes: (matrix_rows * cols / 2 + 2 * groups + vectors) as u64,
         streams: true,
         make: Box::new(move |device, memory| {
             let operands = tiled_operands(&product, memory)?;
-            planned(gemv_int4_mma::plan(device, &shape, &operands, tiling))
+            let tiling = tiling.unwrap_or_else(|| {
+                let rule = || gemv_int4_mma::rule(device, &shape);
+                let tuned = memory.tuned();
+                tuned
+                    .choose(product.kernel(), &shape.name(norm), rule)
+                    .launch
+            });
+            planned(gemv_int4_mma::plan(device, &shape, &operands, Some(tiling)))
         }),
     }
 }

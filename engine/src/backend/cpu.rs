@@ -5,6 +5,7 @@
 //! once a matrix. Every buffer exists before the first token: a step allocates nothing.
 
 mod program;
+mod read;
 mod team;
 
 use std::sync::Arc;
@@ -22,8 +23,9 @@ use models::recipe::{Buffer, Step, WeightId};
 
 use self::program::Program;
 use self::team::Team;
-use super::{Backend, BackendInfo, LoadedModel};
+use super::{Backend, BackendInfo, LoadedModel, Profile};
 use crate::Error;
+use crate::sampler::{self, Sampling};
 
 /// Tokens of a prompt that go through the list together: enough that turning weights into floats
 /// is lost in the multiplications, few enough that their activations stay in the second-level cache.
@@ -49,7 +51,10 @@ pub struct CpuBackend {
     cache: Vec<u16>,
     /// A scratch area for each thread: see [`Scratch`].
     scratch: AlignedBuffer,
-    position: usize,
+    /// What the cache holds.
+    tokens: Vec<u32>,
+    /// Whether the last token's logits are there.
+    has_logits: bool,
 }
 
 impl CpuBackend {
@@ -115,7 +120,8 @@ impl CpuBackend {
             cos,
             sin,
             cache,
-            position: 0,
+            tokens: Vec::with_capacity(context),
+            has_logits: false,
         })
     }
 
@@ -130,11 +136,11 @@ impl CpuBackend {
                 "token {token} is outside the vocabulary of {vocab}"
             )));
         }
-        if tokens.len() > self.context - self.position {
+        if tokens.len() > self.context - self.tokens.len() {
             return Err(Error::input(format!(
                 "{} tokens after {} do not fit in the context of {}",
                 tokens.len(),
-                self.position,
+                self.tokens.len(),
                 self.context
             )));
         }
@@ -144,6 +150,8 @@ impl CpuBackend {
     /// Runs the list for at most [`CHUNK_TOKENS`] checked tokens.
     fn run(&mut self, tokens: &[u32], logits: Logits<'_>) {
         let scratch_elems = Scratch::elems(&self.program, self.context);
+        let position = self.tokens.len();
+        let has_logits = !matches!(logits, Logits::Unwanted);
         let activations = SharedSlice::new(&mut self.activations);
         let logits = match logits {
             Logits::Unwanted => None,
@@ -156,14 +164,14 @@ impl CpuBackend {
             isa: self.isa,
             tokens,
             logits,
-            position: self.position,
+            position,
             context: self.context,
             shape: AttentionShape {
                 heads: self.model.recipe.config.heads,
                 kv_heads: self.model.recipe.config.kv_heads,
                 head_dim: self.model.recipe.config.head_dim,
                 capacity: self.context,
-                position: self.position,
+                position,
                 scale: 1.0,
             },
             cos: &self.cos,
@@ -174,7 +182,7 @@ impl CpuBackend {
         let scratch = SharedSlice::new(&mut self.scratch);
         self.phases.restart();
         let (phases, threads) = (&self.phases, self.team.threads());
-        let positions = self.position + tokens.len();
+        let positions = position + tokens.len();
         self.team.run(|thread| {
             let own = thread * scratch_elems..(thread + 1) * scratch_elems;
             // SAFETY: each thread of the team takes the area of its own number.
@@ -192,11 +200,12 @@ impl CpuBackend {
                 });
             }
         });
-        self.position += tokens.len();
+        self.tokens.extend_from_slice(tokens);
+        self.has_logits = has_logits;
     }
 
     fn last_logits(&self) -> Result<&[f32], Error> {
-        if self.position == 0 {
+        if !self.has_logits {
             return Err(Error::machine(
                 "no token was appended yet: there are no logits",
             ));
@@ -229,6 +238,15 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn choose(&mut self, sampling: &Sampling) -> Result<u32, Error> {
+        let logits = self.last_logits()?;
+        if sampling.is_greedy() {
+            let best = sample::part(self.isa, logits).map(|(token, _)| token);
+            return best.ok_or_else(sampler::no_number);
+        }
+        sampler::choose(&mut logits.to_vec(), &self.tokens, sampling)
+    }
+
     fn prefill_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
         self.check(tokens)?;
         let last = self.program.buffer(Buffer::Logits, 1);
@@ -242,20 +260,24 @@ impl Backend for CpuBackend {
         Ok(all)
     }
 
-    fn argmax(&mut self) -> Result<u32, Error> {
-        Ok(sample::part(self.isa, self.last_logits()?).map_or(0, |(token, _)| token))
-    }
-
     fn logits(&mut self) -> Result<Vec<f32>, Error> {
         Ok(self.last_logits()?.to_vec())
     }
 
     fn position(&self) -> usize {
-        self.position
+        self.tokens.len()
     }
 
-    fn reset(&mut self) {
-        self.position = 0;
+    fn rewind(&mut self, tokens: usize) {
+        self.tokens.truncate(tokens);
+        self.has_logits = false;
+    }
+
+    fn profile(&mut self, _: bool) -> Result<Profile, Error> {
+        Ok(Profile {
+            read_bytes_per_second: read::bytes_per_second(self.team.threads())?,
+            kernels: Vec::new(),
+        })
     }
 }
 

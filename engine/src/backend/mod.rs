@@ -9,6 +9,7 @@ use models::quant::Weight;
 use models::recipe::Recipe;
 
 use crate::Error;
+use crate::sampler::Sampling;
 
 pub use select::{Choice, Selected, select};
 
@@ -80,30 +81,57 @@ pub struct BackendInfo {
     pub bytes_per_token: u64,
 }
 
+/// Where the time of one token goes.
+#[derive(Debug, Clone, Default)]
+pub struct Profile {
+    /// Bytes a second that plain reading of this machine's memory reaches.
+    pub read_bytes_per_second: f64,
+    /// Kernels of a token, in order of first use; none where they were not asked for or cannot be
+    /// told apart.
+    pub kernels: Vec<KernelTime>,
+}
+
+/// The launches of a token that do the same in different layers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KernelTime {
+    /// What they compute.
+    pub step: String,
+    /// Kernel.
+    pub kernel: &'static str,
+    /// How it is launched and why so; empty where there is no choice.
+    pub launch: String,
+    /// Launches.
+    pub launches: usize,
+    /// By how much they make the token longer, all together, microseconds.
+    pub us: f64,
+}
+
 /// Moves tokens through one model. The KV cache belongs to the backend; its capacity is the
 /// `context` given to the constructor.
 pub trait Backend {
     /// What this backend is.
     fn info(&self) -> &BackendInfo;
 
-    /// Appends `tokens` to the cache; the logits of the last one are then available.
+    /// Appends `tokens` to the cache; a token can then be chosen after the last one.
     ///
     /// # Errors
     /// [`Error::Input`] if `tokens` is empty, holds an id outside the vocabulary, or does not fit
     /// in the context.
     fn prefill(&mut self, tokens: &[u32]) -> Result<(), Error>;
 
-    /// Appends one token.
+    /// Appends one token. Cheapest with the one that [`Backend::choose`] has just given.
     ///
     /// # Errors
     /// As [`Backend::prefill`].
     fn decode(&mut self, token: u32) -> Result<(), Error>;
 
-    /// Greedy token of the last logits, chosen on the device: the lowest index wins a tie.
+    /// The token to follow the last one appended: of the same tokens and sampling always the same,
+    /// on every backend up to the rounding of the logits. Where choices are appended by
+    /// [`Backend::decode`], a device may compute a few tokens ahead.
     ///
     /// # Errors
     /// [`Error::Machine`] if nothing was appended yet or the device fails.
-    fn argmax(&mut self) -> Result<u32, Error>;
+    fn choose(&mut self, sampling: &Sampling) -> Result<u32, Error>;
 
     /// `(V,)` logits of the last token.
     ///
@@ -131,6 +159,14 @@ pub trait Backend {
     /// Tokens in the cache.
     fn position(&self) -> usize;
 
-    /// Empties the cache.
-    fn reset(&mut self);
+    /// Empties the cache but for the first `tokens`, if it has more. There are no logits then until
+    /// a token is appended.
+    fn rewind(&mut self, tokens: usize);
+
+    /// Measures how fast memory is read here and, with `kernels`, where the time of the token after
+    /// the last one goes. There are no logits then until a token is appended.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if nothing was appended yet, the context is full, or the device fails.
+    fn profile(&mut self, kernels: bool) -> Result<Profile, Error>;
 }

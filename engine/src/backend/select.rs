@@ -50,8 +50,8 @@ pub fn select(
         (Choice::Cpu, None) => "asked for".to_owned(),
         (Choice::Auto, None) => match cuda(&model, context, None) {
             Ok(backend) => return Ok(Selected::new(backend, None)),
-            Err(Error::Machine(why)) => why,
-            Err(error) => return Err(error),
+            // Also where the model is what it cannot run: the CPU may.
+            Err(error) => error.to_string(),
         },
         (Choice::Cuda, _) | (Choice::Auto, Some(_)) => {
             return Ok(Selected::new(

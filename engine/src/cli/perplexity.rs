@@ -341,10 +341,10 @@ impl Pass<'_> {
             Beside::Nothing | Beside::Saved(_) => None,
         };
         let before = &self.ids[..scored.start];
-        self.backend.reset();
+        self.backend.rewind(0);
         self.backend.prefill(before)?;
         if let Some(backend) = &mut beside {
-            backend.reset();
+            backend.rewind(0);
             backend.prefill(before)?;
         }
         self.progress.inc(scored.start as u64);

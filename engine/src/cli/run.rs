@@ -10,7 +10,7 @@ use engine::Error;
 use engine::backend::{Backend, Selected, select};
 use engine::chat::{ChatTemplate, Message};
 use engine::generate::{Limits, Outcome, Piece, Stop, check_prompt, generate};
-use engine::sampler::{Sampler, Sampling};
+use engine::sampler::Sampling;
 use engine::weights::ModelFile;
 use models::file::gguf::Gguf;
 use serde::Serialize;
@@ -51,20 +51,29 @@ pub struct RunArgs {
     raw: bool,
 
     /// Always take the most likely token.
-    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p", "seed"])]
     greedy: bool,
 
     /// Randomness: 0 is greedy, 1 the model's own distribution.
     #[arg(long, value_name = "T", default_value_t = 0.7)]
     temperature: f32,
 
-    /// Draw from the K most likely tokens; 0 is all of them.
+    /// Draw from the K most likely tokens, 1 to 64.
     #[arg(long, value_name = "K", default_value_t = 40)]
-    top_k: usize,
+    top_k: u32,
 
     /// Draw from the most likely tokens that together reach this probability.
     #[arg(long, value_name = "P", default_value_t = 0.95)]
     top_p: f32,
+
+    /// Draw from tokens at least this probable, the most likely one taken as 1.
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f32,
+
+    /// Makes tokens that the context holds less likely: divides their positive logits and multiplies
+    /// their negative ones; 1 leaves them.
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    repetition_penalty: f32,
 
     /// Seed of the random choice; the same seed gives the same text. Without it, the clock.
     #[arg(long, value_name = "N")]
@@ -108,15 +117,22 @@ struct Report<'a> {
 pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
     set_threads(args.model.threads);
     let seed = args.seed.unwrap_or_else(clock_seed);
-    let mut sampler = Sampler::new(match args.greedy {
+    let chosen = match args.greedy {
         true => Sampling::GREEDY,
         false => Sampling {
             temperature: args.temperature,
             top_k: args.top_k,
             top_p: args.top_p,
+            min_p: args.min_p,
             seed,
+            ..Sampling::GREEDY
         },
-    })?;
+    };
+    let sampling = Sampling {
+        repetition_penalty: args.repetition_penalty,
+        ..chosen
+    };
+    sampling.check()?;
     let input = read_input(&args.input)?;
     if input.is_empty() {
         return Err(Error::Input("the prompt is empty".into()).into());
@@ -174,7 +190,7 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
     let outcome = generate(
         backend.as_mut(),
         &tokenizer,
-        &mut sampler,
+        &sampling,
         &prompt,
         Limits {
             max_tokens: args.tokens,
@@ -229,7 +245,8 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
             .and_then(|()| stdout.flush())
             .map_err(stdout_failure)?;
     }
-    let sampled = (!sampler.sampling().is_greedy()).then_some(seed);
+    let drawn = sampling.temperature != 0.0 && sampling.top_k != 1;
+    let sampled = drawn.then_some(seed);
     eprintln!(
         "{}",
         summary(

@@ -40,7 +40,7 @@ pub struct SynthesizeArgs {
 
 /// `--linear`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum LinearArg {
+pub enum LinearArg {
     /// 4 bits, a scale for 32 weights.
     #[value(name = "q4_0")]
     Q4_0,

@@ -3,6 +3,7 @@
 
 use engine::backend::Backend;
 use engine::chat::Message;
+use engine::sampler::Sampling;
 use serde::Deserialize;
 
 use crate::support::{self, Device, Loaded, on_every_device};
@@ -63,11 +64,11 @@ fn matches_transformers(device: Device) {
 }
 
 fn check(backend: &mut dyn Backend, loaded: &Loaded, prompt: &Prompt, stop_ids: &[u32]) {
-    backend.reset();
+    backend.rewind(0);
     backend.prefill(&prompt.prompt_ids).expect("prefill");
     let mut ids = Vec::new();
     while ids.len() < prompt.generated_ids.len() {
-        let id = backend.argmax().expect("argmax");
+        let id = backend.choose(&Sampling::GREEDY).expect("a token");
         ids.push(id);
         if stop_ids.contains(&id) {
             break;

@@ -1,17 +1,19 @@
 //! What can be known of a kernel without running it: resources and machine code, for every GPU
 //! generation that loads it.
 
+use std::path::PathBuf;
+
 use cuda_builder::NvvmArch;
 use cuda_builder::ptxas::KernelFigures;
 use cuda_builder::setup::{Progress, install_nvdisasm, install_ptxas};
 use serde_json::{Value, json};
 
 use super::sass::{self, Mix};
+use crate::Error;
 use crate::progress::Shown;
-use crate::{Error, ptx};
 
 /// One kernel on one GPU generation.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Figures {
     arch: NvvmArch,
     resources: KernelFigures,
@@ -19,22 +21,19 @@ pub struct Figures {
     main_loop: Option<Mix>,
 }
 
-/// Assembles the PTX that each generation loads, all of them or those of one tier, and reads it.
+/// Assembles each PTX for the generations that load it, and reads the code of the wanted kernels.
 pub fn figures(
-    tier: Option<NvvmArch>,
+    tiers: &[(NvvmArch, PathBuf)],
     wanted: impl Fn(&str) -> bool,
 ) -> Result<Vec<Figures>, Error> {
     let progress = Shown::new();
     let ptxas = install_ptxas(&progress)?;
     let nvdisasm = install_nvdisasm(&progress)?;
     let mut figures = Vec::new();
-    for output in ptx::build_tiers(&progress)? {
-        let generations = NvvmArch::ALL.into_iter().filter(|arch| {
-            arch.tier() == output.arch && tier.is_none_or(|tier| tier == output.arch)
-        });
-        for arch in generations {
+    for (tier, ptx) in tiers {
+        for arch in NvvmArch::ALL.into_iter().filter(|a| a.tier() == *tier) {
             progress.step(&format!("assembling for {arch}"));
-            let (cubin, resources) = ptxas.assemble(&output.ptx, arch)?;
+            let (cubin, resources) = ptxas.assemble(ptx, arch)?;
             let kernels = sass::parse(&nvdisasm.sass(&cubin)?);
             for resources in resources.into_iter().filter(|f| wanted(&f.kernel)) {
                 let code = kernels
@@ -77,14 +76,12 @@ impl Figures {
     }
 }
 
-/// A line a kernel and generation.
-pub fn table(figures: &[Figures]) -> String {
-    let width = figures
-        .iter()
-        .map(|figures| figures.resources.kernel.len())
-        .max()
-        .unwrap_or(0)
-        .max("kernel".len());
+/// A line a kernel and generation; below it, where they differ, that of another revision.
+pub fn table(figures: &[Figures], against: Option<(&str, &[Figures])>) -> String {
+    let at = against.map(|(revision, _)| format!("  at {revision}"));
+    let at = at.unwrap_or_default();
+    let names = figures.iter().map(|figures| figures.resources.kernel.len());
+    let width = names.chain(["kernel".len(), at.len()]).max().unwrap_or(0);
     let mut text = format!(
         "{:width$}  {:<6} {:>4} {:>6} {:>5} {:>5} {:>6} | {:>5} {:>5} {:>8} {:>8}  in the main loop\n",
         "kernel",
@@ -99,30 +96,25 @@ pub fn table(figures: &[Figures]) -> String {
         "B/weight",
         "i/weight"
     );
+    let mut same = 0;
     for figures in figures {
-        let resources = &figures.resources;
-        let (count, bytes, shares) = match &figures.main_loop {
-            Some(mix) => (
-                mix.instructions.to_string(),
-                mix.load_bytes.to_string(),
-                mix.shares(),
-            ),
-            None => ("-".into(), "-".into(), "no loop loads".into()),
+        text.push_str(&line(figures, &figures.resources.kernel, width));
+        let Some((_, others)) = against else {
+            continue;
         };
-        let (bytes_a_weight, instructions_a_weight) = match figures.a_weight() {
-            Some((bytes, instructions)) => (format!("{bytes:.3}"), format!("{instructions:.2}")),
-            None => ("-".into(), "-".into()),
-        };
+        let other = others.iter().find(|other| {
+            (other.arch, &other.resources.kernel) == (figures.arch, &figures.resources.kernel)
+        });
+        match other {
+            Some(other) if other == figures => same += 1,
+            Some(other) => text.push_str(&line(other, &at, width)),
+            None => text.push_str(&format!("{at} there is none\n")),
+        }
+    }
+    if let Some((revision, _)) = against {
         text.push_str(&format!(
-            "{:width$}  {:<6} {:>4} {:>6} {:>5} {:>5} {:>6} | {count:>5} {bytes:>5} \
-             {bytes_a_weight:>8} {instructions_a_weight:>8}  {shares}\n",
-            resources.kernel,
-            figures.arch.to_string(),
-            resources.registers,
-            resources.shared_bytes,
-            resources.stack_bytes,
-            resources.spill_store_bytes + resources.spill_load_bytes,
-            figures.whole.instructions,
+            "{same} of {} are as at {revision}\n",
+            figures.len()
         ));
     }
     text.push_str(
@@ -130,6 +122,32 @@ pub fn table(figures: &[Figures]) -> String {
          weights: its 16-byte loads\n",
     );
     text
+}
+
+fn line(figures: &Figures, name: &str, width: usize) -> String {
+    let resources = &figures.resources;
+    let (count, bytes, shares) = match &figures.main_loop {
+        Some(mix) => (
+            mix.instructions.to_string(),
+            mix.load_bytes.to_string(),
+            mix.shares(),
+        ),
+        None => ("-".into(), "-".into(), "no loop loads".into()),
+    };
+    let (bytes_a_weight, instructions_a_weight) = match figures.a_weight() {
+        Some((bytes, instructions)) => (format!("{bytes:.3}"), format!("{instructions:.2}")),
+        None => ("-".into(), "-".into()),
+    };
+    format!(
+        "{name:width$}  {:<6} {:>4} {:>6} {:>5} {:>5} {:>6} | {count:>5} {bytes:>5} \
+         {bytes_a_weight:>8} {instructions_a_weight:>8}  {shares}\n",
+        figures.arch.to_string(),
+        resources.registers,
+        resources.shared_bytes,
+        resources.stack_bytes,
+        resources.spill_store_bytes + resources.spill_load_bytes,
+        figures.whole.instructions,
+    )
 }
 
 /// The same as a JSON array.
@@ -200,11 +218,27 @@ mod tests {
     #[test]
     fn tables_and_json_have_every_kernel() {
         let figures = [kernel("logits_int8"), kernel("rmsnorm_f32")];
-        let table = table(&figures);
+        let table = table(&figures, None);
         assert!(table.contains("integer 94%, global load 6%"), "{table}");
         let rows: Value = serde_json::from_str(&json(&figures)).unwrap();
         assert_eq!(rows[0]["instructions_a_weight"], 3.0);
         assert_eq!(rows[1]["bytes_a_weight"], Value::Null);
         assert_eq!(rows[1]["main_loop"]["kinds"]["integer"], 90);
+    }
+
+    #[test]
+    fn another_revision_is_shown_where_it_differs() {
+        let figures = [kernel("logits_int8"), kernel("rmsnorm_f32"), kernel("new")];
+        let mut others = [kernel("logits_int8"), kernel("rmsnorm_f32")];
+        others[1].resources.registers = 41;
+        let table = table(&figures, Some(("20e476e", &others)));
+        let lines: Vec<&str> = table.lines().collect();
+        assert!(lines[1].starts_with("logits_int8") && lines[2].starts_with("rmsnorm_f32"));
+        assert!(
+            lines[3].starts_with("  at 20e476e") && lines[3].contains(" 41 "),
+            "{table}"
+        );
+        assert!(lines[5].contains("there is none"), "{table}");
+        assert!(table.contains("1 of 3 are as at 20e476e"), "{table}");
     }
 }

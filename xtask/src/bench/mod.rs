@@ -1,24 +1,28 @@
 //! `cargo xtask bench`: a kernel from its source to its figures, in one command.
 
 mod known;
+mod revision;
 pub mod sass;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::thread::sleep;
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::Args as ClapArgs;
-use cuda_builder::NvvmArch;
+use cuda_builder::{CudaBuilder, NvvmArch, TIERS};
 
 use crate::{Error, ptx, setup, workspace};
+use revision::Revision;
 
 /// Rebuilds the kernels, checks them against the CPU and, if all is right, times them on the GPU.
 ///
 /// With a GPU it prints one table a tier: time a launch (median, 5th and 95th percentile) in a CUDA
 /// graph over operands that no cache holds; bytes a second; that time over the time of a kernel
-/// that only reads as many bytes; speed-up over the baseline variant and over the last recorded
-/// run; registers, memory, occupancy. Every run is appended to benches/results/<gpu>.jsonl.
+/// that only reads as many bytes; speed-up over the baseline variant, over the last recorded run and
+/// over another revision, whose kernels are built and timed in the same run; registers, memory,
+/// occupancy; torch's INT4 product and cuBLAS where python3 has torch. Every run is appended to
+/// benches/results/<gpu>.jsonl.
 ///
 /// Without one it checks the kernels on the emulator and shows what can be known: ptxas figures for
 /// every GPU generation, and from the machine code what the main loop is made of, the bytes that it
@@ -28,7 +32,7 @@ use crate::{Error, ptx, setup, workspace};
     after_help = "Examples:\n  cargo xtask bench linear_gemv_int4 --shape 8960x1536 --tier sm_90\n  \
     cargo xtask bench --model qwen2.5-1.5b --json /tmp/1.5b.json\n  \
     cargo xtask bench attention --watch           (again whenever a kernel is saved)\n  \
-    cargo xtask bench int4 --compare main~3       (what that revision recorded)\n  \
+    cargo xtask bench int4 --compare main~3       (that revision's kernels beside these)\n  \
     cargo xtask ptx --show linear_gemv_int4_multirow --sass   (the code, with Rust lines)"
 )]
 pub struct Args {
@@ -37,7 +41,7 @@ pub struct Args {
     /// Only matrices of this shape, as in 8960x1536; one that is not listed is made.
     #[arg(long, value_name = "NxK")]
     shape: Option<String>,
-    /// The matrices, the logits and the attention of this model, as in qwen2.5-1.5b.
+    /// The matrices, the logits and the attention of this model, as in qwen2.5-1.5b, or of `all`.
     #[arg(long, conflicts_with = "shape")]
     model: Option<String>,
     /// Only this variant: its number, or its part of the kernel's name. Its baseline is timed too.
@@ -46,10 +50,13 @@ pub struct Args {
     /// Weights that share a scale: 32, 64, 128.
     #[arg(long, value_name = "G")]
     group: Option<u32>,
-    /// Only the kernels of this tier [default: all].
+    /// Weights with a scale and a minimum.
+    #[arg(long)]
+    minima: bool,
+    /// Only the kernels of this tier: the others are not compiled either [default: all].
     #[arg(long, value_name = "SM", value_parser = ptx::parse_tier)]
     tier: Option<NvvmArch>,
-    /// Compare with `baseline`, as is always done, or with what this git revision recorded.
+    /// Compare with `baseline`, as is always done, or with the kernels of this git revision.
     #[arg(long, value_name = "BASELINE|REV")]
     compare: Option<String>,
     /// Write the figures of this run here, as a JSON array.
@@ -58,6 +65,9 @@ pub struct Args {
     /// Run again whenever a source of the kernels changes, until interrupted.
     #[arg(long)]
     watch: bool,
+    /// Leave out torch and cuBLAS.
+    #[arg(long)]
+    no_peers: bool,
     /// Show what can be known without a GPU, even where there is one.
     #[arg(long)]
     no_gpu: bool,
@@ -110,18 +120,66 @@ fn newest(folder: &Path) -> Option<SystemTime> {
 }
 
 fn once(args: &Args) -> Result<(), Error> {
-    let program = workspace::build_program(
-        &["--package", "benches", "--bin", "edgellm-bench"],
-        "edgellm-bench",
-    )?;
+    let tiers = args.tier.map_or(TIERS.to_vec(), |tier| vec![tier]);
+    let other = match args.compare.as_deref() {
+        None | Some("baseline") => None,
+        Some(name) => Some(Revision::find(name)?),
+    };
+    if let Some(other) = &other {
+        other.kernels(&tiers)?;
+    }
+    let (program, kernels) = build(&tiers)?;
     match gpu(&program, args.no_gpu)? {
-        Ok(()) => on_gpu(&program, args),
-        Err(reason) => without_gpu(&program, args, &reason),
+        Ok(()) => on_gpu(&program, &kernels, args, other.as_ref()),
+        Err(reason) => without_gpu(&program, &kernels, &tiers, args, other.as_ref(), &reason),
     }
 }
 
+/// Builds the kernels of the tiers and, beside that, the program that runs them, which takes them
+/// from the returned folder: a changed kernel is compiled for no other tier.
+pub fn build(tiers: &[NvvmArch]) -> Result<(PathBuf, PathBuf), Error> {
+    let start = Instant::now();
+    let arguments = [
+        "--package",
+        "benches",
+        "--bin",
+        "edgellm-bench",
+        "--no-default-features",
+    ];
+    let (program, kernels) = thread::scope(|scope| {
+        let program = scope.spawn(|| workspace::build_program(&arguments, "edgellm-bench"));
+        let kernels = build_kernels(tiers);
+        let program = program.join().expect("building does not panic");
+        (program, kernels)
+    });
+    let built = (program?, kernels?);
+    eprintln!(
+        "kernels and program built in {:.1} s",
+        start.elapsed().as_secs_f32()
+    );
+    Ok(built)
+}
+
+/// Compiles the kernels into a folder of `sm_75.ptx` and so on.
+fn build_kernels(tiers: &[NvvmArch]) -> Result<PathBuf, Error> {
+    let target = workspace::target_dir()?;
+    let folder = target.join("bench-ptx");
+    std::fs::create_dir_all(&folder).map_err(Error::io("cannot make", &folder))?;
+    for tier in tiers {
+        let start = Instant::now();
+        let output = CudaBuilder::new(workspace::root().join("gpu-kernels"))
+            .arch(*tier)
+            .target_dir(target.join("cuda"))
+            .copy_to(folder.join(format!("{tier}.ptx")))
+            .build()?;
+        eprint!("{}", output.warnings);
+        eprintln!("PTX for {tier} in {:.1} s", start.elapsed().as_secs_f32());
+    }
+    Ok(folder)
+}
+
 /// Whether there is a GPU to time on, or why not.
-fn gpu(program: &Path, unwanted: bool) -> Result<Result<(), String>, Error> {
+pub fn gpu(program: &Path, unwanted: bool) -> Result<Result<(), String>, Error> {
     if unwanted {
         return Ok(Err("--no-gpu".to_owned()));
     }
@@ -137,14 +195,28 @@ fn gpu(program: &Path, unwanted: bool) -> Result<Result<(), String>, Error> {
     })
 }
 
-fn on_gpu(program: &Path, args: &Args) -> Result<(), Error> {
+fn on_gpu(
+    program: &Path,
+    kernels: &Path,
+    args: &Args,
+    other: Option<&Revision>,
+) -> Result<(), Error> {
     let mut command = Command::new(program);
-    command.arg("kernels").args(args.selection());
+    command
+        .arg("--ptx")
+        .arg(kernels)
+        .arg("kernels")
+        .args(args.selection());
     if let Some(tier) = args.tier {
         command.args(["--tier", &tier.to_string()]);
     }
-    if let Some(compare) = args.compare.as_deref().filter(|with| *with != "baseline") {
-        command.args(["--compare", &commit(compare)?]);
+    if let Some(other) = other {
+        command
+            .args(["--compare", &other.commit, "--compare-ptx"])
+            .arg(other.kernels(&[])?);
+    }
+    if args.no_peers {
+        command.arg("--no-peers");
     }
     if let Some(json) = &args.json {
         command
@@ -154,23 +226,14 @@ fn on_gpu(program: &Path, args: &Args) -> Result<(), Error> {
     finish(command.current_dir(workspace::root()), program)
 }
 
-/// The recorded form of a revision that git knows.
-fn commit(revision: &str) -> Result<String, Error> {
-    let output = Command::new("git")
-        .args(["rev-parse", "--verify", "--short=12"])
-        .arg(format!("{revision}^{{commit}}"))
-        .current_dir(workspace::root())
-        .output()
-        .map_err(Error::io("cannot run", "git"))?;
-    if !output.status.success() {
-        return Err(Error::Usage(format!(
-            "`{revision}` is neither `baseline` nor a revision that git knows"
-        )));
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-}
-
-fn without_gpu(program: &Path, args: &Args, reason: &str) -> Result<(), Error> {
+fn without_gpu(
+    program: &Path,
+    kernels: &Path,
+    tiers: &[NvvmArch],
+    args: &Args,
+    other: Option<&Revision>,
+    reason: &str,
+) -> Result<(), Error> {
     let mut emulate = Command::new(program);
     emulate.arg("emulate").args(args.selection());
     let checked = finish(&mut emulate, program);
@@ -178,7 +241,7 @@ fn without_gpu(program: &Path, args: &Args, reason: &str) -> Result<(), Error> {
         return checked;
     }
     let kernel = args.kernel.as_deref().unwrap_or_default();
-    let figures = known::figures(args.tier, |name| {
+    let wanted = |name: &str| {
         name.contains(kernel)
             && args
                 .variant
@@ -187,8 +250,18 @@ fn without_gpu(program: &Path, args: &Args, reason: &str) -> Result<(), Error> {
                 .is_none_or(|id| {
                     id.parse::<u32>().is_ok() || format!("{name}_").contains(&format!("_{id}_"))
                 })
-    })?;
-    print!("\n{}", known::table(&figures));
+    };
+    let files: Vec<(NvvmArch, PathBuf)> = tiers
+        .iter()
+        .map(|tier| (*tier, kernels.join(format!("{tier}.ptx"))))
+        .collect();
+    let figures = known::figures(&files, wanted)?;
+    let others = match other {
+        Some(other) => known::figures(&other.files(tiers), wanted)?,
+        None => Vec::new(),
+    };
+    let against = other.map(|other| (other.commit.as_str(), others.as_slice()));
+    print!("\n{}", known::table(&figures, against));
     println!("nothing was timed: {reason}");
     if let Some(json) = &args.json {
         std::fs::write(json, known::json(&figures)).map_err(Error::io("cannot write", json))?;
@@ -196,7 +269,7 @@ fn without_gpu(program: &Path, args: &Args, reason: &str) -> Result<(), Error> {
     checked
 }
 
-fn finish(command: &mut Command, program: &Path) -> Result<(), Error> {
+pub fn finish(command: &mut Command, program: &Path) -> Result<(), Error> {
     let status = command.status().map_err(Error::io("cannot run", program))?;
     match status.code() {
         Some(0) => Ok(()),
@@ -221,6 +294,9 @@ impl Args {
             if let Some(value) = value {
                 arguments.extend([name.to_owned(), value.clone()]);
             }
+        }
+        if self.minima {
+            arguments.push("--minima".to_owned());
         }
         arguments.extend(self.kernel.clone());
         arguments
@@ -262,10 +338,5 @@ mod tests {
         assert_eq!(newest(folder.path()), None);
         std::fs::write(inner.join("kernel.rs"), "").unwrap();
         assert!(newest(folder.path()).is_some());
-    }
-
-    #[test]
-    fn revisions_are_named_as_they_are_recorded() {
-        assert_eq!(commit("no such revision").unwrap_err().exit_code(), 2);
     }
 }

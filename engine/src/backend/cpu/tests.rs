@@ -190,7 +190,11 @@ fn logits_are_those_of_the_references() {
                 let got = backend.logits().unwrap();
                 // A key or value that rounds to the other neighbour in f16 shows here.
                 assert_close(&got, &expected, 2e-4, &what);
-                assert_eq!(backend.argmax().unwrap(), sample::reference(&got), "{what}");
+                assert_eq!(
+                    backend.choose(&Sampling::GREEDY).unwrap(),
+                    sample::reference(&got),
+                    "{what}"
+                );
             }
         }
     }
@@ -229,11 +233,11 @@ fn a_run_after_reset_repeats_to_the_bit() {
     let tokens = tokens(&model, 9);
     let mut backend = backend(&model, 16, Isa::selected(), 2);
     let mut run = || {
-        backend.reset();
+        backend.rewind(0);
         backend.prefill(&tokens).unwrap();
         let mut ids = Vec::new();
         for _ in 0..5 {
-            ids.push(backend.argmax().unwrap());
+            ids.push(backend.choose(&Sampling::GREEDY).unwrap());
             backend.decode(ids[ids.len() - 1]).unwrap();
         }
         (ids, backend.logits().unwrap(), backend.position())
@@ -248,7 +252,10 @@ fn what_cannot_be_appended_is_an_input_error_and_changes_nothing() {
     let model = model("tiny", DType::Q4_0, DType::Q8_0);
     let vocab = model.recipe.config.vocab as u32;
     let mut backend = backend(&model, 4, Isa::selected(), 2);
-    assert!(matches!(backend.argmax(), Err(Error::Machine(_))));
+    assert!(matches!(
+        backend.choose(&Sampling::GREEDY),
+        Err(Error::Machine(_))
+    ));
     assert!(matches!(backend.logits(), Err(Error::Machine(_))));
     for tokens in [&[][..], &[vocab], &[0, vocab, 1], &[0; 5], &[u32::MAX]] {
         assert!(
@@ -313,13 +320,13 @@ fn speed() {
     // The least of many short times: what the machine does when nothing else runs on it.
     let (mut prefill, mut decode) = (f64::INFINITY, f64::INFINITY);
     for _ in 0..7 {
-        backend.reset();
+        backend.rewind(0);
         let start = std::time::Instant::now();
         backend.prefill(&prompt).unwrap();
         prefill = prefill.min(start.elapsed().as_secs_f64() / prompt.len() as f64);
         for _ in 0..count {
             let start = std::time::Instant::now();
-            let token = backend.argmax().unwrap();
+            let token = backend.choose(&Sampling::GREEDY).unwrap();
             backend.decode(token).unwrap();
             decode = decode.min(start.elapsed().as_secs_f64());
         }

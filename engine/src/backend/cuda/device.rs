@@ -117,7 +117,11 @@ impl Gpu {
         let context = Context::new(device).map_err(|e| failed("creating a CUDA context", e))?;
         let stream = Stream::new(StreamFlags::DEFAULT, None)
             .map_err(|e| failed("creating a CUDA stream", e))?;
-        let names = gpu_kernels::ENTRIES.iter().map(|entry| entry.name);
+        // Kernels of another revision may lack some: launching one of those is an error.
+        let names = gpu_kernels::ENTRIES
+            .iter()
+            .map(|entry| entry.name)
+            .filter(|name| ptx.contains(&format!(".entry {name}(")));
         let kernels = Kernels::load(ptx, names)?;
         Ok(Arc::new(Gpu {
             kernels,
@@ -217,6 +221,9 @@ fn choose_tier(
             .join(", ")
     };
     match forced {
+        _ if built.is_empty() => Err(Error::machine(
+            "this program was built without GPU kernels: build it with the feature `ptx`",
+        )),
         Some(tier) if !built.contains(&tier) => Err(Error::input(format!(
             "there are no sm_{tier} kernels in this program: it has {}",
             list()
@@ -257,7 +264,7 @@ impl DeviceMemory {
     }
 
     /// The part of an allocation that `slice` names.
-    fn find(&self, slice: DeviceSlice) -> Result<cust::memory::DeviceSlice<u8>, Error> {
+    pub(super) fn find(&self, slice: DeviceSlice) -> Result<cust::memory::DeviceSlice<u8>, Error> {
         let outside = || {
             Error::machine(format!(
                 "{} bytes at {:#x} are not device memory of this model",

@@ -194,7 +194,7 @@ impl Drop for Graph {
 }
 
 /// Turns a driver code into an error that says what was being done.
-fn check(code: sys::CUresult, what: impl FnOnce() -> String) -> Result<(), Error> {
+pub(super) fn check(code: sys::CUresult, what: impl FnOnce() -> String) -> Result<(), Error> {
     match code {
         sys::CUresult::CUDA_SUCCESS => Ok(()),
         // Only a stand-in where the driver crate has no name of its own for the failure.

@@ -1,16 +1,22 @@
-//! The CUDA backend: the recipe, compiled once into launches, held in two CUDA graphs.
+//! The CUDA backend: the recipe, compiled once into launches, held in CUDA graphs.
 //!
 //! | graph | does | used for |
 //! |---|---|---|
 //! | prompt | one token into the cache, no logits | all but the last token of a prompt |
-//! | full | the whole pass, logits, the greedy choice of the next token | the last token, and every decoded one |
+//! | body | one token, up to what the logits are made of | a token whose successor may be given |
+//! | tail | logits, choice of the next token, advance | after a body |
+//! | step | body and tail | every token that the device chose itself |
 //!
-//! Position and tokens live on the device and each replay advances them, so a decode step is one
-//! graph launch, and only token ids cross the bus.
+//! Position and tokens live on the device and each replay advances them. Once a caller appends what
+//! was chosen, steps are queued [`ahead::AHEAD`] tokens ahead of it: the device never waits for the
+//! host, and only token ids cross the bus. A caller that appends another token after all, or wants
+//! logits, has the position set back; what was computed too much is overwritten.
 
+mod ahead;
 pub mod device;
 pub mod launch;
 pub mod plan;
+mod profile;
 mod ptx;
 
 use std::sync::Arc;
@@ -19,11 +25,13 @@ use cust::memory::bytemuck;
 use gpu_kernels::launch::DeviceSlice;
 use models::recipe::Buffer;
 
+use self::ahead::{AHEAD, TokenReader};
 use self::device::{DeviceMemory, Gpu};
 use self::launch::Graph;
 use self::plan::{Counter, Plan};
-use super::{Backend, BackendInfo, LoadedModel};
+use super::{Backend, BackendInfo, LoadedModel, Profile};
 use crate::Error;
+use crate::sampler::{self, Sampling};
 
 /// Tiers that this program has kernels for, as compute capabilities: 75, 80, 90.
 pub fn tiers() -> Vec<u32> {
@@ -43,25 +51,35 @@ pub fn available() -> Result<(), String> {
     cuda_driver::driver_available()
 }
 
+pub use cuda_driver::EnergyMeter;
+
 /// Runs a model on CUDA device 0.
 #[derive(Debug)]
 pub struct CudaBackend {
     // Fields are dropped in this order: graphs before the memory that they use.
     prompt: Graph,
-    full: Graph,
+    body: Graph,
+    tail: Graph,
+    step: Graph,
+    reader: TokenReader,
     memory: DeviceMemory,
     gpu: Arc<Gpu>,
-    state: DeviceSlice,
-    tokens: DeviceSlice,
-    logits: DeviceSlice,
+    plan: Plan,
     vocab: usize,
     context: usize,
+    /// What the caller has appended.
+    tokens: Vec<u32>,
+    /// Position on the device after all that is queued.
     position: usize,
-    /// The device's position has to be set back to 0 before the next token.
-    rewind: bool,
-    /// What the device chose after the last token, once the host has read it: `tokens[position]`
-    /// on the device already holds it.
-    chosen: Option<u32>,
+    /// The device has chosen, or will have, the tokens of positions below this; at least
+    /// `tokens.len()`, which means that no tail follows the last body.
+    chosen: usize,
+    /// What it chose to follow `tokens`, once the host has read it.
+    next: Option<u32>,
+    /// The last token appended was what the device had chosen.
+    following: bool,
+    /// Whether the last token appended has been through the layers.
+    has_body: bool,
     info: BackendInfo,
 }
 
@@ -89,27 +107,18 @@ impl CudaBackend {
             )));
         }
         let mut memory = DeviceMemory::new(&gpu);
-        let Plan {
-            prompt,
-            full,
-            state,
-            tokens,
-            logits,
-            ..
-        } = plan::compile(model, context, &device, gpu.tuned(), &mut memory)?;
+        let plan = plan::compile(model, context, &device, gpu.tuned(), &mut memory)?;
         // One step outside of a graph, call by call: the driver loads each kernel now rather than
         // while it records, and a kernel that fails is named.
-        for call in &full {
+        for call in &plan.full {
             // SAFETY: the plan took every address from `memory`, which outlives the work.
             unsafe { gpu.queue(call) }?;
             gpu.synchronize()
                 .map_err(|error| Error::machine(format!("{}: {error}", call.kernel)))?;
         }
+        let (body, tail) = plan.full.split_at(plan.full.len() - 1);
         // SAFETY: the plan took every address from `memory`, which is dropped after the graphs.
-        let prompt = unsafe { Graph::capture(&gpu, &prompt) }?;
-        // SAFETY: as above.
-        let full = unsafe { Graph::capture(&gpu, &full) }?;
-
+        let record = |calls: &[_]| unsafe { Graph::capture(&gpu, calls) };
         let tier = gpu.tier();
         let chosen_because = if forced {
             "forced"
@@ -124,19 +133,23 @@ impl CudaBackend {
             bytes_per_token: model.bytes_per_token(),
         };
         Ok(Self {
-            prompt,
-            full,
+            prompt: record(&plan.prompt)?,
+            body: record(body)?,
+            tail: record(tail)?,
+            step: record(&plan.full)?,
+            reader: TokenReader::new(&gpu)?,
             memory,
             gpu,
-            state,
-            tokens,
-            logits,
+            plan,
             vocab: model.recipe.elems(Buffer::Logits),
             context,
-            position: 0,
+            tokens: Vec::with_capacity(context),
             // After the step above.
-            rewind: true,
-            chosen: None,
+            position: 1,
+            chosen: 0,
+            next: None,
+            following: false,
+            has_body: false,
             info,
         })
     }
@@ -151,11 +164,11 @@ impl CudaBackend {
                 self.vocab
             )));
         }
-        if tokens.len() > self.context - self.position {
+        if tokens.len() > self.context - self.tokens.len() {
             return Err(Error::input(format!(
                 "{} tokens do not fit: {} of the context's {} are used",
                 tokens.len(),
-                self.position,
+                self.tokens.len(),
                 self.context
             )));
         }
@@ -166,33 +179,82 @@ impl CudaBackend {
     fn token_slots(&self, start: usize, len: usize) -> DeviceSlice {
         let bytes = size_of::<u32>() as u64;
         DeviceSlice {
-            address: self.tokens.address + start as u64 * bytes,
+            address: self.plan.tokens.address + start as u64 * bytes,
             bytes: len as u64 * bytes,
         }
     }
 
-    /// Puts `tokens` where the device will read them, from the current position on.
-    fn write_tokens(&mut self, tokens: &[u32]) -> Result<(), Error> {
-        if self.rewind {
-            self.memory.write(self.state, bytemuck::bytes_of(&0u32))?;
-            self.rewind = false;
+    /// Makes `position` the next one that the device handles.
+    fn set_position(&mut self, position: usize) -> Result<(), Error> {
+        if self.position != position {
+            let bytes = (position as u32).to_le_bytes();
+            self.memory.write(self.plan.state, &bytes)?;
+            self.position = position;
         }
-        if matches!(tokens, [token] if self.chosen == Some(*token)) {
-            return Ok(());
-        }
-        let slots = self.token_slots(self.position, tokens.len());
-        self.memory.write(slots, bytemuck::cast_slice(tokens))
+        Ok(())
     }
 
-    fn run(&mut self, graph_of: fn(&Self) -> &Graph) -> Result<(), Error> {
-        graph_of(self).launch()?;
+    /// Appends tokens that the device did not choose. No tail follows the last of them.
+    fn append(&mut self, tokens: &[u32]) -> Result<(), Error> {
+        let start = self.tokens.len();
+        self.set_position(start)?;
+        let slots = self.token_slots(start, tokens.len());
+        self.memory.write(slots, bytemuck::cast_slice(tokens))?;
+        for _ in 1..tokens.len() {
+            self.prompt.launch()?;
+            self.position += 1;
+        }
+        self.body.launch()?;
+        self.tokens.extend_from_slice(tokens);
+        self.chosen = self.tokens.len();
+        self.next = None;
+        self.following = false;
+        self.has_body = true;
+        Ok(())
+    }
+
+    /// Queues a step for a token that the device has chosen itself.
+    fn step_ahead(&mut self) -> Result<(), Error> {
+        self.step.launch()?;
         self.position += 1;
-        self.chosen = None;
+        self.note_choice()
+    }
+
+    /// Lets the choice that was queued last be read.
+    fn note_choice(&mut self) -> Result<(), Error> {
+        let slot = self.token_slots(self.chosen, 1);
+        self.reader.queue(&self.memory, slot, self.chosen)?;
+        self.chosen += 1;
+        Ok(())
+    }
+
+    /// Goes back to where the last token appended has been through the layers, and nothing is chosen.
+    fn take_back_choices(&mut self) -> Result<(), Error> {
+        let tokens = self.tokens.len();
+        if self.chosen > tokens {
+            self.set_position(tokens - 1)?;
+            if self.chosen > tokens + 1 {
+                // Later tokens have taken the place of its activations.
+                self.body.launch()?;
+            }
+            self.chosen = tokens;
+            self.next = None;
+        }
+        Ok(())
+    }
+
+    /// Queues logits and choice after the last token appended, if they are not.
+    fn choose_next(&mut self) -> Result<(), Error> {
+        if self.chosen == self.tokens.len() {
+            self.tail.launch()?;
+            self.position += 1;
+            self.note_choice()?;
+        }
         Ok(())
     }
 
     fn check_started(&self) -> Result<(), Error> {
-        if self.position == 0 {
+        if !self.has_body {
             return Err(Error::machine("there are no logits before the first token"));
         }
         Ok(())
@@ -207,11 +269,7 @@ impl Backend for CudaBackend {
     fn prefill(&mut self, tokens: &[u32]) -> Result<(), Error> {
         self.check_tokens(tokens)?;
         self.gpu.make_current()?;
-        self.write_tokens(tokens)?;
-        for _ in 1..tokens.len() {
-            self.run(|backend| &backend.prompt)?;
-        }
-        self.run(|backend| &backend.full)?;
+        self.append(tokens)?;
         // A failure on the device belongs to the prompt, not to whatever is read next.
         self.gpu.synchronize()
     }
@@ -219,37 +277,87 @@ impl Backend for CudaBackend {
     fn decode(&mut self, token: u32) -> Result<(), Error> {
         self.check_tokens(&[token])?;
         self.gpu.make_current()?;
-        self.write_tokens(&[token])?;
-        self.run(|backend| &backend.full)
+        if self.next != Some(token) {
+            return self.append(&[token]);
+        }
+        self.tokens.push(token);
+        self.next = None;
+        self.following = true;
+        if self.chosen == self.tokens.len() {
+            self.step_ahead()?;
+        }
+        Ok(())
     }
 
-    fn argmax(&mut self) -> Result<u32, Error> {
+    fn choose(&mut self, sampling: &Sampling) -> Result<u32, Error> {
         self.check_started()?;
-        if let Some(token) = self.chosen {
-            return Ok(token);
+        self.gpu.make_current()?;
+        if !sampling.is_greedy() {
+            let mut logits = self.logits()?;
+            return sampler::choose(&mut logits, &self.tokens, sampling);
         }
-        let mut token = 0u32;
-        let slot = self.token_slots(self.position, 1);
-        self.memory.read(slot, bytemuck::bytes_of_mut(&mut token))?;
-        self.chosen = Some(token);
+        self.choose_next()?;
+        let tokens = self.tokens.len();
+        while self.following && self.chosen <= (tokens + AHEAD).min(self.context) {
+            self.step_ahead()?;
+        }
+        let token = self.reader.wait(tokens)?;
+        self.next = Some(token);
         Ok(token)
     }
 
     fn logits(&mut self) -> Result<Vec<f32>, Error> {
         self.check_started()?;
+        self.gpu.make_current()?;
+        if self.chosen > self.tokens.len() + 1 {
+            self.take_back_choices()?;
+        }
+        self.choose_next()?;
         let mut logits = vec![0f32; self.vocab];
         self.memory
-            .read(self.logits, bytemuck::cast_slice_mut(&mut logits))?;
+            .read(self.plan.logits, bytemuck::cast_slice_mut(&mut logits))?;
         Ok(logits)
     }
 
     fn position(&self) -> usize {
-        self.position
+        self.tokens.len()
     }
 
-    fn reset(&mut self) {
-        self.position = 0;
-        self.rewind = true;
-        self.chosen = None;
+    fn rewind(&mut self, tokens: usize) {
+        self.tokens.truncate(tokens);
+        self.chosen = self.tokens.len();
+        self.next = None;
+        self.following = false;
+        self.has_body = false;
+    }
+
+    fn profile(&mut self, kernels: bool) -> Result<Profile, Error> {
+        self.check_started()?;
+        self.gpu.make_current()?;
+        let tokens = self.tokens.len();
+        // The token after the last, so that nothing that was appended changes.
+        if tokens == self.context {
+            return Err(Error::machine(
+                "the context is full: no token can be profiled",
+            ));
+        }
+        let read_bytes_per_second = profile::read_bytes_per_second(&self.gpu)?;
+        if !kernels {
+            return Ok(Profile {
+                read_bytes_per_second,
+                kernels: Vec::new(),
+            });
+        }
+        self.choose_next()?;
+        let kernels = profile::kernels(&self.gpu, &mut self.memory, &self.plan, tokens)?;
+        // Whatever the device has chosen by now, it is not what was asked for.
+        self.position = usize::MAX;
+        self.chosen = tokens;
+        self.next = None;
+        self.has_body = false;
+        Ok(Profile {
+            read_bytes_per_second,
+            kernels,
+        })
     }
 }

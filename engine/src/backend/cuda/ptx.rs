@@ -1,8 +1,13 @@
 //! The kernels as PTX, one text a tier, as the build script made them.
 
+#[cfg(feature = "ptx")]
 include!(concat!(env!("OUT_DIR"), "/ptx_tiers.rs"));
 
-#[cfg(test)]
+/// A program without kernels of its own.
+#[cfg(not(feature = "ptx"))]
+pub static TIERS: &[(u32, &str)] = &[];
+
+#[cfg(all(test, feature = "ptx"))]
 mod tests {
     use super::TIERS;
 

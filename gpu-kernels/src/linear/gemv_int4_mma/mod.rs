@@ -22,14 +22,22 @@
 //! y += scale * (sum (1024 + q) x - sum 1024 x)  +  min * sum x
 //! ```
 //!
-//! x is rounded to halves, which costs a relative error of 3e-4. It has to stay below 65504.
+//! x is rounded to halves, which costs a relative error of 3e-4; or it comes as halves, which is half
+//! the bytes for every block to fetch. It has to stay below 65504.
 //!
-//! Bytes moved: `N K / 2` quants, `2 N ceil(K/group)` scales (twice with mins), and `4 T K` of x a
-//! block, from L2. A warp has four tiles in flight, the next row tile's among them while this one's
-//! sums are put together, so the loads never pause. The first leaves before x is touched.
+//! Bytes moved: `N K / 2` quants, `2 N ceil(K/group)` scales (twice with mins), and x once a block, from
+//! L2. A warp has four tiles in flight, the next row tile's among them while this one's sums are put
+//! together, so the loads never pause. One token's tiles come by asynchronous copies into a ring in
+//! shared memory, each lane's part its own, which takes few registers; before capability 8.0, and for
+//! several tokens, they come straight to registers.
+//!
+//! What decides is when x arrives: no product starts without it, and its loads queue up behind every
+//! load of weights that went before. So at most half of the tiles in flight are asked for before x. From
+//! capability 9.0 on these are asked for while the launch before still runs ([`ptx::griddep_wait`]).
+//!
 //! Shared memory holds x as halves in natural order: a warp reads it four lanes wide, the same for
 //! all rows (one token), or from eight columns whose strides differ by half the banks: no
-//! conflicts. x that does not fit is staged in chunks along K, once a round.
+//! conflicts. For several tokens, x that does not fit is staged in chunks along K, once a round.
 //!
 //! Norm in front ([`Operands::gain`]): every block computes the mean square for itself.
 //! [`Epilogue::Add`] adds to y, for the residual. [`Epilogue::SwiGlu`] takes tiles of 8 gate and
@@ -37,10 +45,14 @@
 //!
 //! Sums are added up in an order that depends on shape and tiling alone. Before capability 8.0 a
 //! product is two instructions of half the depth; the layout is the same.
+//!
+//! [`ptx::griddep_wait`]: crate::ptx::griddep_wait
 
 mod one;
 #[cfg(not(target_arch = "nvptx64"))]
 mod plan;
+#[cfg(not(target_arch = "nvptx64"))]
+mod space;
 mod tile;
 mod tokens;
 
@@ -48,6 +60,8 @@ use cuda_std::{kernel, thread};
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use plan::{Epilogue, Operands, Shape, Tiling, entry, max_warps, plan, rule};
+#[cfg(not(target_arch = "nvptx64"))]
+pub use space::candidates;
 
 /// Rows a tile.
 const TILE_ROWS: u32 = 16;

@@ -70,6 +70,7 @@ impl Shape {
             Epilogue::Add => " add",
             Epilogue::SwiGlu => " swiglu",
         });
+        name.push_str(if self.half_y { " to halves" } else { "" });
         name
     }
 
@@ -80,11 +81,11 @@ impl Shape {
         }
     }
 
-    fn row_tiles(&self) -> usize {
+    pub(super) fn row_tiles(&self) -> usize {
         self.rows.div_ceil(self.tile_outputs())
     }
 
-    fn depth_tiles(&self) -> usize {
+    pub(super) fn depth_tiles(&self) -> usize {
         self.cols.div_ceil(TILE_COLS as usize)
     }
 }

@@ -151,7 +151,21 @@ impl Compiler<'_> {
                 let (gate, up, out) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
                 swiglu::plan(device, &shape, &swiglu::Operands { gate, up, out })
             }
-            Step::HeadNorm { .. } | Step::RoundToInt8 { .. } | Step::ReluSquaredGlu { .. } => {
+            Step::HeadNorm {
+                weight,
+                eps,
+                buffer,
+                heads,
+            } => {
+                let shape = rmsnorm::Shape {
+                    tokens: heads,
+                    width: config.head_dim,
+                    eps,
+                };
+                let (x, weight) = (self.buffer(buffer), self.vector(weight)?);
+                rmsnorm::plan(device, &shape, &rmsnorm::Operands { x, weight, out: x })
+            }
+            Step::RoundToInt8 { .. } | Step::ReluSquaredGlu { .. } => {
                 return Err(Error::input(
                     "this architecture cannot run on the CUDA backend: use --backend cpu",
                 ));
@@ -227,8 +241,8 @@ impl Compiler<'_> {
                 Then::SwiGlu => gemv_int4_mma::Epilogue::SwiGlu,
             },
             eps: product.norm.map_or(0.0, |norm| norm.eps),
-            half_x: false,
-            half_y: false,
+            half_x: self.half_gated && product.src == Buffer::Gated,
+            half_y: self.half_gated && product.then == Then::SwiGlu,
         };
         let operands = gemv_int4_mma::Operands {
             quants: tiles.quants,

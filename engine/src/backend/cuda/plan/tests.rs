@@ -7,6 +7,7 @@ use cuda_std::emulator::{self, Buffer as Emulated};
 use models::arch::recipe;
 use models::file::gguf::{DType, Gguf};
 use models::quant::Weight;
+use models::recipe::{RowOrder, WeightKind, WeightRef};
 use models::synthetic::{self, Options};
 
 use super::*;
@@ -218,6 +219,51 @@ fn what_cannot_be_fused_runs_step_by_step() {
         steps.swap(gated - 1, gated - 2);
     });
     assert_eq!(crossed, 1);
+}
+
+#[test]
+fn norms_of_heads_on_the_emulator() {
+    let mut model = model("tiny-qwen2", DType::Q4_0);
+    let config = model.recipe.config.clone();
+    let gain = (0..config.head_dim)
+        .map(|i| 0.5 + i as f32 / 16.0)
+        .collect();
+    let weight = model.weights.len();
+    model.weights.push(Weight::Vector(gain));
+    model.recipe.weights.push(WeightRef {
+        name: "blk.0.attn_q_norm.weight".to_owned(),
+        rows: 1,
+        cols: config.head_dim,
+        kind: WeightKind::Vector,
+        row_order: RowOrder::AsStored,
+    });
+    let steps = &mut model.recipe.steps;
+    let rope = steps
+        .iter()
+        .position(|step| matches!(step, Step::Rope { .. }));
+    let rope = rope.expect("a rope");
+    for (buffer, heads) in [
+        (Buffer::Query, config.heads),
+        (Buffer::Key, config.kv_heads),
+    ] {
+        let norm = Step::HeadNorm {
+            weight,
+            eps: 1e-6,
+            buffer,
+            heads,
+        };
+        steps.insert(rope, norm);
+    }
+    let steps = emulated_logits_equal_the_cpu(model);
+    assert_eq!(
+        &steps[1..5],
+        [
+            "norm attn_q attn_k attn_v",
+            "norm attn_q_norm",
+            "norm attn_q_norm",
+            "rope q k, append"
+        ]
+    );
 }
 
 #[test]

@@ -1,0 +1,250 @@
+//! Kernels in every launch that is worth a try: what `gpu-kernels/tuned.toml` is made of.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use engine::Error;
+use engine::backend::cuda::device::Gpu;
+use gpu_kernels::launch::{Call, DeviceInfo};
+use gpu_kernels::linear::gemv_int4_mma;
+use gpu_kernels::tuned::{self, Launches, Row};
+
+use crate::models;
+use crate::rows::{self, Operands, Tiled};
+use crate::select::{SEVEN, Selection};
+use crate::time::{self, Forms};
+
+/// Samples of a first look at a launch.
+const FIRST_SAMPLES: usize = 5;
+/// Launches that get a second look, besides the rule's.
+const FINALISTS: usize = 6;
+/// By how much a launch has to beat the rule's: differences below come and go between runs.
+const WORTH: f64 = 0.99;
+
+/// Plans the calls of all launches over one copy of the operands.
+type Make = Box<dyn Fn(&DeviceInfo, &mut dyn Operands) -> Result<Vec<Call>, Error>>;
+
+/// A kernel at a shape, with its launches.
+struct Job {
+    kernel: &'static str,
+    /// Shape, as the table names it.
+    shape: String,
+    bytes: u64,
+    /// Names and numbers of each launch, the rule's first.
+    launches: Vec<Vec<(String, u32)>>,
+    make: Make,
+}
+
+impl Job {
+    /// A job of a kernel's own launches.
+    fn new<L: Launches>(
+        kernel: &'static str,
+        shape: String,
+        bytes: u64,
+        launches: &[L],
+        make: Make,
+    ) -> Job {
+        let named = |launch: &L| {
+            let names = L::NAMES.iter().map(|name| (*name).to_owned());
+            names.zip(launch.numbers()).collect()
+        };
+        Job {
+            kernel,
+            shape,
+            bytes,
+            launches: launches.iter().map(named).collect(),
+            make,
+        }
+    }
+
+    /// The INT4 product on the matrix units.
+    fn tiled(device: &DeviceInfo, product: Tiled) -> Job {
+        let tilings = gemv_int4_mma::candidates(device, &product.shape);
+        Job::new(
+            product.kernel(),
+            product.shape.name(product.norm),
+            rows::gemv_int4_mma(&product).bytes,
+            &tilings.clone(),
+            Box::new(move |device, memory| {
+                rows::gemv_int4_mma_in(&product, &tilings, device, memory)
+            }),
+        )
+    }
+}
+
+/// The kernels and shapes that a selection means: those of a model as the engine fuses them, a bare
+/// matrix, or the seven bare ones and every model.
+fn jobs(device: &DeviceInfo, selection: &Selection) -> Result<Vec<Job>, Error> {
+    let (group, mins) = (selection.group, selection.mins);
+    let bare = |(n, k)| Tiled {
+        mins,
+        ..Tiled::plain(n, k, group)
+    };
+    let of_models = |name: &str| -> Result<Vec<Tiled>, Error> {
+        let models = models::named(name)?;
+        let products = models.iter().flat_map(models::Model::products);
+        Ok(products
+            .map(|product| Tiled::of(&product, group, mins))
+            .collect())
+    };
+    let products = match (&selection.model, selection.shape) {
+        (Some(name), _) => of_models(name)?,
+        (None, Some(shape)) => vec![bare(shape)],
+        (None, None) => {
+            let mut all: Vec<Tiled> = SEVEN.into_iter().map(bare).collect();
+            all.extend(of_models(models::ALL)?);
+            all
+        }
+    };
+    let mut jobs: Vec<Job> = Vec::new();
+    for product in products {
+        let job = Job::tiled(device, product);
+        let known = |other: &Job| other.kernel == job.kernel && other.shape == job.shape;
+        if selection.takes(job.kernel) && !jobs.iter().any(known) {
+            jobs.push(job);
+        }
+    }
+    if jobs.is_empty() {
+        return Err(Error::input(
+            "no kernel of that name has launches to choose from",
+        ));
+    }
+    Ok(jobs)
+}
+
+/// Times every selected kernel in all its launches on `gpu`, whose kernels are `ptx`, and puts the
+/// fastest into the table at `path`.
+///
+/// # Errors
+/// [`Error::Machine`] from the device or the file, [`Error::Input`] for a selection that leaves
+/// nothing or a table that cannot be read.
+pub fn run(gpu: &Arc<Gpu>, ptx: &str, selection: &Selection, path: &Path) -> Result<(), Error> {
+    let mut table = match std::fs::read_to_string(path) {
+        Ok(text) => tuned::rows(&text)
+            .map_err(|reason| Error::input(format!("{}: {reason}", path.display())))?,
+        Err(_) => tuned::checked_in(),
+    };
+    let jobs = jobs(&gpu.info(), selection)?;
+    for job in &jobs {
+        let row = fastest(gpu, ptx, job)?;
+        table.retain(|known| !row.replaces(known));
+        table.push(row);
+        // After each: an interrupted run keeps what it found.
+        write(path, &tuned::text(&table))?;
+    }
+    println!("{} rows written to {}", jobs.len(), path.display());
+    Ok(())
+}
+
+/// Writes the table whole or not at all.
+fn write(path: &Path, text: &str) -> Result<(), Error> {
+    let part = path.with_extension("toml.part");
+    std::fs::write(&part, text)
+        .and_then(|()| std::fs::rename(&part, path))
+        .map_err(|error| Error::machine(format!("writing {}: {error}", path.display())))
+}
+
+/// Looks at every launch briefly, at the best ones and the rule's again, and takes the fastest.
+fn fastest(gpu: &Arc<Gpu>, ptx: &str, job: &Job) -> Result<Row, Error> {
+    let revision = tuned::revision(ptx, job.kernel)
+        .ok_or_else(|| Error::machine(format!("{} is not in the PTX", job.kernel)))?;
+    let (read, _) = time::kernel(gpu, &rows::read(job.bytes, true))?;
+    let forms = Forms::new(gpu, job.bytes, &job.make)?;
+    let mut first = (0..job.launches.len())
+        .map(|form| Ok((forms.time(form, FIRST_SAMPLES)?.median_us, form)))
+        .collect::<Result<Vec<_>, Error>>()?;
+    first.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let rule_us = forms.time(0, time::SAMPLES)?.median_us;
+    let mut best = (rule_us, 0);
+    for &(_, form) in first.iter().take(FINALISTS).filter(|(_, form)| *form != 0) {
+        let us = forms.time(form, time::SAMPLES)?.median_us;
+        if us < best.0 && us < WORTH * rule_us {
+            best = (us, form);
+        }
+    }
+    let (us, form) = best;
+    let launch = |form: usize| {
+        let numbers = job.launches[form].iter();
+        let numbers: Vec<String> = numbers.map(|(name, n)| format!("{name} {n}")).collect();
+        numbers.join(" ")
+    };
+    println!(
+        "{} {}: read {:.2} us; rule {rule_us:.2} us, {:.2} x read ({}); best of {} {us:.2} us, {:.2} x read ({})",
+        job.kernel,
+        job.shape,
+        read.median_us,
+        rule_us / read.median_us,
+        launch(0),
+        job.launches.len(),
+        us / read.median_us,
+        launch(form),
+    );
+    Ok(Row {
+        gpu: gpu.name().to_owned(),
+        tier: gpu.tier(),
+        kernel: job.kernel.to_owned(),
+        shape: job.shape.clone(),
+        revision,
+        launch: job.launches[form].clone(),
+        us,
+        rule_us,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shapes(selection: &Selection) -> Vec<String> {
+        let jobs = jobs(&DeviceInfo::T4, selection).expect("jobs");
+        jobs.iter()
+            .map(|job| format!("{} {}", job.kernel, job.shape))
+            .collect()
+    }
+
+    #[test]
+    fn a_model_is_tuned_as_the_engine_fuses_it() {
+        let selection = Selection {
+            model: Some("qwen2.5-1.5b".into()),
+            group: 32,
+            ..Selection::default()
+        };
+        assert_eq!(
+            shapes(&selection),
+            [
+                "linear_gemv_int4_mma_g32 2048x1536 norm",
+                "linear_gemv_int4_mma_g32 1536x1536 add",
+                "linear_gemv_int4_mma_g32 8960x1536 norm swiglu",
+                "linear_gemv_int4_mma_g32 1536x8960 add",
+            ]
+        );
+    }
+
+    #[test]
+    fn every_job_has_a_launch_by_the_rule_and_others() {
+        let selection = Selection {
+            group: 128,
+            ..Selection::default()
+        };
+        let jobs = jobs(&DeviceInfo::T4, &selection).expect("jobs");
+        assert!(jobs.len() > 20);
+        for job in &jobs {
+            assert!(job.launches.len() > 4, "{} {}", job.kernel, job.shape);
+        }
+        let other = Selection {
+            kernel: "rmsnorm".into(),
+            ..selection
+        };
+        assert!(super::jobs(&DeviceInfo::T4, &other).is_err());
+    }
+
+    #[test]
+    fn tables_are_replaced_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tuned.toml");
+        write(&path, "a").unwrap();
+        write(&path, "b").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "b");
+        assert_eq!(folder.path().read_dir().unwrap().count(), 1);
+    }
+}
