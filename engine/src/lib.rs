@@ -6,6 +6,7 @@ pub mod chat;
 mod error;
 pub mod generate;
 pub mod quality;
+pub mod quantize;
 pub mod sampler;
 pub mod tokenizer;
 pub mod weights;

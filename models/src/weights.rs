@@ -27,6 +27,7 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::Error;
 use crate::error::shown;
+use crate::file::container::{Container, Layout};
 use crate::file::{DType, Source, Tensor};
 use crate::quant::floats::{self, BLOCK, RowDecoder, SUPER_BLOCK, f16_at};
 use crate::quant::int4::CELL_BYTES;
@@ -48,6 +49,10 @@ const Q8_0_BYTES: usize = 2 + BLOCK;
 /// A tensor that is missing, has another shape than the recipe says or a type that its use cannot
 /// take, a scale or value that is not finite.
 pub fn decode(source: &dyn Source, weight: &WeightRef) -> Result<Weight, Error> {
+    if let Some(container) = source.container() {
+        check(source, weight)?;
+        return container.weight(&weight.name);
+    }
     if weight.kind == WeightKind::Vector {
         return decode_vector(source, weight).map(Weight::Vector);
     }
@@ -79,6 +84,45 @@ pub fn decode(source: &dyn Source, weight: &WeightRef) -> Result<Weight, Error> 
     })
 }
 
+/// The rows of a weight as floats, in the order that kernels expect.
+#[derive(Debug)]
+pub enum FloatRows<'a> {
+    /// Read from the source's own type, as asked for.
+    Source(SourceRows<'a>),
+    /// Decoded first, because several tensors make up the weight.
+    Decoded(Weight),
+}
+
+impl<'a> FloatRows<'a> {
+    /// The rows of one weight of a recipe.
+    ///
+    /// # Errors
+    /// As [`decode`]; types that only a kernel form is known of are decoded.
+    pub fn new(source: &'a dyn Source, weight: &'a WeightRef) -> Result<Self, Error> {
+        if source.container().is_some() || source.packing().is_some() {
+            return decode(source, weight).map(FloatRows::Decoded);
+        }
+        let rows = Rows::new(source, weight)?;
+        let decode = rows.decoder()?;
+        Ok(FloatRows::Source(SourceRows { rows, decode }))
+    }
+
+    /// Writes row `i` to `out`, which holds as many floats as a row has.
+    pub fn read(&self, i: usize, out: &mut [f32]) {
+        match self {
+            FloatRows::Source(source) => (source.decode)(source.rows.row(i), out),
+            FloatRows::Decoded(weight) => weight.dequantize_row(i, out),
+        }
+    }
+}
+
+/// Rows of a tensor and how to read them.
+#[derive(Debug)]
+pub struct SourceRows<'a> {
+    rows: Rows<'a>,
+    decode: RowDecoder,
+}
+
 /// Decodes a tensor of kind [`WeightKind::Vector`]: `(cols,)` floats.
 ///
 /// # Errors
@@ -97,8 +141,31 @@ pub fn decode_vector(source: &dyn Source, weight: &WeightRef) -> Result<Vec<f32>
 /// # Errors
 /// A tensor that is missing or has another shape, naming both.
 pub fn check(source: &dyn Source, weight: &WeightRef) -> Result<Vec<String>, Error> {
+    if let Some(container) = source.container() {
+        return check_stored(container, weight);
+    }
     check_shape(source.require_tensor(&weight.name)?, weight)?;
     Ok(vec![weight.name.clone()])
+}
+
+/// [`check`] for a weight in kernel form.
+fn check_stored(container: &Container<'_>, weight: &WeightRef) -> Result<Vec<String>, Error> {
+    let parts = container.part_names(&weight.name)?;
+    let stored = container.stored(&weight.name);
+    let fits = stored.is_some_and(|stored| {
+        (stored.rows, stored.cols) == (weight.rows, weight.cols)
+            && (stored.layout == Layout::F32) == (weight.kind == WeightKind::Vector)
+    });
+    match fits {
+        true => Ok(parts),
+        false => Err(fail(
+            weight,
+            format!(
+                "is no {:?} of {} rows and {} columns",
+                weight.kind, weight.rows, weight.cols
+            ),
+        )),
+    }
 }
 
 /// Checks that a tensor has the shape that a recipe expects: `[cols, rows]` for a matrix,
@@ -139,6 +206,7 @@ fn fail(weight: &WeightRef, reason: String) -> Error {
 }
 
 /// The stored rows of a tensor whose shape was checked, in the order that kernels expect.
+#[derive(Debug)]
 struct Rows<'a> {
     weight: &'a WeightRef,
     dtype: DType,
@@ -195,12 +263,15 @@ impl<'a> Rows<'a> {
         floats::row_decoder(self.dtype).ok_or_else(|| self.unusable())
     }
 
+    /// The stored bytes of the row that is `row`-th in kernel order.
+    fn row(&self, row: usize) -> &'a [u8] {
+        let start = stored_row(self.weight.row_order, row) * self.row_bytes;
+        &self.data[start..start + self.row_bytes]
+    }
+
     /// The stored bytes of each row, in kernel order.
     fn iter(&self) -> impl Iterator<Item = &'a [u8]> {
-        (0..self.weight.rows).map(|row| {
-            let start = stored_row(self.weight.row_order, row) * self.row_bytes;
-            &self.data[start..start + self.row_bytes]
-        })
+        (0..self.weight.rows).map(|row| self.row(row))
     }
 
     /// Weights of the tensor; no more than a small multiple of its bytes in the file.

@@ -4,6 +4,7 @@
 //! threads walk the phases together and take shares as they come. Threads are woken once a token, not
 //! once a matrix. Every buffer exists before the first token: a step allocates nothing.
 
+mod forward;
 mod program;
 mod read;
 mod team;

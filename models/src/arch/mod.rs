@@ -10,6 +10,7 @@ pub mod qwen3;
 
 pub use config::{Config, Stretch};
 pub(crate) use config::{Field, Keys, MAX_DIMENSION, positive, read};
+pub use names::hugging_face_name;
 
 use crate::Error;
 use crate::error::shown;

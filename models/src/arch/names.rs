@@ -87,3 +87,75 @@ impl Part {
         }
     }
 }
+
+impl Outer {
+    const ALL: [Outer; 3] = [Outer::Embedding, Outer::Norm, Outer::Output];
+}
+
+impl Part {
+    const ALL: [Part; 13] = [
+        Part::AttentionNorm,
+        Part::Query,
+        Part::Key,
+        Part::Value,
+        Part::QueryNorm,
+        Part::KeyNorm,
+        Part::AttentionSubNorm,
+        Part::AttentionOutput,
+        Part::FfnNorm,
+        Part::Gate,
+        Part::Up,
+        Part::FfnSubNorm,
+        Part::Down,
+    ];
+}
+
+/// The Hugging Face name of a tensor of a recipe. `None` for a name that no recipe has.
+pub fn hugging_face_name(name: &str) -> Option<String> {
+    let to = Naming::HuggingFace;
+    for naming in [Naming::Gguf, to] {
+        if let Some(outer) = Outer::ALL.iter().find(|outer| outer.name(naming) == name) {
+            return Some(outer.name(to).to_owned());
+        }
+    }
+    let (stem, suffix) = name.rsplit_once('.')?;
+    let gguf = stem.strip_prefix("blk.").map(|rest| (rest, Naming::Gguf));
+    let (rest, naming) = gguf.or_else(|| Some((stem.strip_prefix("model.layers.")?, to)))?;
+    let (layer, part) = rest.split_once('.')?;
+    let layer = layer.parse().ok()?;
+    let part = Part::ALL.iter().find(|candidate| {
+        part == match naming {
+            Naming::Gguf => candidate.gguf(),
+            Naming::HuggingFace => candidate.hugging_face(),
+        }
+    })?;
+    Some(format!("{}.{suffix}", part.name(to, layer)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_both_formats_become_hugging_face_names() {
+        for part in Part::ALL {
+            let name = format!("{}.weight", part.name(Naming::HuggingFace, 7));
+            let gguf = format!("{}.weight", part.name(Naming::Gguf, 7));
+            assert_eq!(hugging_face_name(&gguf).as_ref(), Some(&name));
+            assert_eq!(hugging_face_name(&name).as_ref(), Some(&name));
+        }
+        for (from, to) in [
+            ("token_embd.weight", "model.embed_tokens.weight"),
+            (
+                "blk.11.attn_q.bias",
+                "model.layers.11.self_attn.q_proj.bias",
+            ),
+            ("lm_head.weight", "lm_head.weight"),
+        ] {
+            assert_eq!(hugging_face_name(from).as_deref(), Some(to));
+        }
+        for other in ["", "blk.x.attn_q.weight", "blk.1.other.weight", "blk.1"] {
+            assert_eq!(hugging_face_name(other), None, "{other}");
+        }
+    }
+}

@@ -7,8 +7,9 @@
 //! __metadata__  "format": "edgellm", "edgellm.version", "edgellm.weights": what each weight is,
 //!               and what the source says of the model: configuration, tokenizer, chat template, …
 //! tensors       NAME          (n,) F32                    a vector
-//!               NAME.quants   (n, k/2) U8 or (n, k) I8    cells of INT4, levels of INT8
-//!               NAME.scales   (n, ceil(k/group)) F16
+//!               NAME          (n, k) F16                  a matrix of floats
+//!               NAME.quants   (n, k/2) U8, (n, k) I8, (n, k/4) U8   of INT4, INT8 and ternary
+//!               NAME.scales   (n, ceil(k/group)) F16      F32 for ternary
 //!               NAME.mins     (n, ceil(k/group)) F16      INT4 with minima
 //!               NAME.quants   (n, k/4) U8, NAME.scales (n, ceil(k/group)) F32       ternary
 //!               NAME          (n, k) F16                  a float matrix
@@ -21,20 +22,22 @@
 //! and which matrices share tiles on a GPU ([`int4_tiled`](crate::quant::int4_tiled)) is a choice of
 //! its backend, made at upload.
 
+mod config;
 mod writer;
 
-use std::collections::{HashMap, HashSet};
-use std::ops::Range;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use bytemuck::Pod;
 use bytes::Bytes;
 use half::f16;
-use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
 pub use writer::{DataWriter, Writer};
 
+use super::safetensors::SafeTensors;
+use super::{DType, Naming, Source, Tensor};
 use crate::Error;
+use crate::arch::Config;
 use crate::error::shown;
 use crate::quant::{F16Matrix, Int4Form, Int4Matrix, Int8Matrix, Shared, TernaryMatrix, Weight};
 
@@ -50,6 +53,8 @@ const FORMAT: &str = "edgellm";
 const VERSION_KEY: &str = "edgellm.version";
 /// Key of the list of [`StoredWeight`]s, JSON.
 const WEIGHTS_KEY: &str = "edgellm.weights";
+/// Key of the model's [`Config`], JSON.
+const CONFIG_KEY: &str = "edgellm.config";
 /// Prefix of the names of tensors that hold nothing.
 const PADDING: &str = "padding.";
 const _: () = assert!(
@@ -103,32 +108,28 @@ pub struct StoredWeight {
 /// A tensor of the file that is a part of a weight.
 struct Part {
     name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
+    dtype: DType,
+    /// Outermost first.
+    shape: Vec<u64>,
+    bytes: u64,
 }
 
 impl StoredWeight {
     /// How `weight` is stored under `name`.
     pub fn of(name: String, weight: &Weight) -> StoredWeight {
-        let (rows, cols, layout) = match weight {
-            Weight::Int4(m) => {
-                let form = match m.mins {
+        let (rows, cols) = weight.shape();
+        let layout = match weight {
+            Weight::Int4(m) => Layout::Int4 {
+                group: m.group,
+                form: match m.mins {
                     Some(_) => Int4Form::Asymmetric,
                     None => Int4Form::Symmetric,
-                };
-                (
-                    m.rows,
-                    m.cols,
-                    Layout::Int4 {
-                        group: m.group,
-                        form,
-                    },
-                )
-            }
-            Weight::Int8(m) => (m.rows, m.cols, Layout::Int8 { group: m.group }),
-            Weight::Ternary(m) => (m.rows, m.cols, Layout::Ternary { group: m.group }),
-            Weight::F16(m) => (m.rows, m.cols, Layout::F16),
-            Weight::Vector(values) => (1, values.len(), Layout::F32),
+                },
+            },
+            Weight::Int8(m) => Layout::Int8 { group: m.group },
+            Weight::Ternary(m) => Layout::Ternary { group: m.group },
+            Weight::F16(_) => Layout::F16,
+            Weight::Vector(_) => Layout::F32,
         };
         StoredWeight {
             name,
@@ -138,48 +139,58 @@ impl StoredWeight {
         }
     }
 
-    /// The tensors that make up the weight, in file order; their bytes do not overflow.
+    /// Bytes of the weight, without padding.
+    ///
+    /// # Errors
+    /// A size that overflows, a group of zero.
+    pub fn bytes(&self) -> Result<u64, Error> {
+        Ok(self.parts()?.iter().map(|part| part.bytes).sum())
+    }
+
+    /// The tensors that make up the weight, in file order.
     fn parts(&self) -> Result<Vec<Part>, Error> {
-        let (rows, cols) = (self.rows, self.cols);
-        // Sizes of all parts are at most four bytes a weight.
-        if rows
-            .checked_mul(cols)
-            .and_then(|n| n.checked_mul(4))
-            .is_none()
-        {
-            return Err(self.fail(format!("{rows} x {cols} overflows")));
-        }
-        let part = |suffix: &str, dtype, shape: Vec<usize>| Part {
-            name: format!("{}{suffix}", self.name),
-            dtype,
-            shape,
+        let (rows, cols) = (self.rows as u64, self.cols as u64);
+        let part = |suffix: &str, dtype: DType, cols: u64| -> Result<Part, Error> {
+            let shape = match self.layout {
+                Layout::F32 => vec![cols],
+                _ => vec![rows, cols],
+            };
+            let bytes = dtype
+                .tensor_bytes(&shape)
+                .ok_or_else(|| self.fail(format!("its size of {shape:?} overflows")))?;
+            Ok(Part {
+                name: format!("{}{suffix}", self.name),
+                dtype,
+                shape,
+                bytes,
+            })
         };
         let groups = |group: usize| match group {
             0 => Err(self.fail("group is 0")),
-            _ => Ok(cols.div_ceil(group)),
+            _ => Ok(cols.div_ceil(group as u64)),
         };
         Ok(match self.layout {
             Layout::Int4 { group, form } => {
                 let groups = groups(group)?;
                 let mut parts = vec![
-                    part(".quants", Dtype::U8, vec![rows, cols / 2]),
-                    part(".scales", Dtype::F16, vec![rows, groups]),
+                    part(".quants", DType::U8, cols / 2)?,
+                    part(".scales", DType::F16, groups)?,
                 ];
                 if form == Int4Form::Asymmetric {
-                    parts.push(part(".mins", Dtype::F16, vec![rows, groups]));
+                    parts.push(part(".mins", DType::F16, groups)?);
                 }
                 parts
             }
             Layout::Int8 { group } => vec![
-                part(".quants", Dtype::I8, vec![rows, cols]),
-                part(".scales", Dtype::F16, vec![rows, groups(group)?]),
+                part(".quants", DType::I8, cols)?,
+                part(".scales", DType::F16, groups(group)?)?,
             ],
             Layout::Ternary { group } => vec![
-                part(".quants", Dtype::U8, vec![rows, cols / 4]),
-                part(".scales", Dtype::F32, vec![rows, groups(group)?]),
+                part(".quants", DType::U8, cols / 4)?,
+                part(".scales", DType::F32, groups(group)?)?,
             ],
-            Layout::F16 => vec![part("", Dtype::F16, vec![rows, cols])],
-            Layout::F32 => vec![part("", Dtype::F32, vec![cols])],
+            Layout::F16 => vec![part("", DType::F16, cols)?],
+            Layout::F32 => vec![part("", DType::F32, cols)?],
         })
     }
 
@@ -193,16 +204,18 @@ impl StoredWeight {
 
 /// A parsed file; shares its bytes with whoever holds them.
 #[derive(Debug, Clone)]
-pub struct Container {
-    bytes: Bytes,
-    metadata: HashMap<String, String>,
+pub struct Container<'a> {
+    bytes: &'a Bytes,
+    metadata: BTreeMap<String, String>,
+    tensors: Vec<Tensor<'a>>,
+    /// Place of a tensor by name.
+    tensor_index: HashMap<&'a str, usize>,
     weights: Vec<StoredWeight>,
-    index: HashMap<String, usize>,
-    /// Where the parts of each weight lie, in the order of [`StoredWeight::parts`].
-    places: Vec<Vec<Range<usize>>>,
+    /// Place of a weight by name.
+    weight_index: HashMap<String, usize>,
 }
 
-impl Container {
+impl<'a> Container<'a> {
     /// Whether `bytes` begin like a safetensors file that calls itself EdgeLLM's. The writer puts
     /// the format first, so this looks no further than the first kilobyte.
     pub fn is_container(bytes: &[u8]) -> bool {
@@ -218,12 +231,10 @@ impl Container {
     ///
     /// # Errors
     /// A file that is no safetensors file or not one of EdgeLLM's, another version, weights that are
-    /// named twice, and tensors that are missing, are not what the list of weights says or lie
-    /// askew, in one line that names the field or tensor.
-    pub fn parse(bytes: Bytes) -> Result<Container, Error> {
-        let (header_bytes, header) =
-            SafeTensors::read_metadata(&bytes).map_err(|e| malformed("safetensors header", &e))?;
-        let metadata = header.metadata().clone().unwrap_or_default();
+    /// named twice, and tensors that are missing or not what the list of weights says, in one line
+    /// that names the field or tensor.
+    pub fn parse(bytes: &'a Bytes) -> Result<Container<'a>, Error> {
+        let SafeTensors { metadata, tensors } = SafeTensors::parse(bytes)?;
         if metadata.get(FORMAT_KEY).map(String::as_str) != Some(FORMAT) {
             return Err(Error::Malformed {
                 what: "safetensors header".to_owned(),
@@ -237,36 +248,35 @@ impl Container {
                 reason: format!("version {version} is not supported: {VERSION} is"),
             });
         }
+        let tensor_index: HashMap<&str, usize> = tensors
+            .iter()
+            .enumerate()
+            .map(|(i, tensor)| (tensor.name, i))
+            .collect();
         let weights: Vec<StoredWeight> = json(&metadata, WEIGHTS_KEY)?;
-        let mut index = HashMap::new();
-        let mut places = Vec::new();
+        let mut weight_index = HashMap::new();
         let mut used = HashSet::new();
         for (i, weight) in weights.iter().enumerate() {
-            if index.insert(weight.name.clone(), i).is_some() {
+            if weight_index.insert(weight.name.clone(), i).is_some() {
                 return Err(weight.fail("named twice in the list of weights"));
             }
-            let mut ranges = Vec::new();
             for part in weight.parts()? {
-                let range = locate(&header, &part, LENGTH_BYTES + header_bytes)
-                    .map_err(|reason| weight.fail(reason))?;
-                ranges.push(range);
+                let tensor = tensor_index.get(part.name.as_str()).map(|&i| &tensors[i]);
+                part.check(tensor).map_err(|reason| weight.fail(reason))?;
                 used.insert(part.name);
             }
-            places.push(ranges);
         }
-        let unknown = |name: &String| !name.starts_with(PADDING) && !used.contains(name);
-        if let Some(name) = header.offset_keys().iter().find(|name| unknown(name)) {
-            return Err(Error::Tensor {
-                name: shown(name),
-                reason: format!("is in no weight of {WEIGHTS_KEY}"),
-            });
+        let unknown = |name: &str| !name.starts_with(PADDING) && !used.contains(name);
+        if let Some(tensor) = tensors.iter().find(|tensor| unknown(tensor.name)) {
+            return Err(tensor.fail(format!("is in no weight of {WEIGHTS_KEY}")));
         }
         Ok(Container {
             bytes,
             metadata,
+            tensors,
+            tensor_index,
             weights,
-            index,
-            places,
+            weight_index,
         })
     }
 
@@ -277,7 +287,13 @@ impl Container {
 
     /// The entry of the weight with this name.
     pub fn stored(&self, name: &str) -> Option<&StoredWeight> {
-        self.index.get(name).map(|&i| &self.weights[i])
+        self.weight_index.get(name).map(|&i| &self.weights[i])
+    }
+
+    /// Names of the tensors that make up the weight with this name.
+    pub fn part_names(&self, name: &str) -> Result<Vec<String>, Error> {
+        let parts = self.require(name)?.parts()?;
+        Ok(parts.into_iter().map(|part| part.name).collect())
     }
 
     /// Text that the file holds under `key`.
@@ -296,24 +312,21 @@ impl Container {
     /// A weight, its matrices in place in the file.
     ///
     /// # Errors
-    /// A weight that is missing, a group or a width that its format does not have, a scale or value
-    /// that is not finite.
+    /// A weight that is missing or lies askew, a group or a width that its format does not have, a
+    /// scale or value that is not finite.
     pub fn weight(&self, name: &str) -> Result<Weight, Error> {
-        let Some(&i) = self.index.get(name) else {
-            return Err(Error::MissingTensor { name: shown(name) });
-        };
-        let (stored, places) = (&self.weights[i], &self.places[i]);
+        let stored = self.require(name)?;
         let (rows, cols) = (stored.rows, stored.cols);
         let weight = match stored.layout {
             Layout::Int4 { group, form } => Int4Matrix::from_shared(
                 rows,
                 cols,
                 group,
-                self.values(stored, &places[0])?,
-                self.values(stored, &places[1])?,
+                self.values(stored, ".quants")?,
+                self.values(stored, ".scales")?,
                 match form {
                     Int4Form::Symmetric => None,
-                    Int4Form::Asymmetric => Some(self.values(stored, &places[2])?),
+                    Int4Form::Asymmetric => Some(self.values(stored, ".mins")?),
                 },
             )
             .map(Weight::Int4),
@@ -321,23 +334,23 @@ impl Container {
                 rows,
                 cols,
                 group,
-                self.values(stored, &places[0])?,
-                self.values(stored, &places[1])?,
+                self.values(stored, ".quants")?,
+                self.values(stored, ".scales")?,
             )
             .map(Weight::Int8),
             Layout::Ternary { group } => TernaryMatrix::new(
                 rows,
                 cols,
                 group,
-                self.values::<u8>(stored, &places[0])?,
-                self.values::<f32>(stored, &places[1])?,
+                self.values::<u8>(stored, ".quants")?,
+                self.values::<f32>(stored, ".scales")?,
             )
             .map(Weight::Ternary),
             Layout::F16 => {
-                F16Matrix::new(rows, cols, self.values::<f16>(stored, &places[0])?).map(Weight::F16)
+                F16Matrix::new(rows, cols, self.values::<f16>(stored, "")?).map(Weight::F16)
             }
             Layout::F32 => {
-                let values: Shared<f32> = self.values(stored, &places[0])?;
+                let values: Shared<f32> = self.values(stored, "")?;
                 if rows != 1 {
                     return Err(stored.fail(format!("a vector has one row, not {rows}")));
                 }
@@ -353,46 +366,67 @@ impl Container {
         })
     }
 
-    fn values<T: Pod>(
-        &self,
-        weight: &StoredWeight,
-        place: &Range<usize>,
-    ) -> Result<Shared<T>, Error> {
-        Shared::from_bytes(self.bytes.slice(place.clone())).ok_or_else(|| {
+    fn require(&self, name: &str) -> Result<&StoredWeight, Error> {
+        self.stored(name)
+            .ok_or_else(|| Error::MissingTensor { name: shown(name) })
+    }
+
+    /// A part of a weight, in place.
+    fn values<T: Pod>(&self, weight: &StoredWeight, suffix: &str) -> Result<Shared<T>, Error> {
+        let tensor = self.require_tensor(&format!("{}{suffix}", weight.name))?;
+        Shared::from_bytes(self.bytes.slice_ref(tensor.data)).ok_or_else(|| {
             weight.fail(format!(
-                "lies at byte {}, not at a multiple of {} in memory",
-                place.start,
+                "its values do not lie at a multiple of {} bytes",
                 align_of::<T>()
             ))
         })
     }
 }
 
-/// Bytes of the file that hold a part, whose size the header's check has compared with its shape.
-fn locate(
-    header: &safetensors::tensor::Metadata,
-    part: &Part,
-    data_start: usize,
-) -> Result<Range<usize>, String> {
-    let info = header
-        .info(&part.name)
-        .ok_or_else(|| format!("its tensor {} is missing", shown(&part.name)))?;
-    if info.dtype != part.dtype || info.shape != part.shape {
-        return Err(format!(
-            "its tensor {} is {:?} {:?}, expected {:?} {:?}",
-            shown(&part.name),
-            info.dtype,
-            info.shape,
-            part.dtype,
-            part.shape
-        ));
+impl Source for Container<'_> {
+    /// Whatever the source was: rows are in kernel order.
+    fn naming(&self) -> Naming {
+        Naming::HuggingFace
     }
-    let (start, end) = info.data_offsets;
-    Ok(data_start + start..data_start + end)
+
+    fn config(&self) -> Result<Config, Error> {
+        config::checked(self.json(CONFIG_KEY)?)
+    }
+
+    fn container(&self) -> Option<&Container<'_>> {
+        Some(self)
+    }
+
+    fn tensors(&self) -> &[Tensor<'_>] {
+        &self.tensors
+    }
+
+    fn tensor(&self, name: &str) -> Option<&Tensor<'_>> {
+        self.tensor_index.get(name).map(|&i| &self.tensors[i])
+    }
+}
+
+impl Part {
+    /// Whether the file has this part.
+    fn check(&self, tensor: Option<&Tensor<'_>>) -> Result<(), String> {
+        let name = shown(&self.name);
+        let tensor = tensor.ok_or_else(|| format!("its tensor {name} is missing"))?;
+        let same = tensor.dtype == self.dtype && tensor.dims.iter().rev().eq(&self.shape);
+        match same {
+            true => Ok(()),
+            false => Err(format!(
+                "its tensor {name} is {} {:?}, expected {} {:?}",
+                tensor.dtype.name(),
+                tensor.dims.iter().rev().collect::<Vec<_>>(),
+                self.dtype.name(),
+                self.shape
+            )),
+        }
+    }
 }
 
 fn json<T: for<'de> Deserialize<'de>>(
-    metadata: &HashMap<String, String>,
+    metadata: &BTreeMap<String, String>,
     key: &str,
 ) -> Result<T, Error> {
     let text = metadata
@@ -402,12 +436,4 @@ fn json<T: for<'de> Deserialize<'de>>(
         key: shown(key),
         reason: shown(&error.to_string()),
     })
-}
-
-/// What a library says of a file, as one short line.
-fn malformed(what: &str, error: &dyn std::fmt::Display) -> Error {
-    Error::Malformed {
-        what: what.to_owned(),
-        reason: shown(&error.to_string()),
-    }
 }

@@ -14,6 +14,7 @@ pub use hugging_face::Packing;
 
 use std::ops::Range;
 
+use self::container::Container;
 use crate::Error;
 use crate::arch::Config;
 use crate::error::shown;
@@ -33,6 +34,11 @@ pub trait Source: Sync {
 
     /// How its linear layers are packed, if they are not tensors of a type of their own.
     fn packing(&self) -> Option<&Packing> {
+        None
+    }
+
+    /// The container that it is, which holds weights in the form that kernels read.
+    fn container(&self) -> Option<&Container<'_>> {
         None
     }
 

@@ -19,7 +19,7 @@
 use half::f16;
 use serde::{Deserialize, Serialize};
 
-use super::{Shared, check_finite, check_len, check_shape};
+use super::{Int4Fit, Shared, check_finite, check_len, check_shape};
 use crate::Error;
 
 /// Weights a 16-byte cell.
@@ -105,11 +105,8 @@ impl Int4Matrix {
         })
     }
 
-    /// Rounds `(rows, cols)` float weights to the nearest of the 16 levels of their group.
-    ///
-    /// The levels span the group's range: from its minimum to its maximum in the asymmetric form;
-    /// in the symmetric form the weight of largest magnitude becomes level 0 exactly, up to the
-    /// rounding of its scale to f16.
+    /// Rounds `(rows, cols)` float weights to the nearest of the 16 levels that span the range of
+    /// their group: [`Int4Fit::range`].
     ///
     /// # Errors
     /// As [`Int4Matrix::new`]; also weights of the wrong count, not finite, or beyond f16.
@@ -120,30 +117,61 @@ impl Int4Matrix {
         form: Int4Form,
         weights: &[f32],
     ) -> Result<Self, Error> {
-        let groups = check_group(rows, cols, group)?;
+        Self::encode_with(rows, cols, group, weights, |_, weights| {
+            Int4Fit::range(weights, form)
+        })
+    }
+
+    /// Rounds `(rows, cols)` float weights to the nearest of the 16 levels that `fit` gives for the
+    /// column where a group begins and its weights.
+    ///
+    /// # Errors
+    /// As [`Int4Matrix::encode`].
+    pub fn encode_with(
+        rows: usize,
+        cols: usize,
+        group: usize,
+        weights: &[f32],
+        mut fit: impl FnMut(usize, &[f32]) -> Int4Fit,
+    ) -> Result<Self, Error> {
+        check_group(rows, cols, group)?;
         check_len(FORMAT, "weights", weights.len(), rows * cols)?;
-        let mut quants = vec![0u8; rows * cols / 2];
-        let mut scales = Vec::with_capacity(groups);
-        let mut mins = (form == Int4Form::Asymmetric).then(|| Vec::with_capacity(groups));
-        let mut levels = vec![0u8; group];
-        for (row, packed) in weights
+        let mut levels = vec![0u8; rows * cols];
+        let mut fits = Vec::with_capacity(rows * cols.div_ceil(group));
+        for (row, levels) in weights
             .chunks_exact(cols)
-            .zip(quants.chunks_exact_mut(cols / 2))
+            .zip(levels.chunks_exact_mut(cols))
         {
-            for (chunk, cells) in row.chunks(group).zip(packed.chunks_mut(group / 2)) {
-                let levels = &mut levels[..chunk.len()];
-                match &mut mins {
-                    None => scales.push(encode_symmetric(chunk, levels)),
-                    Some(mins) => {
-                        let (scale, min) = encode_asymmetric(chunk, levels);
-                        scales.push(scale);
-                        mins.push(min);
-                    }
+            let groups = row.chunks(group).zip(levels.chunks_mut(group));
+            for (i, (weights, levels)) in groups.enumerate() {
+                let fit = fit(i * group, weights);
+                for (level, weight) in levels.iter_mut().zip(weights) {
+                    *level = fit.level(*weight);
                 }
-                pack(levels, cells);
+                fits.push(fit);
             }
         }
-        // A weight that is not finite, or too large for f16, shows in its scale or minimum.
+        Self::from_levels(rows, cols, group, &levels, &fits)
+    }
+
+    /// Puts a matrix together from `(rows, cols)` levels and `(rows, ceil(cols/group))` fits of one
+    /// form.
+    ///
+    /// # Errors
+    /// As [`Int4Matrix::new`]. A weight that was not finite, or too large for f16, shows in its fit.
+    pub fn from_levels(
+        rows: usize,
+        cols: usize,
+        group: usize,
+        levels: &[u8],
+        fits: &[Int4Fit],
+    ) -> Result<Self, Error> {
+        check_len(FORMAT, "levels", levels.len(), rows * cols)?;
+        let mut quants = vec![0u8; rows * cols / 2];
+        pack(levels, &mut quants);
+        let scales = fits.iter().map(|fit| fit.scale).collect();
+        let mins: Vec<f16> = fits.iter().filter_map(|fit| fit.min).collect();
+        let mins = (!mins.is_empty()).then_some(mins);
         Self::new(rows, cols, group, quants, scales, mins)
     }
 
@@ -208,51 +236,6 @@ fn check_group(rows: usize, cols: usize, group: usize) -> Result<usize, Error> {
         });
     }
     check_shape(FORMAT, rows, cols, group)
-}
-
-/// Scale of a group in the symmetric form; fills in the levels.
-fn encode_symmetric(weights: &[f32], levels: &mut [u8]) -> f16 {
-    let extreme = weights
-        .iter()
-        .fold(0.0f32, |m, &w| if w.abs() > m.abs() { w } else { m });
-    let sum: f32 = weights.iter().sum();
-    // A NaN never wins a comparison; it survives in the sum.
-    let scale = f16::from_f32(if sum.is_finite() {
-        extreme / -8.0
-    } else {
-        f32::NAN
-    });
-    let inverse = inverse(scale);
-    for (level, w) in levels.iter_mut().zip(weights) {
-        *level = (w * inverse + 8.0).round().clamp(0.0, 15.0) as u8;
-    }
-    scale
-}
-
-/// Scale and minimum of a group in the asymmetric form; fills in the levels.
-fn encode_asymmetric(weights: &[f32], levels: &mut [u8]) -> (f16, f16) {
-    let (low, high) = weights
-        .iter()
-        .fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), &w| {
-            (low.min(w), high.max(w))
-        });
-    let sum: f32 = weights.iter().sum();
-    let min = f16::from_f32(if sum.is_finite() { low } else { f32::NAN });
-    let scale = f16::from_f32((high - min.to_f32()).max(0.0) / 15.0);
-    let inverse = inverse(scale);
-    for (level, w) in levels.iter_mut().zip(weights) {
-        *level = ((w - min.to_f32()) * inverse).round().clamp(0.0, 15.0) as u8;
-    }
-    (scale, min)
-}
-
-/// `1 / scale`, or 0 where the group has no extent.
-fn inverse(scale: f16) -> f32 {
-    if scale == f16::ZERO {
-        0.0
-    } else {
-        1.0 / scale.to_f32()
-    }
 }
 
 /// Packs levels into cells.

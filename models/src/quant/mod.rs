@@ -3,6 +3,7 @@
 pub mod float16;
 pub mod floats;
 pub mod int4;
+mod int4_fit;
 pub mod int4_tiled;
 pub mod int8;
 mod shared;
@@ -10,6 +11,7 @@ pub mod ternary;
 
 pub use float16::F16Matrix;
 pub use int4::{Int4Form, Int4Matrix};
+pub use int4_fit::Int4Fit;
 pub use int4_tiled::Int4Tiled;
 pub use int8::Int8Matrix;
 pub use shared::Shared;
@@ -43,6 +45,17 @@ impl Weight {
             Weight::Ternary(matrix) => matrix.bytes(),
             Weight::F16(matrix) => matrix.bytes(),
             Weight::Vector(values) => size_of_val(values.as_slice()) as u64,
+        }
+    }
+
+    /// Writes row `i` as floats to `out`, which holds as many as a row has.
+    pub fn dequantize_row(&self, i: usize, out: &mut [f32]) {
+        match self {
+            Weight::Int4(matrix) => matrix.dequantize_row(i, out),
+            Weight::Int8(matrix) => matrix.dequantize_row(i, out),
+            Weight::Ternary(matrix) => matrix.dequantize_row(i, out),
+            Weight::F16(matrix) => matrix.dequantize_row(i, out),
+            Weight::Vector(values) => out.copy_from_slice(values),
         }
     }
 

@@ -77,6 +77,33 @@ impl TernaryMatrix {
         })
     }
 
+    /// Rounds `(rows, cols)` float weights to -1, 0 and 1 times a scale of their group: the mean
+    /// magnitude, as BitNet's training does (<https://arxiv.org/abs/2402.17764>). Weights that are
+    /// ternary already are kept.
+    ///
+    /// # Errors
+    /// As [`TernaryMatrix::new`]; also weights of the wrong count or not finite.
+    pub fn encode(rows: usize, cols: usize, group: usize, weights: &[f32]) -> Result<Self, Error> {
+        check_len(FORMAT, "weights", weights.len(), rows * cols)?;
+        let mut codes = vec![0u8; rows * cols];
+        let mut scales = Vec::with_capacity(rows * cols.div_ceil(group.max(1)));
+        for (row, codes) in weights.chunks_exact(cols).zip(codes.chunks_exact_mut(cols)) {
+            let groups = row.chunks(group.max(1)).zip(codes.chunks_mut(group.max(1)));
+            for (weights, codes) in groups {
+                let scale = scale_of(weights);
+                let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+                for (code, weight) in codes.iter_mut().zip(weights) {
+                    *code = ((weight * inverse).round().clamp(-1.0, 1.0) + 1.0) as u8;
+                }
+                scales.push(scale);
+            }
+        }
+        let mut quants = vec![0u8; rows * cols / 4];
+        pack(&codes, &mut quants);
+        // A weight that is not finite shows in its scale.
+        Self::new(rows, cols, group, quants, scales)
+    }
+
     /// Groups a row.
     pub fn groups_per_row(&self) -> usize {
         self.cols.div_ceil(self.group)
@@ -132,9 +159,43 @@ pub(crate) fn pack(codes: &[u8], cells: &mut [u8]) {
     }
 }
 
+/// Scale of a group: the only magnitude beside 0 if there is but one, else the mean magnitude.
+fn scale_of(weights: &[f32]) -> f32 {
+    let largest = weights.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+    let ternary = weights.iter().all(|w| *w == 0.0 || w.abs() == largest);
+    let sum: f32 = weights.iter().map(|w| w.abs()).sum();
+    // A NaN never wins a comparison; it survives in the sum.
+    match ternary && sum.is_finite() {
+        true => largest,
+        false => sum / weights.len() as f32,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ternary_weights_are_kept_and_others_rounded_to_their_mean_magnitude() {
+        let kept: Vec<f32> = (0..96).map(|i| [-0.3, 0.0, 0.3][i * 7 % 3]).collect();
+        let matrix = TernaryMatrix::encode(1, 96, 64, &kept).unwrap();
+        let mut row = [0f32; 96];
+        matrix.dequantize_row(0, &mut row);
+        assert_eq!(row[..], kept[..]);
+
+        let mut weights = [0.5f32; 32];
+        weights[1] = -2.5;
+        weights[2] = 0.1;
+        let matrix = TernaryMatrix::encode(1, 32, 32, &weights).unwrap();
+        let mean = (30.0 * 0.5 + 2.5 + 0.1) / 32.0;
+        matrix.dequantize_row(0, &mut row[..32]);
+        for (got, want) in row.iter().zip([mean, -mean, 0.0, mean]) {
+            assert!((got - want).abs() < 1e-6, "{got} {want}");
+        }
+        weights[4] = f32::NAN;
+        assert!(TernaryMatrix::encode(1, 32, 32, &weights).is_err());
+        assert!(TernaryMatrix::encode(1, 32, 0, &[0.5; 32]).is_err());
+    }
 
     #[test]
     fn what_was_packed_comes_out_in_order() {

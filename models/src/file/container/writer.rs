@@ -5,15 +5,16 @@ use std::collections::BTreeMap;
 use std::io::Write;
 
 use bytemuck::cast_slice;
-use safetensors::Dtype;
 use serde::Serialize;
 
 use super::{
-    ALIGNMENT, FORMAT, FORMAT_KEY, LENGTH_BYTES, PADDING, StoredWeight, VERSION, VERSION_KEY,
-    WEIGHTS_KEY,
+    ALIGNMENT, CONFIG_KEY, FORMAT, FORMAT_KEY, LENGTH_BYTES, PADDING, StoredWeight, VERSION,
+    VERSION_KEY, WEIGHTS_KEY,
 };
 use crate::Error;
+use crate::arch::Config;
 use crate::error::shown;
+use crate::file::DType;
 use crate::quant::Weight;
 
 /// Collects metadata and weights; [`Writer::begin`] writes the header and hands over to a
@@ -43,8 +44,8 @@ struct Metadata<'a> {
 
 #[derive(Serialize)]
 struct Tensor {
-    dtype: Dtype,
-    shape: Vec<usize>,
+    dtype: &'static str,
+    shape: Vec<u64>,
     data_offsets: (u64, u64),
 }
 
@@ -73,6 +74,14 @@ impl Writer {
     pub fn json(&mut self, key: &str, value: &impl Serialize) -> Result<&mut Self, Error> {
         let text = serde_json::to_string(value).map_err(|e| failed(&e))?;
         Ok(self.text(key, text))
+    }
+
+    /// Sets the model's configuration.
+    ///
+    /// # Errors
+    /// A number that JSON cannot express.
+    pub fn config(&mut self, config: &Config) -> Result<&mut Self, Error> {
+        self.json(CONFIG_KEY, config)
     }
 
     /// Adds a weight whose bytes follow in the same order.
@@ -116,14 +125,11 @@ impl Writer {
         let mut paddings = 0;
         for weight in &self.weights {
             for part in weight.parts()? {
-                // No overflow: `parts` checks four bytes a weight, and no part has more.
-                let elems: usize = part.shape.iter().product();
-                let bytes = (elems * part.dtype.bitsize() / 8) as u64;
-                let mut put = |name: String, dtype, shape, bytes: u64| {
+                let mut put = |name: String, dtype: DType, shape, bytes: u64| {
                     let offsets = (at, at + bytes);
                     at += bytes;
                     let tensor = Tensor {
-                        dtype,
+                        dtype: dtype.name(),
                         shape,
                         data_offsets: offsets,
                     };
@@ -132,11 +138,11 @@ impl Writer {
                         Some(_) => Err(failed(&format!("two tensors {}", shown(&name)))),
                     }
                 };
-                put(part.name, part.dtype, part.shape, bytes)?;
-                let padding = padding(bytes);
+                put(part.name, part.dtype, part.shape, part.bytes)?;
+                let padding = padding(part.bytes);
                 if padding > 0 {
                     let name = format!("{PADDING}{paddings}");
-                    put(name, Dtype::U8, vec![padding], padding as u64)?;
+                    put(name, DType::U8, vec![padding as u64], padding as u64)?;
                     paddings += 1;
                 }
             }
