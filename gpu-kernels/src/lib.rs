@@ -40,9 +40,12 @@ pub mod tuned;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod variant;
 
+#[cfg(not(target_arch = "nvptx64"))]
+pub use cuda_std::emulator;
+
 /// Every kernel, for the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
-pub static ENTRIES: [&cuda_std::emulator::Entry; 38] = [
+pub static ENTRIES: [&cuda_std::emulator::Entry; 41] = [
     &embed::EMBED_INT8_ENTRY,
     &rmsnorm::RMSNORM_F32_ENTRY,
     &linear::gemv_int4::LINEAR_GEMV_INT4_BASELINE_ENTRY,
@@ -78,7 +81,10 @@ pub static ENTRIES: [&cuda_std::emulator::Entry; 38] = [
     &add::RESIDUAL_ADD_F32_ENTRY,
     &logits::LOGITS_INT8_ENTRY,
     &logits::LOGITS_INT8_BY_ROW_ENTRY,
+    &logits::LOGITS_INT8_TOP_ENTRY,
+    &logits::LOGITS_INT8_BY_ROW_TOP_ENTRY,
     &sample::ARGMAX_F32_ENTRY,
     &sample::ADVANCE_POSITION_ENTRY,
+    &sample::draw::SAMPLE_TOPK_ENTRY,
     &read::READ_BYTES_ENTRY,
 ];
