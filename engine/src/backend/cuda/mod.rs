@@ -12,6 +12,7 @@
 //! host, and only token ids cross the bus. A caller that appends another token after all, or wants
 //! logits, has the position set back; what was computed too much is overwritten.
 
+mod adapt;
 mod ahead;
 pub mod device;
 pub mod launch;
@@ -95,6 +96,8 @@ impl CudaBackend {
         let forced = tier.is_some();
         let gpu = Gpu::open(tier)?;
         let device = gpu.info();
+        let adapted = adapt::adapt(model)?;
+        let model = adapted.as_ref().unwrap_or(model);
         let mut needed = Counter::default();
         plan::compile(model, context, &device, gpu.tuned(), &mut needed)?;
         let free = gpu.free_bytes()?;
@@ -116,7 +119,7 @@ impl CudaBackend {
             gpu.synchronize()
                 .map_err(|error| Error::machine(format!("{}: {error}", call.kernel)))?;
         }
-        let (body, tail) = plan.full.split_at(plan.full.len() - 1);
+        let (body, tail) = plan.full.split_at(plan.body_calls);
         // SAFETY: the plan took every address from `memory`, which is dropped after the graphs.
         let record = |calls: &[_]| unsafe { Graph::capture(&gpu, calls) };
         let tier = gpu.tier();

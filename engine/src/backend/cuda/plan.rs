@@ -124,6 +124,8 @@ pub struct Plan {
     pub prompt: Vec<Call>,
     /// A token whose logits are needed: computes them, chooses the next token from them.
     pub full: Vec<Call>,
+    /// Calls of `full` before the logits.
+    pub body_calls: usize,
     /// What each call of `full` is for.
     pub notes: Vec<Note>,
     /// `(1,)` u32: position of the token that the next replay handles.
@@ -155,7 +157,7 @@ pub fn compile(
     let mut compiler = Compiler::new(model, context, device, tuned, &neighbours, memory)?;
     let mut calls = Vec::with_capacity(ops.len());
     let mut notes = Vec::with_capacity(ops.len());
-    let mut prompt_calls = 0;
+    let (mut prompt_calls, mut body_calls) = (0, 0);
     for ops in ops.chunks(PACKED_AT_A_TIME) {
         let keeps = compiler.memory.keeps();
         let packed = ops
@@ -166,6 +168,9 @@ pub fn compile(
             })
             .collect::<Result<Vec<_>, Error>>()?;
         for (op, packed) in ops.iter().zip(packed) {
+            if matches!(op, Op::Step(Step::Logits { .. })) {
+                body_calls = calls.len();
+            }
             let mut launch = String::new();
             calls.push(match op {
                 Op::Step(step) => compiler.step(step)?,
@@ -189,6 +194,15 @@ pub fn compile(
             if op.appends() {
                 prompt_calls = calls.len();
             }
+            if let Op::Step(step) = op {
+                for (call, what) in compiler.choice(step)? {
+                    calls.push(call);
+                    notes.push(Note {
+                        step: what.to_owned(),
+                        launch: String::new(),
+                    });
+                }
+            }
         }
     }
     let Compiler { state, tokens, .. } = compiler;
@@ -202,6 +216,7 @@ pub fn compile(
     Ok(Plan {
         prompt,
         full: calls,
+        body_calls,
         notes,
         state,
         tokens,
