@@ -15,9 +15,11 @@ use half::f16;
 
 use crate::select::SEVEN;
 
+use choice::{logits_top, sample_topk};
 use tiled::fused_int4;
 pub use tiled::{Tiled, gemv_int4_mma, gemv_int4_mma_in};
 
+mod choice;
 mod tiled;
 
 /// Allocates a kernel's operands and plans the call.
@@ -75,6 +77,11 @@ pub fn all() -> Vec<Row> {
         rows.push(logits_int8(vocab, width, width));
         rows.push(logits_int8(vocab, width, 32));
     }
+    for width in [896, 1536, 2048] {
+        rows.push(logits_top(151_936, width, 32));
+    }
+    rows.push(logits_top(151_936, 1536, 1536));
+    rows.push(sample_topk(151_936));
     // SmolLM2-135M, Qwen2.5-0.5B, 1.5B and 3B, Llama 8B.
     for (heads, kv_heads, head_dim) in [
         (9, 3, 64),
@@ -291,12 +298,12 @@ fn logits_int8(vocab: usize, width: usize, group: usize) -> Row {
                 scales: halves(memory, groups)?,
                 x: floats(memory, width)?,
                 logits: memory.reserve(4 * vocab as u64)?,
-                scratch: memory.upload(&vec![0; logits::scratch_bytes(device) as usize])?,
+                scratch: memory.activations(&vec![0; logits::scratch_bytes(device) as usize])?,
             };
             let greedy = logits::Greedy {
                 context: 1,
-                tokens: ints(memory, &[0, 0])?,
-                state: ints(memory, &[0])?,
+                tokens: memory.activations(&[0; 8])?,
+                state: memory.activations(&[0; 4])?,
                 advance: false,
             };
             planned(logits::plan(device, &shape, &operands, Some(&greedy)))
@@ -319,15 +326,18 @@ fn attention_operands(
         scale: 1.0 / (head_dim as f32).sqrt(),
     };
     let cache = kv_heads * tokens * head_dim;
-    let scratch = attention::scratch(device, &shape);
+    let scratch_bytes = attention::scratch_bytes(device, &shape) as usize;
     let operands = attention::Operands {
         q: floats(memory, heads * head_dim)?,
         k_cache: halves(memory, cache)?,
         v_cache: halves(memory, cache)?,
-        state: ints(memory, &[tokens as u32 - 1])?,
-        out: memory.reserve((4 * heads * head_dim) as u64)?,
-        partials: memory.reserve(scratch.partials)?,
-        arrived: memory.upload(&vec![0; scratch.arrived as usize])?,
+        // A step's layers share them, so they sit in L2.
+        state: memory.activations(&(tokens as u32 - 1).to_le_bytes())?,
+        out: memory.activations(&vec![0; 4 * heads * head_dim])?,
+        partials: match scratch_bytes {
+            0 => DeviceSlice::NONE,
+            bytes => memory.activations(&attention::UNWRITTEN.to_le_bytes().repeat(bytes / 4))?,
+        },
     };
     Ok((shape, operands))
 }
@@ -586,9 +596,14 @@ mod tests {
                 // Tiles fill up K to a multiple of 128.
                 let tiled = row.kernel.starts_with("linear_gemv_int4_mma");
                 let filling = if tiled { row.bytes / 8 } else { 0 };
+                let scratch = if row.kernel.starts_with("logits") {
+                    logits::scratch_bytes(&DeviceInfo::T4)
+                } else {
+                    0
+                };
                 let difference = memory.bytes.abs_diff(row.bytes);
                 assert!(
-                    difference <= 12 * Counter::ALIGN + filling,
+                    difference <= 12 * Counter::ALIGN + filling + scratch,
                     "{} {}: {} bytes moved, {} in its buffers",
                     row.kernel,
                     row.shape,

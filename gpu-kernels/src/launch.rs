@@ -74,6 +74,10 @@ pub struct Call {
     pub launch: Launch,
     /// Parameters, one 64-bit slot each.
     pub args: Vec<u64>,
+    /// Whether blocks wait for blocks of a lower index. A GPU starts blocks in the order of their
+    /// index, so this needs nothing of it; an emulator that runs them in another order has to run
+    /// them side by side.
+    pub blocks_wait: bool,
     /// The launch may start before the one before it has ended (programmatic dependent launch): the
     /// kernel waits by itself.
     pub dependent: bool,
@@ -131,6 +135,7 @@ pub fn tensor_bytes(dims: &[usize], elem_bytes: u64) -> u64 {
 pub struct CallBuilder {
     kernel: &'static str,
     args: Vec<u64>,
+    blocks_wait: bool,
     waits: bool,
 }
 
@@ -140,6 +145,7 @@ impl CallBuilder {
         CallBuilder {
             kernel,
             args: Vec::with_capacity(12),
+            blocks_wait: false,
             waits: false,
         }
     }
@@ -233,6 +239,11 @@ impl CallBuilder {
         self.args.push(u64::from(value.to_bits()));
     }
 
+    /// Blocks of the call wait for blocks of a lower index.
+    pub fn blocks_wait(&mut self) {
+        self.blocks_wait = true;
+    }
+
     /// The finished call, if the device can launch it.
     pub fn build(self, device: &DeviceInfo, launch: Launch) -> Result<Call, ShapeError> {
         let threads: u32 = launch.block.iter().product();
@@ -260,6 +271,7 @@ impl CallBuilder {
             kernel: self.kernel,
             launch,
             args: self.args,
+            blocks_wait: self.blocks_wait,
             dependent: self.waits && device.compute_capability >= 90,
         })
     }

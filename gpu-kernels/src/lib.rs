@@ -47,7 +47,7 @@ pub use cuda_std::emulator;
 
 /// Every kernel, for the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
-pub static ENTRIES: [&cuda_std::emulator::Entry; 36] = [
+pub static ENTRIES: [&cuda_std::emulator::Entry; 39] = [
     &embed::EMBED_INT8_ENTRY,
     &embed::EMBED_F16_ENTRY,
     &rmsnorm::RMSNORM_F32_ENTRY,
@@ -81,7 +81,10 @@ pub static ENTRIES: [&cuda_std::emulator::Entry; 36] = [
     &add::RESIDUAL_ADD_F32_ENTRY,
     &logits::LOGITS_INT8_ENTRY,
     &logits::LOGITS_INT8_BY_ROW_ENTRY,
+    &logits::LOGITS_INT8_TOP_ENTRY,
+    &logits::LOGITS_INT8_BY_ROW_TOP_ENTRY,
     &sample::ARGMAX_F32_ENTRY,
     &sample::ADVANCE_POSITION_ENTRY,
+    &sample::draw::SAMPLE_TOPK_ENTRY,
     &read::READ_BYTES_ENTRY,
 ];

@@ -1,5 +1,6 @@
 //! Logits of one token and the greedy choice among them: `logits[v] = sum_d scale q[v, d] x[d]` over
-//! the INT8 output matrix, the embedding table when tied, and `tokens[position + 1] = argmax`.
+//! the INT8 output matrix, the embedding table when tied, and `tokens[position + 1] = argmax`; or the
+//! 64 greatest logits for a sampler, in [`top`], after a penalty for tokens that were seen.
 //!
 //! Shapes: quants `(V, D)` i8, scales `(V, ceil(D/group))` f16, x `(D,)`, logits `(V,)`.
 //!
@@ -9,7 +10,7 @@
 //! lane (g, t)        -> g = lane / 4, t = lane % 4: row g, columns 16t .. +16 of each chunk
 //! end of a row       -> the four lanes of g add up; each keeps its best
 //! end of a block     -> lanes, then warps compare; one candidate a block
-//! end of all         -> the last block compares the candidates
+//! end of all         -> the last block compares the candidates, or selects the 64 greatest
 //! ```
 //!
 //! The product is `mma.m16n8k16` with bytes turned into halves, which hold them exactly: a byte
@@ -31,15 +32,19 @@ use cuda_std::shared::Shared;
 use cuda_std::{kernel, shared, thread, warp};
 
 use crate::arrive::last_to_arrive;
-#[cfg(not(target_arch = "nvptx64"))]
-use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
-#[cfg(not(target_arch = "nvptx64"))]
-use crate::linear;
 use crate::linear::groups_per_row;
 use crate::product::mma_k16;
 use crate::ptx;
+use crate::sample::draw::setting;
 use crate::sample::{BEST_BYTES, Best};
 use crate::unroll::unroll;
+
+#[cfg(not(target_arch = "nvptx64"))]
+mod plan;
+mod top;
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub use plan::{Greedy, Operands, Shape, Top, kernel, plan, plan_top, scratch_bytes, top_kernel};
 
 /// Warps a block.
 const WARPS: u32 = 8;
@@ -56,132 +61,6 @@ const STAGES: usize = 4;
 const _: () = assert!(STAGES == 4, "they are unrolled");
 /// Bytes of shared memory that a chunk of x takes in both sets: two halves a column.
 const CHUNK_BYTES: u32 = 2 * CHUNK * 4;
-
-/// Dimensions of the product.
-#[cfg(not(target_arch = "nvptx64"))]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    /// V: rows.
-    pub vocab: usize,
-    /// D: columns, a multiple of 32.
-    pub width: usize,
-    /// Weights that share a scale: a power of two from 32 on, or D.
-    pub group: usize,
-}
-
-/// Buffers of the product.
-#[cfg(not(target_arch = "nvptx64"))]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Operands {
-    /// `(V, D)` i8.
-    pub quants: DeviceSlice,
-    /// `(V, ceil(D/group))` f16.
-    pub scales: DeviceSlice,
-    /// `(D,)` f32, below 65504 in magnitude.
-    pub x: DeviceSlice,
-    /// `(V,)` f32, or none if only the choice is wanted.
-    pub logits: DeviceSlice,
-    /// [`scratch_bytes`], zero before the first launch; every launch leaves its first word zero.
-    pub scratch: DeviceSlice,
-}
-
-/// Where the greedy choice goes.
-#[cfg(not(target_arch = "nvptx64"))]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Greedy {
-    /// S: tokens that the cache holds.
-    pub context: usize,
-    /// `(S + 1,)` u32; the kernel writes `tokens[position + 1]`.
-    pub tokens: DeviceSlice,
-    /// `(1,)` u32: the position, below S.
-    pub state: DeviceSlice,
-    /// Whether the kernel also makes it the next one.
-    pub advance: bool,
-}
-
-/// Bytes of [`Operands::scratch`]: a counter, then each block's candidate.
-#[cfg(not(target_arch = "nvptx64"))]
-pub fn scratch_bytes(device: &DeviceInfo) -> u64 {
-    16 + u64::from(most_blocks(device)) * u64::from(BEST_BYTES)
-}
-
-/// As many as run at once: at 128 registers a thread a multiprocessor has room for two.
-#[cfg(not(target_arch = "nvptx64"))]
-fn most_blocks(device: &DeviceInfo) -> u32 {
-    2 * device.multiprocessors
-}
-
-/// The launch of `logits_int8`, or of `logits_int8_by_row` where a row has one scale. Without
-/// `greedy` nothing is chosen.
-///
-/// # Errors
-/// A width that is no multiple of 32 or does not fit shared memory, an unsupported group, a short
-/// or misaligned buffer.
-#[cfg(not(target_arch = "nvptx64"))]
-pub fn plan(
-    device: &DeviceInfo,
-    shape: &Shape,
-    ops: &Operands,
-    greedy: Option<&Greedy>,
-) -> Result<Call, ShapeError> {
-    let &Shape {
-        vocab,
-        width,
-        group,
-    } = shape;
-    let mut call = CallBuilder::new(kernel(shape));
-    call.require(
-        width.is_multiple_of(32) && width <= 1 << 20,
-        "width",
-        width,
-        "it must be a multiple of 32 up to 2^20",
-    )?;
-    let shift = linear::int8_group_shift(&call, group, width)?;
-    call.tensor("quants", ops.quants, tensor_bytes(&[vocab, width], 1), 16)?;
-    call.tensor(
-        "scales",
-        ops.scales,
-        tensor_bytes(&[vocab, width.div_ceil(group)], 2),
-        2,
-    )?;
-    call.tensor("x", ops.x, tensor_bytes(&[width], 4), 16)?;
-    call.optional("logits", ops.logits, tensor_bytes(&[vocab], 4), 4)?;
-    call.tensor("scratch", ops.scratch, scratch_bytes(device), 16)?;
-    let none = Greedy {
-        context: 0,
-        tokens: DeviceSlice::NONE,
-        state: DeviceSlice::NONE,
-        advance: false,
-    };
-    let to = greedy.unwrap_or(&none);
-    let token_bytes = tensor_bytes(&[to.context.saturating_add(1)], 4);
-    if greedy.is_some() {
-        call.tensor("tokens", to.tokens, token_bytes, 4)?;
-        call.tensor("state", to.state, 4, 4)?;
-    } else {
-        call.optional("tokens", to.tokens, token_bytes, 4)?;
-        call.optional("state", to.state, 4, 4)?;
-    }
-    let vocab = call.dim("vocab", vocab)?;
-    let width = call.dim("width", width)?;
-    call.u32(shift);
-    call.u32(u32::from(to.advance));
-    let blocks = vocab.div_ceil(ROWS * WARPS).min(most_blocks(device));
-    call.build(
-        device,
-        Launch::linear(blocks, WARPS * 32, Layout::new(width).bytes()),
-    )
-}
-
-/// The kernel for a shape.
-#[cfg(not(target_arch = "nvptx64"))]
-pub fn kernel(shape: &Shape) -> &'static str {
-    if shape.group >= shape.width {
-        "logits_int8_by_row"
-    } else {
-        "logits_int8"
-    }
-}
 
 /// Where things lie in shared memory, in bytes: x, zeros, the warps' candidates, a flag.
 #[derive(Clone, Copy)]
@@ -372,21 +251,67 @@ unsafe fn add_chunk<const CHUNK: usize>(
     sums
 }
 
-/// The body. With `BY_ROW` a row has one scale, which waits for its end.
+/// What makes tokens that were seen less likely.
+#[derive(Clone, Copy)]
+struct Penalty {
+    /// A byte eight rows, or null.
+    seen: *const u8,
+    /// What positive logits and others are multiplied by.
+    factors: [f32; 2],
+}
+
+impl Penalty {
+    /// # Safety
+    /// The settings are there if `seen` is.
+    #[inline(always)]
+    unsafe fn load(seen: *const u8, settings: *const u32) -> Penalty {
+        let mut factors = [1.0; 2];
+        if !seen.is_null() {
+            // SAFETY: by the caller's promise.
+            factors = unsafe {
+                [setting::INVERSE_PENALTY, setting::PENALTY]
+                    .map(|at| f32::from_bits(ptx::ld_global_u32(settings.wrapping_add(at))))
+            };
+        }
+        Penalty { seen, factors }
+    }
+
+    /// Which of an item's rows were seen.
+    ///
+    /// # Safety
+    /// The item is one of the product's.
+    #[inline(always)]
+    unsafe fn of_item(&self, item: u32, items: u32) -> u8 {
+        if self.seen.is_null() || item >= items {
+            return 0;
+        }
+        // SAFETY: by the caller's promise.
+        unsafe { ptx::ld_global_u8(self.seen.wrapping_add(item as usize)) }
+    }
+
+    #[inline(always)]
+    fn on(&self, logit: f32, seen: bool) -> f32 {
+        let [positive, other] = self.factors;
+        let factor = if logit > 0.0 { positive } else { other };
+        if seen { logit * factor } else { logit }
+    }
+}
+
+/// The body: logits to their buffer if there is one; the best of the lane's rows. With `BY_ROW` a
+/// row has one scale, which waits for its end.
 ///
 /// # Safety
-/// Launched as [`plan`] says.
+/// Launched as [`plan`] or [`plan_top`] says.
 #[inline(always)]
-unsafe fn logits_and_choice<const BY_ROW: bool>(
+unsafe fn logits_and_best<const BY_ROW: bool>(
     quants: *const i8,
     scales: *const u16,
     x: *const f32,
     logits: *mut f32,
-    scratch: *mut u32,
-    tokens: *mut u32,
-    state: *mut u32,
-    [vocab, width, group_shift, advance]: [u32; 4],
-) {
+    seen: *const u8,
+    settings: *const u32,
+    [vocab, width, group_shift]: [u32; 3],
+) -> Best {
     let lane = warp::lane_id();
     let (g, t) = (lane / 4, lane % 4);
     let matrix = Matrix {
@@ -430,7 +355,12 @@ unsafe fn logits_and_choice<const BY_ROW: bool>(
             scales: [0; 2],
         }; STAGES];
         unroll!(I < 4 => { fetch(&mut stages[I]); });
+        // The matrix no launch writes; all else may be from the launch before.
+        ptx::griddep_launch();
+        ptx::griddep_wait();
         stage(x, width, smem, layout);
+        let penalty = Penalty::load(seen, settings);
+        let mut seen_rows = penalty.of_item(item, items);
         thread::sync_threads();
 
         // The lane's column of the second operand is g: part g % 2 of x in group (g / 2) % 2 of
@@ -482,6 +412,7 @@ unsafe fn logits_and_choice<const BY_ROW: bool>(
                     if BY_ROW {
                         total *= scales[0];
                     }
+                    total = penalty.on(total, seen_rows >> g & 1 != 0);
                     let row = item * ROWS + g;
                     if row < vocab {
                         best = best.or(Best { value: total, index: row });
@@ -493,13 +424,12 @@ unsafe fn logits_and_choice<const BY_ROW: bool>(
                     x_offset = x_first;
                     span = 0;
                     item += stride;
+                    seen_rows = penalty.of_item(item, items);
                 }
             });
         }
-        if !tokens.is_null() {
-            choose(best, scratch, tokens, state, advance, smem, layout);
-        }
     }
+    best
 }
 
 /// From the lanes' candidates to the token.
@@ -556,54 +486,112 @@ unsafe fn choose(
     }
 }
 
-/// `logits = W x` and the greedy choice, with a scale a group.
+/// From the lanes' candidates to the greatest logits.
 ///
 /// # Safety
-/// Launched as [`plan`] says, with a position below S.
-#[kernel]
-pub unsafe fn logits_int8(
-    quants: *const i8,  // (V, D) int8
-    scales: *const u16, // (V, ceil(D/group)) f16
-    x: *const f32,      // (D)
-    logits: *mut f32,   // (V), or null
-    scratch: *mut u32,  // counter, 3 words, (blocks, 2) candidates
-    tokens: *mut u32,   // (S + 1), or null
-    state: *mut u32,    // (1) position, or null
+/// All threads of all blocks call it; the buffers are as [`plan_top`] checked them.
+#[inline(always)]
+unsafe fn collect(
+    best: Best,
+    logits: *const f32,
+    scratch: *mut u32,
+    candidates: *mut u32,
     vocab: u32,
-    width: u32,
-    group_shift: u32,
-    advance: u32,
+    smem: Shared,
+    layout: Layout,
 ) {
-    let dims = [vocab, width, group_shift, advance];
-    // SAFETY: launched as `plan` says.
+    let blocks = thread::grid_dim_x();
+    let bests = scratch.wrapping_add(4);
+    // SAFETY: each warp has its place; the arrival parts writing from reading, and the barrier the
+    // uses of shared memory.
     unsafe {
-        logits_and_choice::<false>(quants, scales, x, logits, scratch, tokens, state, dims);
+        let best = best.of_warp();
+        if warp::lane_id() == 0 {
+            let grid_warp = thread::index_1d() / warp::SIZE;
+            best.leave(bests.wrapping_add(2 * grid_warp as usize));
+        }
+        if last_to_arrive(scratch, blocks, smem.offset_bytes(layout.flag())) {
+            thread::sync_threads();
+            let rows = top::Rows {
+                logits,
+                vocab,
+                bests,
+                blocks,
+            };
+            top::select(&rows, candidates, smem);
+        }
     }
 }
 
-/// `logits = W x` and the greedy choice, with a scale a row.
-///
-/// # Safety
-/// Launched as [`plan`] says, with a position below S.
-#[kernel]
-pub unsafe fn logits_int8_by_row(
-    quants: *const i8,  // (V, D) int8
-    scales: *const u16, // (V) f16
-    x: *const f32,      // (D)
-    logits: *mut f32,   // (V), or null
-    scratch: *mut u32,  // counter, 3 words, (blocks, 2) candidates
-    tokens: *mut u32,   // (S + 1), or null
-    state: *mut u32,    // (1) position, or null
-    vocab: u32,
-    width: u32,
-    group_shift: u32,
-    advance: u32,
-) {
-    let dims = [vocab, width, group_shift, advance];
-    // SAFETY: launched as `plan` says.
-    unsafe {
-        logits_and_choice::<true>(quants, scales, x, logits, scratch, tokens, state, dims);
-    }
+/// The kernels: with a scale a group, and with a scale a row.
+macro_rules! kernels {
+    ($($name:ident, $top:ident: $scales:literal, $by_row:literal;)*) => {$(
+        #[doc = concat!("`logits = W x` and the greedy choice, with a scale a ", $scales, ".")]
+        ///
+        /// # Safety
+        /// Launched as [`plan`] says, with a position below S.
+        #[kernel]
+        pub unsafe fn $name(
+            quants: *const i8,  // (V, D) int8
+            scales: *const u16, // (V, ceil(D/group)) f16
+            x: *const f32,      // (D)
+            logits: *mut f32,   // (V), or null
+            scratch: *mut u32,  // counter, 3 words, (blocks, 2) candidates
+            tokens: *mut u32,   // (S + 1), or null
+            state: *mut u32,    // (1) position, or null
+            vocab: u32,
+            width: u32,
+            group_shift: u32,
+            advance: u32,
+        ) {
+            let dims = [vocab, width, group_shift];
+            let none = core::ptr::null();
+            // SAFETY: launched as `plan` says.
+            unsafe {
+                let best = logits_and_best::<$by_row>(
+                    quants, scales, x, logits, none, none.cast(), dims,
+                );
+                if !tokens.is_null() {
+                    let smem = shared::dynamic_shared_mem();
+                    choose(best, scratch, tokens, state, advance, smem, Layout::new(width));
+                }
+            }
+        }
+
+        #[doc = concat!("`logits = W x` and the greatest of them, with a scale a ", $scales, ".")]
+        ///
+        /// # Safety
+        /// Launched as [`plan_top`] says.
+        #[kernel]
+        pub unsafe fn $top(
+            quants: *const i8,    // (V, D) int8
+            scales: *const u16,   // (V, ceil(D/group)) f16
+            x: *const f32,        // (D)
+            logits: *mut f32,     // (V)
+            scratch: *mut u32,    // counter, 3 words, (blocks, warps, 2) candidates
+            candidates: *mut u32, // (64, 2)
+            seen: *const u8,      // (ceil(V/32), 4) bits, or null
+            settings: *const u32, // (8), or null
+            vocab: u32,
+            width: u32,
+            group_shift: u32,
+        ) {
+            let dims = [vocab, width, group_shift];
+            // SAFETY: launched as `plan_top` says.
+            unsafe {
+                let best = logits_and_best::<$by_row>(
+                    quants, scales, x, logits, seen, settings, dims,
+                );
+                let smem = shared::dynamic_shared_mem();
+                collect(best, logits, scratch, candidates, vocab, smem, Layout::new(width));
+            }
+        }
+    )*};
+}
+
+kernels! {
+    logits_int8, logits_int8_top: "group", false;
+    logits_int8_by_row, logits_int8_by_row_top: "row", true;
 }
 
 #[cfg(test)]

@@ -148,6 +148,8 @@ load_global_v4! {
     ld_global_v4_u32: u32 = "ld.global.v4.u32", load_global;
     /// `ld.global.v4.f32`
     ld_global_v4_f32: f32 = "ld.global.v4.f32", load_global;
+    /// `ld.global.L1::no_allocate.v4.u32`: data that the launch before may have written, read once.
+    ld_global_once_v4_u32: u32 = "ld.global.L1::no_allocate.v4.u32", load_global;
     /// `ld.global.nc.L1::no_allocate.v4.u32`
     ld_global_nc_v4_u32: u32 = "ld.global.nc.L1::no_allocate.v4.u32", load_global_nc;
     /// `ld.global.nc.L1::no_allocate.v4.f32`

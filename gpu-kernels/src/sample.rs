@@ -1,4 +1,5 @@
-//! Greedy token choice on the device, and the step to the next position.
+//! Token choice on the device, greedy here and at random in [`draw`], and the step to the next
+//! position.
 //!
 //! Shapes: logits `(V,)` f32, tokens `(S + 1,)` u32, state `(1,)` u32 = position.
 //!
@@ -13,6 +14,11 @@
 //! holds two words a warp: no bank conflicts. One block is enough while V is some 100,000s: it
 //! saves a second launch for the comparison of blocks.
 
+pub mod draw;
+
+pub use self::draw::{CANDIDATES_BYTES, SETTINGS_BYTES};
+#[cfg(not(target_arch = "nvptx64"))]
+pub use self::draw::{Settings, TopKOperands, TopKShape, plan_topk};
 use cuda_std::shared::Shared;
 use cuda_std::{kernel, shared, thread, warp};
 
@@ -23,6 +29,8 @@ use crate::ptx;
 /// Threads of the block.
 const BLOCK: u32 = 1024;
 const _: () = assert!(BLOCK / warp::SIZE == warp::SIZE);
+/// Candidates that a token is drawn from at most.
+pub const MAX_CANDIDATES: usize = 64;
 /// Bytes of a warp's best in shared memory: value and index.
 pub(crate) const BEST_BYTES: u32 = 8;
 
@@ -102,12 +110,19 @@ impl Best {
     /// The better of two; a NaN compares as neither greater nor equal and so never wins.
     #[inline(always)]
     pub(crate) fn or(self, other: Best) -> Best {
-        let tie = other.value == self.value && other.index < self.index;
-        if other.value > self.value || tie {
-            other
-        } else {
-            self
-        }
+        if other.before(self) { other } else { self }
+    }
+
+    /// Whether it is the better of the two, strictly.
+    #[inline(always)]
+    pub(crate) fn before(self, other: Best) -> bool {
+        self.value > other.value || self.value == other.value && self.index < other.index
+    }
+
+    /// Whether it is a number and at least as good as `bound`.
+    #[inline(always)]
+    pub(crate) fn reaches(self, bound: Best) -> bool {
+        self.before(bound) || self == bound && self != Best::NONE
     }
 
     /// The best over the warp, in every lane.
@@ -143,9 +158,47 @@ impl Best {
     pub(crate) unsafe fn store(self, smem: Shared, offset_bytes: u32) {
         if warp::lane_id() == 0 {
             // SAFETY: by the caller's promise.
-            unsafe {
-                ptx::st_shared_f32(smem, offset_bytes, self.value);
-                ptx::st_shared_u32(smem, offset_bytes + 4, self.index);
+            unsafe { self.put(smem, offset_bytes) };
+        }
+    }
+
+    /// Leaves it in shared memory.
+    ///
+    /// # Safety
+    /// The [`BEST_BYTES`] at the offset are the thread's.
+    #[inline(always)]
+    pub(crate) unsafe fn put(self, smem: Shared, offset_bytes: u32) {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            ptx::st_shared_f32(smem, offset_bytes, self.value);
+            ptx::st_shared_u32(smem, offset_bytes + 4, self.index);
+        }
+    }
+
+    /// Leaves it in global memory: bits of the value, index.
+    ///
+    /// # Safety
+    /// The [`BEST_BYTES`] at `to` are the thread's.
+    #[inline(always)]
+    pub(crate) unsafe fn leave(self, to: *mut u32) {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            ptx::st_global_u32(to, self.value.to_bits());
+            ptx::st_global_u32(to.wrapping_add(1), self.index);
+        }
+    }
+
+    /// What [`Best::leave`] left there.
+    ///
+    /// # Safety
+    /// It was left before, as this thread sees it.
+    #[inline(always)]
+    pub(crate) unsafe fn of_global(from: *const u32) -> Best {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            Best {
+                value: f32::from_bits(ptx::ld_global_u32(from)),
+                index: ptx::ld_global_u32(from.wrapping_add(1)),
             }
         }
     }

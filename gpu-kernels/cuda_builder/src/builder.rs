@@ -188,6 +188,11 @@ impl CudaBuilder {
             .args(["--", "--emit=asm", "-Ccodegen-units=1"])
             .arg(format!("-Ctarget-cpu={}", self.arch))
             .arg(format!("-Ctarget-feature=+ptx{}", self.arch.ptx_version()))
+            // Neither this pass nor one of LLVM's at level 3 (call site splitting) knows that a
+            // function with a barrier inside must not be copied into both branches of a condition:
+            // lanes of one warp would then wait in two places, for ever. rustc does not mark
+            // functions as convergent, only LLVM's barrier itself is.
+            .arg("-Zmir-enable-passes=-JumpThreading")
             .env("CARGO_ENCODED_RUSTFLAGS", shared.join("\u{1f}"))
             // For this child only: the host crates stay on the stable language.
             .env("RUSTC_BOOTSTRAP", "1")
@@ -203,7 +208,7 @@ impl CudaBuilder {
                 },
             )
             .env("CARGO_PROFILE_RELEASE_LTO", "off")
-            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "3")
+            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "2")
             .env("CARGO_PROFILE_RELEASE_OVERFLOW_CHECKS", "false")
             .env("CARGO_PROFILE_RELEASE_DEBUG_ASSERTIONS", "false")
             .env("CARGO_PROFILE_RELEASE_INCREMENTAL", "false");

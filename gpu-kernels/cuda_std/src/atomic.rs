@@ -36,6 +36,36 @@ instruction! {
     load_acquire_gpu_u32(p: *const u32) -> u32 = ld_acquire_gpu;
 }
 
+/// `ld.relaxed.gpu.global.v4.u32`: four words, each of which another block may be storing. Orders
+/// nothing: the load to poll with where a word itself tells whether it is there.
+///
+/// # Safety
+/// The 16 bytes at `p` are aligned, initialised global memory.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn load_relaxed_gpu_v4_u32(p: *const u32) -> [u32; 4] {
+    // SAFETY: the caller's obligations are the instruction's.
+    #[cfg(target_arch = "nvptx64")]
+    return unsafe { ptx::ld_relaxed_gpu_v4(p) };
+    #[cfg(not(target_arch = "nvptx64"))]
+    ptx::ld_relaxed_gpu_v4(p)
+}
+
+/// `st.relaxed.gpu.global.v4.u32`: four words that other blocks may be loading. Each of them is
+/// seen whole; nothing is said of their order.
+///
+/// # Safety
+/// The 16 bytes at `p` are aligned global memory.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn store_relaxed_gpu_v4_u32(p: *mut u32, value: [u32; 4]) {
+    // SAFETY: the caller's obligations are the instruction's.
+    #[cfg(target_arch = "nvptx64")]
+    return unsafe { ptx::st_relaxed_gpu_v4(p, value) };
+    #[cfg(not(target_arch = "nvptx64"))]
+    ptx::st_relaxed_gpu_v4(p, value)
+}
+
 /// `fence.acq_rel.gpu`: orders this thread's accesses before it with those after it, as seen by
 /// every thread of the GPU.
 #[inline(always)]

@@ -152,6 +152,32 @@ pub unsafe fn ld_acquire_gpu(p: *const u32) -> u32 {
     value
 }
 
+/// # Safety
+/// The 16 bytes at `p` are valid, aligned global memory.
+#[inline(always)]
+pub unsafe fn ld_relaxed_gpu_v4(p: *const u32) -> [u32; 4] {
+    let (a, b, c, d);
+    // SAFETY: the caller vouches for `p`; the block is a memory clobber, so a loop loads anew.
+    unsafe {
+        asm!("ld.relaxed.gpu.global.v4.u32 {{{}, {}, {}, {}}}, [{}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) p,
+            options(nostack));
+    }
+    [a, b, c, d]
+}
+
+/// # Safety
+/// The 16 bytes at `p` are valid, aligned global memory.
+#[inline(always)]
+pub unsafe fn st_relaxed_gpu_v4(p: *mut u32, value: [u32; 4]) {
+    // SAFETY: the caller vouches for `p`; the block is a memory clobber.
+    unsafe {
+        asm!("st.relaxed.gpu.global.v4.u32 [{}], {{{}, {}, {}, {}}};", in(reg64) p,
+            in(reg32) value[0], in(reg32) value[1], in(reg32) value[2], in(reg32) value[3],
+            options(nostack));
+    }
+}
+
 /// `fence.acq_rel.gpu`
 #[inline(always)]
 pub fn fence_acq_rel_gpu() {

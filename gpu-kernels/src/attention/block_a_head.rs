@@ -335,7 +335,6 @@ mod tests {
             state: slice,
             out: slice,
             partials: DeviceSlice::NONE,
-            arrived: DeviceSlice::NONE,
         };
         let shape = Shape {
             heads: 9,

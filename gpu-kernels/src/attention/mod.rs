@@ -17,6 +17,9 @@ pub mod split;
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, ShapeError, tensor_bytes};
 
+/// A word of [`Operands::partials`] that no block has written yet: a NaN that no result is.
+pub const UNWRITTEN: u32 = u32::MAX;
+
 /// Widest head.
 #[cfg(not(target_arch = "nvptx64"))]
 const MAX_HEAD_DIM: usize = 256;
@@ -51,33 +54,19 @@ pub struct Operands {
     pub state: DeviceSlice,
     /// `(H, Dh)` f32.
     pub out: DeviceSlice,
-    /// [`Scratch::partials`] bytes, with any contents.
+    /// [`scratch_bytes`], words of [`UNWRITTEN`] before the first launch; every launch leaves them
+    /// so.
     pub partials: DeviceSlice,
-    /// [`Scratch::arrived`] bytes, zero before the first launch; every launch leaves them zero.
-    pub arrived: DeviceSlice,
 }
 
-/// Bytes of device memory that a launch needs besides its operands, and that launches which do not
-/// overlap can share. None for the kernel that does not split.
+/// Bytes of [`Operands::partials`] that [`plan`] needs for this shape: launches that do not overlap
+/// can share them. None where nothing is split.
 #[cfg(not(target_arch = "nvptx64"))]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Scratch {
-    /// What each block leaves for the last one.
-    pub partials: u64,
-    /// Counters of the blocks that are done.
-    pub arrived: u64,
-}
-
-/// What [`plan`] needs for this shape.
-#[cfg(not(target_arch = "nvptx64"))]
-pub fn scratch(device: &DeviceInfo, shape: &Shape) -> Scratch {
+pub fn scratch_bytes(device: &DeviceInfo, shape: &Shape) -> u64 {
     if split::takes(shape) {
-        split::Tuning::of(device, shape).scratch(shape)
+        split::Tuning::of(device, shape).scratch_bytes(shape)
     } else {
-        Scratch {
-            partials: 0,
-            arrived: 0,
-        }
+        0
     }
 }
 

@@ -8,7 +8,7 @@
 //!   values       -> positions 2t, 2t + 1, 2t + 8, 2t + 9, elements 64b + 8g .. +8
 //!   scores       -> head g, positions 2t, 2t + 1, 2t + 8, 2t + 9
 //! end of a block -> thread: 4 elements of a head, over the warps' results in warp order
-//! end of all     -> the last block of y: the same over the splits' results in split order
+//! block (x, groups + y) -> head y splits + x: the same over the splits' results in split order
 //! ```
 //!
 //! Both products are `mma.m16n8k16` with the heads as rows, so K and V are read once for all heads
@@ -20,14 +20,21 @@
 //! is 16 bytes of a row, straight from the cache into the product's registers.
 //!
 //! The grid is fixed by the device and the shape, while the position comes from device memory: a
-//! split gets `max(tiles / splits, min_tiles)` tiles, blocks without any return at once. The next
-//! tile's keys are fetched as soon as the scores are done, its values as soon as the weighted sum
-//! is.
+//! split gets `max(tiles / splits, min_tiles)` tiles, blocks without any return at once. q is
+//! fetched while the position is on its way. The next tile's keys are fetched as soon as the scores
+//! are done, its values as soon as the weighted sum is.
 //!
-//! Bytes moved: `4 KV Dh (position + 1)`, and `4 Dh` a head and split that is written and read
-//! back from L2. Shared memory: q in the order of the product's lanes; the warps' results in rows
-//! of 8 words more than a multiple of 32, 16-byte chunks exchanged pairwise in half of them: no
-//! bank conflicts in either direction.
+//! What is critical is latency, so the splits meet without a fence, a counter or a flag: a word of
+//! a partial result tells by itself whether it is there. Before a launch all of them are
+//! [`UNWRITTEN`](super::UNWRITTEN), a NaN that no split leaves; the blocks of the heads come last
+//! in the grid, poll the words that they need and put the mark back. Blocks start in the order of
+//! their index and no split waits for anything, so what a block polls for always comes. Each word
+//! is polled by the one thread that uses it: nothing depends on the order of two words.
+//!
+//! Bytes moved: `4 KV Dh (position + 1)`, and `4 Dh` a head and split that is written, read back
+//! and marked in L2. Shared memory: q in the order of the product's lanes; the warps' results in
+//! rows of 8 words more than a multiple of 32, 16-byte chunks exchanged pairwise in half of them:
+//! no bank conflicts in either direction.
 
 mod combine;
 mod layout;
@@ -35,16 +42,14 @@ mod layout;
 mod plan;
 mod tile;
 
+use cuda_std::shared::Shared;
 use cuda_std::{kernel, shared, thread, warp};
 
-use self::combine::{Partials, Target, combine_splits, combine_warps};
+use self::combine::{Partials, Target, combine_head, combine_warps};
 use self::layout::Layout;
 #[cfg(not(target_arch = "nvptx64"))]
 pub use self::plan::{Tuning, kernel, plan, takes};
-use self::tile::{
-    Rows, Sums, add_scores, add_values, load_keys, load_values, pack_rest, stage_query,
-};
-use crate::arrive::last_to_arrive;
+use self::tile::{Query, Rows, Sums, add_scores, add_values, load_keys, load_values, pack_rest};
 use crate::ptx;
 use crate::unroll::unroll;
 
@@ -52,7 +57,6 @@ use crate::unroll::unroll;
 const WARPS: u32 = 8;
 /// Query heads a block: the high and low parts of 8 are the 16 rows of a product.
 const HEADS: u32 = 8;
-const _: () = assert!(WARPS == HEADS, "the last block gives each head a warp");
 /// Positions of a tile: k of the second product.
 const TILE: u32 = 16;
 /// Splits at most: four a lane where a warp goes over them.
@@ -68,6 +72,25 @@ struct Place {
     t: u32,
 }
 
+/// What the blocks of a launch share.
+#[derive(Clone, Copy)]
+struct Dims {
+    /// H.
+    heads: u32,
+    heads_per_kv: u32,
+    head_dim: u32,
+    context: u32,
+    min_tiles: u32,
+}
+
+impl Dims {
+    /// Groups of a kv head: 8 heads each but the last.
+    #[inline(always)]
+    fn groups_per_kv(self) -> u32 {
+        self.heads_per_kv.div_ceil(HEADS)
+    }
+}
+
 /// The body. `NK` loads of keys cover a head, `NV` of values. With `AHEAD` they are fetched a tile
 /// ahead, which a wide head leaves no registers for.
 ///
@@ -76,50 +99,113 @@ struct Place {
 #[inline(always)]
 unsafe fn attend<const NK: usize, const NV: usize, const AHEAD: bool>(
     q: *const f32,
-    [k_cache, v_cache]: [*const u16; 2],
+    caches: [*const u16; 2],
     state: *const u32,
     out: *mut f32,
     partials: *mut f32,
-    arrived: *mut u32,
-    [heads_per_kv, head_dim, context, min_tiles]: [u32; 4],
+    groups: u32,
+    dims: Dims,
     scale_log2: f32,
 ) {
+    ptx::griddep_launch();
+    ptx::griddep_wait();
     let (split, y) = (thread::block_idx_x(), thread::block_idx_y());
     let splits = thread::grid_dim_x();
+    // SAFETY: a launch argument.
+    let position = unsafe { ptx::ld_global_u32(state) };
+    let partials = Partials {
+        base: partials,
+        head_dim: dims.head_dim,
+        splits,
+        groups,
+    };
+    let spread = |keys: u32| {
+        let tiles = keys.div_ceil(TILE);
+        let mut per_split = dims.min_tiles;
+        if tiles > splits * per_split {
+            per_split = tiles.div_ceil(splits);
+        }
+        (tiles, per_split)
+    };
+    let smem = shared::dynamic_shared_mem();
+    let layout = Layout::new(NK as u32, NV as u32, dims.heads_per_kv.min(HEADS));
+    if y >= groups {
+        let head = (y - groups) * splits + split;
+        let (tiles, per_split) = spread(position + 1);
+        if head < dims.heads && per_split < tiles {
+            let (kv, of_kv) = (head / dims.heads_per_kv, head % dims.heads_per_kv);
+            let group = kv * dims.groups_per_kv() + of_kv / HEADS;
+            let to = out.wrapping_add((head * dims.head_dim) as usize);
+            // SAFETY: all threads of the block get here, and the plan sized buffers and memory.
+            unsafe {
+                let active = tiles.div_ceil(per_split);
+                combine_head(&partials, group, of_kv % HEADS, active, to, smem, layout);
+            }
+        }
+        return;
+    }
+    let (kv, group) = (y / dims.groups_per_kv(), y % dims.groups_per_kv());
+    let head = kv * dims.heads_per_kv + group * HEADS;
+    let heads = (dims.heads_per_kv - group * HEADS).min(HEADS);
+    let first = (head * dims.head_dim) as usize;
+    // SAFETY: the heads are among those of q.
+    let query = unsafe { Query::<NK>::load(q.wrapping_add(first), heads, dims.head_dim) };
+
+    let keys = position + 1;
+    let (tiles, per_split) = spread(keys);
+    let first_tile = split * per_split;
+    if first_tile >= tiles {
+        return;
+    }
+    let target = Target {
+        out: out.wrapping_add(first),
+        alone: per_split >= tiles,
+        split,
+        group: y,
+        heads,
+        partials,
+    };
+    let end = (first_tile + per_split).min(tiles);
+    // SAFETY: the tiles are below those that are filled.
+    unsafe {
+        attend_tiles::<NK, NV, AHEAD>(
+            query, caches, kv, keys, first_tile, end, dims, scale_log2, smem, layout, &target,
+        );
+    }
+}
+
+/// Attention over the tiles `first_tile .. end` of a kv head, by all warps of the block.
+///
+/// # Safety
+/// As [`attend`]; there is at least one tile, and the cache holds `keys` rows.
+#[inline(always)]
+unsafe fn attend_tiles<const NK: usize, const NV: usize, const AHEAD: bool>(
+    query: Query<NK>,
+    [k_cache, v_cache]: [*const u16; 2],
+    kv: u32,
+    keys: u32,
+    first_tile: u32,
+    end: u32,
+    dims: Dims,
+    scale_log2: f32,
+    smem: Shared,
+    layout: Layout,
+    target: &Target,
+) {
     let lane = warp::lane_id();
     let warp_id = warp::warp_id();
     let at = Place {
         g: lane / 4,
         t: lane % 4,
     };
-
-    // SAFETY: a launch argument.
-    let keys = unsafe { ptx::ld_global_u32(state) } + 1;
-    let tiles = keys.div_ceil(TILE);
-    let mut per_split = min_tiles;
-    if tiles > splits * min_tiles {
-        per_split = tiles.div_ceil(splits);
-    }
-    let first_tile = split * per_split;
-    if first_tile >= tiles {
-        return;
-    }
-    let end = (first_tile + per_split).min(tiles);
-
-    // Groups of a kv head: 8 heads each but the last.
-    let groups = heads_per_kv.div_ceil(HEADS);
-    let (kv, group) = (y / groups, y % groups);
-    let head = kv * heads_per_kv + group * HEADS;
-    let heads = (heads_per_kv - group * HEADS).min(HEADS);
-    let elems = kv as usize * context as usize * head_dim as usize;
+    let head_dim = dims.head_dim;
+    let elems = kv as usize * dims.context as usize * head_dim as usize;
     let rows = |base: *const u16| Rows {
         base: base.wrapping_add(elems),
         head_dim,
         keys,
     };
     let (k_rows, v_rows) = (rows(k_cache), rows(v_cache));
-    let smem = shared::dynamic_shared_mem();
-    let layout = Layout::new(NK as u32, NV as u32, heads_per_kv.min(HEADS));
 
     let mut tile = first_tile + warp_id;
     let mut next_keys = [[[0; 4]; NK]; 2];
@@ -134,8 +220,7 @@ unsafe fn attend<const NK: usize, const NV: usize, const AHEAD: bool>(
             next_keys = load_keys::<NK>(&k_rows, tile, 0, at);
             next_values = load_values::<NV>(&v_rows, tile, 0, at);
         }
-        let query = q.wrapping_add((head * head_dim) as usize);
-        stage_query::<NK>(query, heads, head_dim, smem, layout);
+        query.stage(smem, layout);
         thread::sync_threads();
 
         while tile < end {
@@ -222,32 +307,8 @@ unsafe fn attend<const NK: usize, const NV: usize, const AHEAD: bool>(
         }
     }
 
-    let partials = Partials {
-        base: partials,
-        head_dim,
-        splits,
-        y,
-    };
-    let alone = per_split >= tiles;
-    let target = Target {
-        out: out.wrapping_add((head * head_dim) as usize),
-        alone,
-        split,
-        heads,
-        partials,
-    };
     // SAFETY: all threads get here; the plan sized shared memory and buffers.
-    unsafe {
-        combine_warps::<NV>(&sums, at, smem, layout, &target);
-        if alone {
-            return;
-        }
-        let active = tiles.div_ceil(per_split);
-        let flag = smem.offset_bytes(layout.last());
-        if last_to_arrive(arrived.wrapping_add(y as usize), active, flag) {
-            combine_splits(active, smem, layout, &target);
-        }
-    }
+    unsafe { combine_warps::<NV>(&sums, at, smem, layout, target) };
 }
 
 /// The kernels: one for each count of loads that cover a head.
@@ -264,25 +325,27 @@ macro_rules! kernels {
             v_cache: *const u16, // (KV, S, Dh) f16
             state: *const u32,   // (1) position
             out: *mut f32,       // (H, Dh)
-            partials: *mut f32,  // (groups, splits, 8, Dh), then (groups, 8, splits, 2)
-            arrived: *mut u32,   // (groups)
+            partials: *mut f32,  // (groups, 8, splits, Dh), then (groups, 8, splits, 4)
+            groups: u32,
+            heads: u32,
             heads_per_kv: u32,
             head_dim: u32,
             context: u32,
             min_tiles: u32,
             scale_log2: f32,
         ) {
+            let dims = Dims {
+                heads,
+                heads_per_kv,
+                head_dim,
+                context,
+                min_tiles,
+            };
+            let caches = [k_cache, v_cache];
             // SAFETY: launched as `plan` says.
             unsafe {
                 attend::<$nk, $nv, $ahead>(
-                    q,
-                    [k_cache, v_cache],
-                    state,
-                    out,
-                    partials,
-                    arrived,
-                    [heads_per_kv, head_dim, context, min_tiles],
-                    scale_log2,
+                    q, caches, state, out, partials, groups, dims, scale_log2,
                 );
             }
         }

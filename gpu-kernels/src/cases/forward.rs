@@ -290,15 +290,14 @@ impl Builder<'_> {
             scale: SCALE,
         };
         let out = self.floats(HEADS * HEAD_DIM)?;
-        let scratch = attention::scratch(&info, &shape);
+        let words = attention::scratch_bytes(&info, &shape) as usize / 4;
         let ops = attention::Operands {
             q,
             k_cache,
             v_cache,
             state: self.state,
             out,
-            partials: self.device.uninit(scratch.partials)?,
-            arrived: self.device.upload(&vec![0; scratch.arrived as usize])?,
+            partials: self.device.put_u32(&vec![attention::UNWRITTEN; words])?,
         };
         self.calls.push(attention::plan(&info, &shape, &ops)?);
         let projected = self.linear(&layer.o, None, out)?;

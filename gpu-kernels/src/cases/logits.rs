@@ -8,14 +8,14 @@ use crate::launch::DeviceSlice;
 use crate::logits::{self, Greedy, Operands, Shape};
 
 /// x as two halves keeps 22 bits; sums inside the matrix units, which cut off rather than round.
-const MATRIX_SUMS: f64 = 1e-5;
+pub const MATRIX_SUMS: f64 = 1e-5;
 /// Size of a result: weights of `Inputs` are about `1 / sqrt(D)` and activations about 1.
-const TYPICAL: f64 = 1.0;
+pub const TYPICAL: f64 = 1.0;
 const CONTEXT: usize = 5;
 const POSITION: u32 = 2;
 
 /// Vocabulary, width, group.
-type Dims = (usize, usize, usize);
+pub type Dims = (usize, usize, usize);
 
 /// Spans of 256 columns that end early, rows that fill no warp, several rounds of a block.
 const SMALL: [Dims; 14] = [
@@ -83,7 +83,7 @@ fn name(dims: Dims) -> (&'static str, String) {
     )
 }
 
-fn shape((vocab, width, group): Dims) -> Shape {
+pub fn shape((vocab, width, group): Dims) -> Shape {
     Shape {
         vocab,
         width,
@@ -122,7 +122,7 @@ fn choice(what: &str, dims: Dims, change: fn(&mut Int8Matrix)) -> Case {
     })
 }
 
-fn copy_row(w: &mut Int8Matrix, from: usize, to: usize) {
+pub fn copy_row(w: &mut Int8Matrix, from: usize, to: usize) {
     let (cols, groups) = (w.cols, w.cols.div_ceil(w.group));
     w.quants
         .copy_within(from * cols..(from + 1) * cols, to * cols);
@@ -130,7 +130,7 @@ fn copy_row(w: &mut Int8Matrix, from: usize, to: usize) {
         .copy_within(from * groups..(from + 1) * groups, to * groups);
 }
 
-fn set_scales(w: &mut Int8Matrix, row: usize, scale: half::f16) {
+pub fn set_scales(w: &mut Int8Matrix, row: usize, scale: half::f16) {
     let groups = w.cols.div_ceil(w.group);
     w.scales[row * groups..(row + 1) * groups].fill(scale);
 }

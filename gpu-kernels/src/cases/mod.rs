@@ -5,6 +5,7 @@
 //! multiple of a warp's reach, N of 1, 7 and 193, short last groups, several tiles of x.
 
 mod attention;
+mod draw;
 mod elementwise;
 mod emulator;
 mod forward;
@@ -14,6 +15,7 @@ mod linear_mma;
 mod logits;
 mod read;
 mod sample;
+mod top;
 
 use thiserror::Error;
 
@@ -132,6 +134,8 @@ pub fn all() -> Vec<Case> {
     cases.extend(linear_mma::cases());
     cases.extend(attention::cases());
     cases.extend(sample::cases());
+    cases.extend(top::cases());
+    cases.extend(draw::cases());
     cases.extend(read::cases());
     cases.extend(forward::cases());
     cases
@@ -143,6 +147,7 @@ pub fn large() -> Vec<Case> {
     cases.extend(logits::large());
     cases.extend(linear_mma::large());
     cases.extend(attention::large());
+    cases.extend(top::large());
     cases
 }
 

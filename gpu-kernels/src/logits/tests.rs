@@ -1,6 +1,7 @@
 //! Index helpers, launch plans and the byte conversion of the logits kernel.
 
 use super::*;
+use crate::launch::{DeviceInfo, DeviceSlice, Launch};
 
 #[test]
 fn every_byte_becomes_its_half() {

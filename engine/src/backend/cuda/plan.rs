@@ -30,6 +30,7 @@ use self::fuse::Op;
 use self::place::{Placed, pack};
 use crate::Error;
 use crate::backend::LoadedModel;
+use crate::sampler::Sampling;
 
 /// Products packed at a time, on all cores: what bounds the memory that the packed copies take.
 const PACKED_AT_A_TIME: usize = 16;
@@ -126,6 +127,9 @@ pub struct Plan {
     pub full: Vec<Call>,
     /// Calls of `full` before the logits.
     pub body_calls: usize,
+    /// In the place of what `full` has after its body: logits, penalised where `seen` says so, and a
+    /// token drawn among the best of them. None where the output table is F16: then the host draws.
+    pub draw: Vec<Call>,
     /// What each call of `full` is for.
     pub notes: Vec<Note>,
     /// `(1,)` u32: position of the token that the next replay handles.
@@ -135,6 +139,10 @@ pub struct Plan {
     pub tokens: DeviceSlice,
     /// `(V,)` f32.
     pub logits: DeviceSlice,
+    /// How `draw` draws: `sample::draw::Settings::words`.
+    pub settings: DeviceSlice,
+    /// `(ceil(V/32),)` u32: a bit a token that `draw` penalises; it sets that of the token it draws.
+    pub seen: DeviceSlice,
 }
 
 /// Compiles `model` for a cache of `context` tokens, with the launches of `tuned` where it has one.
@@ -205,10 +213,16 @@ pub fn compile(
             }
         }
     }
-    let Compiler { state, tokens, .. } = compiler;
-    let Some(Step::Logits { dst, .. }) = model.recipe.steps.last() else {
+    let Some(Step::Logits { table, src, dst }) = model.recipe.steps.last() else {
         return Err(Error::input("the recipe does not end with its logits"));
     };
+    let vocab = model.recipe.elems(*dst);
+    // Greedy to begin with, and nothing seen.
+    let settings = draw_settings(&Sampling::GREEDY);
+    let settings = compiler.memory.upload(bytemuck::cast_slice(&settings))?;
+    let seen = compiler.memory.upload(&vec![0; 4 * vocab.div_ceil(32)])?;
+    let draw = compiler.draw(*table, [*src, *dst], settings, seen)?;
+    let Compiler { state, tokens, .. } = compiler;
     let logits = compiler.buffer(*dst);
     let advance = sample::plan_advance(device, state).map_err(unsupported)?;
     let mut prompt = calls[..prompt_calls].to_vec();
@@ -217,11 +231,27 @@ pub fn compile(
         prompt,
         full: calls,
         body_calls,
+        draw,
         notes,
         state,
         tokens,
         logits,
+        settings,
+        seen,
     })
+}
+
+/// The numbers of [`Plan::settings`].
+pub fn draw_settings(sampling: &Sampling) -> [u32; 8] {
+    let settings = sample::draw::Settings {
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        repetition_penalty: sampling.repetition_penalty,
+        seed: sampling.seed,
+    };
+    settings.words()
 }
 
 fn unsupported(error: ShapeError) -> Error {
@@ -248,7 +278,6 @@ struct Compiler<'a> {
     caches: Vec<Cache>,
     /// What the blocks of an attention leave for each other: one layer at a time.
     partials: DeviceSlice,
-    arrived: DeviceSlice,
     logits_scratch: DeviceSlice,
     cos: DeviceSlice,
     sin: DeviceSlice,
@@ -276,19 +305,20 @@ impl<'a> Compiler<'a> {
                 })
             })
             .collect::<Result<Vec<_>, Error>>()?;
-        let scratch = model.recipe.steps.iter().find_map(|step| match *step {
-            Step::Attention { scale, .. } => Some(attention::scratch(
+        let scratch_bytes = model.recipe.steps.iter().find_map(|step| match *step {
+            Step::Attention { scale, .. } => Some(attention::scratch_bytes(
                 device,
                 &attention_shape(model, context, scale),
             )),
             _ => None,
         });
-        let (partials, arrived) = match scratch {
-            Some(scratch) if scratch.partials > 0 => (
-                memory.reserve(scratch.partials)?,
-                memory.upload(&vec![0; scratch.arrived as usize])?,
-            ),
-            _ => (DeviceSlice::NONE, DeviceSlice::NONE),
+        let partials = match scratch_bytes {
+            Some(bytes) if bytes > 0 => memory.upload_made(bytes, &mut || {
+                attention::UNWRITTEN
+                    .to_le_bytes()
+                    .repeat(bytes as usize / 4)
+            })?,
+            _ => DeviceSlice::NONE,
         };
         let table_bytes = bytes_of(&[context, config.head_dim / 2, size_of::<f32>()])?;
         let mut table = |sine: bool| {
@@ -308,7 +338,6 @@ impl<'a> Compiler<'a> {
             buffers,
             caches,
             partials,
-            arrived,
             logits_scratch: memory.upload(&vec![0; logits::scratch_bytes(device) as usize])?,
             cos,
             sin,

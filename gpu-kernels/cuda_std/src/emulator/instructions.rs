@@ -1,5 +1,6 @@
 //! Host twins of the device's `ptx` module: same names, run by the emulator.
 
+use super::access;
 use super::machine::{current, raise, suspend, with_run};
 use super::memory::MEMORY;
 use super::mma::{Depth, Fragments};
@@ -148,6 +149,17 @@ pub fn red_add_release_gpu(p: *mut u32, value: u32) {
 #[track_caller]
 pub fn ld_acquire_gpu(p: *const u32) -> u32 {
     atom_add_relaxed_gpu(p.cast_mut(), 0)
+}
+
+#[track_caller]
+pub fn ld_relaxed_gpu_v4(p: *const u32) -> [u32; 4] {
+    poll();
+    access::load_global(p.cast())
+}
+
+#[track_caller]
+pub fn st_relaxed_gpu_v4(p: *mut u32, value: [u32; 4]) {
+    access::store_global(p.cast(), value);
 }
 
 /// The emulator's memory is sequentially consistent: nothing is left to order.

@@ -1,15 +1,16 @@
 //! From the warps' sums to a block's, from the blocks' to the result.
 
 use cuda_std::shared::Shared;
-use cuda_std::{thread, warp};
+use cuda_std::{atomic, thread, warp};
 
 use super::layout::{Layout, pass_elems};
 use super::tile::Sums;
 use super::{HEADS, MAX_SPLITS, Place, WARPS};
+use crate::attention::UNWRITTEN;
 use crate::ptx;
 use crate::unroll::unroll;
 
-/// Splits that the last block has in flight a thread.
+/// Splits that a thread polls at a time.
 const SPLITS_IN_FLIGHT: usize = 8;
 /// Splits that a lane goes over.
 const LANE_SPLITS: usize = (MAX_SPLITS / warp::SIZE) as usize;
@@ -18,32 +19,52 @@ const _: () = assert!(
     "they are unrolled"
 );
 
-/// What a launch's blocks leave for the last one. The weighted sums come first.
+/// What a launch's splits leave for the blocks of the heads: `(groups, 8, splits, Dh)` weighted
+/// sums, then `(groups, 8, splits, 4)` maxima, sums of weights and two zeros.
 #[derive(Clone, Copy)]
 pub struct Partials {
     pub base: *mut f32,
     pub head_dim: u32,
     pub splits: u32,
-    /// The group of heads.
-    pub y: u32,
+    pub groups: u32,
 }
 
 impl Partials {
     #[inline(always)]
-    fn sum(self, split: u32, row: u32) -> *mut f32 {
-        let slot = (self.y * self.splits + split) * HEADS + row;
-        self.base
-            .wrapping_add(slot as usize * self.head_dim as usize)
+    fn slot(&self, group: u32, row: u32, split: u32) -> usize {
+        ((group * HEADS + row) * self.splits + split) as usize
     }
 
-    /// Maximum and sum of weights.
+    /// Four elements of a weighted sum.
     #[inline(always)]
-    fn weight(self, split: u32, row: u32) -> *mut f32 {
-        let slots = thread::grid_dim_y() * self.splits * HEADS;
-        let slot = (self.y * HEADS + row) * self.splits + split;
-        let sums = slots as usize * self.head_dim as usize;
-        self.base.wrapping_add(sums + 2 * slot as usize)
+    fn sum(&self, slot: usize, chunk: u32) -> *mut u32 {
+        let elems = slot * self.head_dim as usize + 4 * chunk as usize;
+        self.base.wrapping_add(elems).cast()
     }
+
+    #[inline(always)]
+    fn weight(&self, slot: usize) -> *mut u32 {
+        let slots = (self.groups * HEADS * self.splits) as usize;
+        let elems = slots * self.head_dim as usize + 4 * slot;
+        self.base.wrapping_add(elems).cast()
+    }
+}
+
+/// The bits of a number, none of which are [`UNWRITTEN`].
+#[inline(always)]
+fn written(values: [f32; 4]) -> [u32; 4] {
+    values.map(|value| value.to_bits().min(UNWRITTEN - 1))
+}
+
+/// Whether all words are there.
+#[inline(always)]
+fn there<const N: usize>(words: &[[u32; 4]; N]) -> bool {
+    let mut greatest = 0;
+    unroll!(I < N => {
+        let [a, b, c, d] = words[I];
+        greatest = greatest.max(a.max(b)).max(c.max(d));
+    });
+    greatest != UNWRITTEN
 }
 
 /// Where a block's result goes.
@@ -54,6 +75,8 @@ pub struct Target {
     /// Whether there is no other split.
     pub alone: bool,
     pub split: u32,
+    pub group: u32,
+    /// Heads of the group.
     pub heads: u32,
     pub partials: Partials,
 }
@@ -162,88 +185,138 @@ unsafe fn combine_chunk(
                 .wrapping_add((row * partials.head_dim + d) as usize);
             ptx::st_global_v4_f32(to, sum.map(|sum| sum * inverse));
         } else {
-            ptx::st_global_v4_f32(
-                partials.sum(target.split, row).wrapping_add(d as usize),
-                sum,
-            );
+            let slot = partials.slot(target.group, row, target.split);
+            atomic::store_relaxed_gpu_v4_u32(partials.sum(slot, d / 4), written(sum));
             if d == 0 {
-                let to = partials.weight(target.split, row);
-                ptx::st_global_f32(to, maximum);
-                ptx::st_global_f32(to.wrapping_add(1), weight);
+                let weights = written([maximum, weight, 0.0, 0.0]);
+                atomic::store_relaxed_gpu_v4_u32(partials.weight(slot), weights);
             }
         }
     }
 }
 
-/// Adds up the partials of `active` splits in their order.
+/// Adds up the partials of `active` splits of a head in their order, and marks them as unwritten.
+///
+/// ```text
+/// thread (sub, chunk) -> 4 elements over the splits sub, sub + subs, ...   chunk fastest
+/// lane of warp 0      -> what the splits lane, lane + 32, ... count
+/// ```
 ///
 /// # Safety
-/// All threads of the block call it, after [`crate::arrive::last_to_arrive`] said so.
+/// All threads of the block call it, one block a head; `out` is the head's row.
 #[inline(always)]
-pub unsafe fn combine_splits(active: u32, smem: Shared, layout: Layout, target: &Target) {
+pub unsafe fn combine_head(
+    partials: &Partials,
+    group: u32,
+    row: u32,
+    active: u32,
+    out: *mut f32,
+    smem: Shared,
+    layout: Layout,
+) {
+    let chunks = partials.head_dim / 4;
+    let subs = WARPS * warp::SIZE / chunks;
+    let thread = thread::thread_idx_x();
+    let (sub, chunk) = (thread / chunks, thread % chunks);
+    let mut split = sub;
+    if sub >= subs {
+        split = active;
+    }
+    let weighs = warp::warp_id() == 0;
     let lane = warp::lane_id();
-    let partials = target.partials;
-    let head_dim = partials.head_dim;
-    // SAFETY: splits below `active` have left their partials; shares lie in the room of the sums,
-    // which the barrier in `last_to_arrive` has freed.
+    let part = |split: u32| partials.sum(partials.slot(group, row, split), chunk);
+    let weight = |split: u32| partials.weight(partials.slot(group, row, split));
+    // SAFETY: splits below `active` leave their partials in every launch, and each word is this
+    // thread's alone; shared memory has room for shares and sums.
     unsafe {
-        // Warp w: what each split counts in head w.
-        let row = warp::warp_id();
-        if row < target.heads {
+        let mut weights = [[0; 4]; LANE_SPLITS];
+        let mut parts = [[0; 4]; SPLITS_IN_FLIGHT];
+        // Everything is in flight at once, until all of it is there.
+        loop {
+            if weighs {
+                unroll!(I < 4 => {
+                    let split = lane + warp::SIZE * I as u32;
+                    if split < active {
+                        weights[I] = atomic::load_relaxed_gpu_v4_u32(weight(split));
+                    }
+                });
+            }
+            unroll!(I < 8 => {
+                let split = split + I as u32 * subs;
+                if split < active {
+                    parts[I] = atomic::load_relaxed_gpu_v4_u32(part(split));
+                }
+            });
+            if there(&weights) && there(&parts) {
+                break;
+            }
+        }
+        if weighs {
             let mut maxima = [f32::NEG_INFINITY; LANE_SPLITS];
-            let mut weights = [0.0f32; LANE_SPLITS];
+            let mut maximum = f32::NEG_INFINITY;
             unroll!(I < 4 => {
                 let split = lane + warp::SIZE * I as u32;
                 if split < active {
-                    let from = partials.weight(split, row);
-                    maxima[I] = ptx::ld_global_f32(from);
-                    weights[I] = ptx::ld_global_f32(from.wrapping_add(1));
+                    maxima[I] = f32::from_bits(weights[I][0]);
+                    maximum = maximum.max(maxima[I]);
+                    atomic::store_relaxed_gpu_v4_u32(weight(split), [UNWRITTEN; 4]);
                 }
             });
-            let mut maximum = maxima[0];
-            unroll!(I < 4 => { maximum = maximum.max(maxima[I]); });
             maximum = warp::reduce_max_f32(maximum);
-            let mut weight = 0.0;
+            let mut sum = 0.0;
             unroll!(I < 4 => {
                 maxima[I] = ptx::exp2(maxima[I] - maximum);
-                weight = ptx::fma(maxima[I], weights[I], weight);
+                sum = ptx::fma(maxima[I], f32::from_bits(weights[I][1]), sum);
             });
-            let inverse = ptx::rcp(warp::reduce_sum_f32(weight));
+            let inverse = ptx::rcp(warp::reduce_sum_f32(sum));
             unroll!(I < 4 => {
                 let split = lane + warp::SIZE * I as u32;
-                ptx::st_shared_f32(smem, layout.share(row, split), maxima[I] * inverse);
+                ptx::st_shared_f32(smem, layout.share(split), maxima[I] * inverse);
             });
         }
         thread::sync_threads();
 
-        let chunks = head_dim / 4;
-        let mut item = thread::thread_idx_x();
-        while item < target.heads * chunks {
-            let (row, chunk) = (item / chunks, item % chunks);
-            let from = partials.sum(0, row).wrapping_add((chunk * 4) as usize);
-            let stride = (HEADS * head_dim) as usize;
-            let mut sum = [0.0f32; 4];
-            let mut split = 0;
-            while split < active {
-                // Loads first, so that all are in flight. Past the end it is the last again, and
-                // its share 0.
-                let mut parts = [[0.0f32; 4]; SPLITS_IN_FLIGHT];
-                unroll!(I < 8 => {
-                    let split = (split + I as u32).min(active - 1) as usize;
-                    parts[I] = ptx::ld_global_v4_f32(from.wrapping_add(split * stride));
-                });
-                unroll!(I < 8 => {
-                    let share = ptx::ld_shared_f32(smem, layout.share(row, split + I as u32));
-                    let share = if split + (I as u32) < active { share } else { 0.0 };
-                    unroll!(D < 4 => { sum[D] = ptx::fma(share, parts[I][D], sum[D]); });
-                });
-                split += SPLITS_IN_FLIGHT as u32;
+        let mut sum = [0.0f32; 4];
+        loop {
+            unroll!(I < 8 => {
+                let split = split + I as u32 * subs;
+                if split < active {
+                    let share = ptx::ld_shared_f32(smem, layout.share(split));
+                    unroll!(D < 4 => {
+                        sum[D] = ptx::fma(share, f32::from_bits(parts[I][D]), sum[D]);
+                    });
+                    atomic::store_relaxed_gpu_v4_u32(part(split), [UNWRITTEN; 4]);
+                }
+            });
+            split += SPLITS_IN_FLIGHT as u32 * subs;
+            if split >= active {
+                break;
             }
-            let to = target
-                .out
-                .wrapping_add((row * head_dim + chunk * 4) as usize);
-            ptx::st_global_v4_f32(to, sum);
-            item += WARPS * 32;
+            loop {
+                unroll!(I < 8 => {
+                    let split = split + I as u32 * subs;
+                    if split < active {
+                        parts[I] = atomic::load_relaxed_gpu_v4_u32(part(split));
+                    }
+                });
+                if there(&parts) {
+                    break;
+                }
+            }
+        }
+        if sub < subs {
+            ptx::st_shared_v4_f32(smem, layout.sub_sum(thread), sum);
+        }
+        thread::sync_threads();
+        if thread < chunks {
+            let mut other = 1;
+            while other < subs {
+                let place = layout.sub_sum(other * chunks + chunk);
+                let part = ptx::ld_shared_v4_f32(smem, place);
+                unroll!(D < 4 => { sum[D] += part[D]; });
+                other += 1;
+            }
+            ptx::st_global_v4_f32(out.wrapping_add((chunk * 4) as usize), sum);
         }
     }
 }

@@ -3,8 +3,8 @@
 use super::{HEADS, MAX_SPLITS, WARPS};
 
 /// Where things lie in shared memory, in bytes: q as the lanes of the product take it, each warp's
-/// maxima and sums of weights, the warps' weighted sums. When the last block combines, it takes
-/// over the room of the sums for the weights of the splits.
+/// maxima and sums of weights, the warps' weighted sums. The block of a head has the splits' shares
+/// there instead, then its threads' sums.
 #[derive(Clone, Copy)]
 pub struct Layout {
     query_bytes: u32,
@@ -40,28 +40,28 @@ impl Layout {
         self.maximum(WARPS + warp, row)
     }
 
-    /// Whether this is the last block: one word.
-    #[inline(always)]
-    pub fn last(self) -> u32 {
-        self.maximum(2 * WARPS, 0)
-    }
-
     /// Four elements from `4 chunk` on of a head, as counted within a pass.
     #[inline(always)]
     pub fn sum(self, warp: u32, row: u32, chunk: u32) -> u32 {
         let chunk = chunk ^ ((chunk >> 3) & 1);
-        self.last() + 16 + ((warp * self.rows + row) * self.stride + chunk * 4) * 4
+        self.maximum(2 * WARPS, 0) + ((warp * self.rows + row) * self.stride + chunk * 4) * 4
     }
 
-    /// What a split's sum counts in a head's.
+    /// What a split's sum counts in the head's.
     #[inline(always)]
-    pub fn share(self, row: u32, split: u32) -> u32 {
-        self.last() + 16 + (row * MAX_SPLITS + split) * 4
+    pub fn share(self, split: u32) -> u32 {
+        split * 4
+    }
+
+    /// A thread's sum over its splits.
+    #[inline(always)]
+    pub fn sub_sum(self, thread: u32) -> u32 {
+        self.share(MAX_SPLITS) + thread * 16
     }
 
     #[cfg(not(target_arch = "nvptx64"))]
     pub fn bytes(self) -> u32 {
-        self.sum(WARPS, 0, 0).max(self.share(self.rows, 0))
+        self.sum(WARPS, 0, 0).max(self.sub_sum(WARPS * 32))
     }
 }
 
@@ -88,8 +88,7 @@ mod tests {
                     layout.maximum(WARPS - 1, HEADS - 1) + 4,
                     layout.weight(0, 0)
                 );
-                assert_eq!(layout.weight(WARPS - 1, HEADS - 1) + 4, layout.last());
-                assert!(layout.last() + 4 <= layout.sum(0, 0, 0));
+                assert_eq!(layout.weight(WARPS - 1, HEADS - 1) + 4, layout.sum(0, 0, 0));
                 let last_chunk = pass_elems(value_loads) / 4 - 1;
                 let end = layout.sum(WARPS - 1, rows - 1, last_chunk) + 16;
                 assert!(end <= layout.bytes(), "{end} of {}", layout.bytes());

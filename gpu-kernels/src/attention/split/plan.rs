@@ -2,8 +2,8 @@
 
 use super::layout::Layout;
 use super::{HEADS, MAX_SPLITS, TILE, WARPS};
-use crate::attention::{self, Operands, Scratch, Shape};
-use crate::launch::{Call, CallBuilder, DeviceInfo, Launch, ShapeError};
+use crate::attention::{self, Operands, Shape};
+use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError};
 
 /// Grid and granularity of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,25 +15,30 @@ pub struct Tuning {
 }
 
 impl Tuning {
-    /// A block a multiprocessor once the context is long, with a tile a warp at least.
+    /// A block a multiprocessor once the context is long, those of the heads among them where they
+    /// are few.
     pub fn of(device: &DeviceInfo, shape: &Shape) -> Tuning {
-        let min_tiles = WARPS;
+        let min_tiles = 4;
         let useful = shape.context.div_ceil((min_tiles * TILE) as usize);
         let most = useful.clamp(1, MAX_SPLITS as usize) as u32;
         let groups = u32::try_from(head_groups(shape)).unwrap_or(u32::MAX);
-        let splits = (device.multiprocessors / groups.max(1)).clamp(1, most);
+        let heads = u32::try_from(shape.heads).unwrap_or(u32::MAX);
+        let mut blocks = device.multiprocessors;
+        if heads <= blocks / 4 {
+            blocks -= heads;
+        }
+        let splits = (blocks / groups.max(1)).clamp(1, most);
         Tuning { splits, min_tiles }
     }
 
-    /// What a launch of this grid needs.
-    pub fn scratch(self, shape: &Shape) -> Scratch {
-        let groups = head_groups(shape) as u64;
-        // Each head's weighted sum, its maximum and its sum of weights.
-        let floats = u64::from(self.splits * HEADS) * (shape.head_dim as u64 + 2);
-        Scratch {
-            partials: groups.saturating_mul(floats * 4),
-            arrived: groups.saturating_mul(4),
+    /// Bytes of [`Operands::partials`] that a launch needs.
+    pub fn scratch_bytes(self, shape: &Shape) -> u64 {
+        if self.splits == 1 {
+            return 0;
         }
+        // Each head's weighted sum, its maximum and its sum of weights.
+        let floats = u64::from(self.splits * HEADS) * (shape.head_dim as u64 + 4);
+        (head_groups(shape) as u64).saturating_mul(floats * 4)
     }
 }
 
@@ -101,16 +106,27 @@ pub fn plan(
         "the elements of a head's cache must be below 2^31",
     )?;
     attention::tensors(&mut call, shape, ops, 16)?;
-    let scratch = tuning.scratch(shape);
-    call.tensor("partials", ops.partials, scratch.partials, 16)?;
-    call.tensor("arrived", ops.arrived, scratch.arrived, 4)?;
-    call.u32((heads / kv_heads) as u32);
+    let scratch_bytes = tuning.scratch_bytes(shape);
+    if scratch_bytes > 0 {
+        call.tensor("partials", ops.partials, scratch_bytes, 16)?;
+    } else {
+        call.optional("partials", DeviceSlice::NONE, 0, 16)?;
+    }
+    let groups = call.dim("groups", head_groups(shape))?;
+    let heads = call.dim("heads", heads)?;
+    call.u32(heads / kv_heads as u32);
     let width = call.dim("head_dim", head_dim)?;
     call.dim("context", context)?;
     call.dim("min_tiles", tuning.min_tiles as usize)?;
     call.f32(scale * core::f32::consts::LOG2_E);
-    let groups = head_groups(shape);
-    call.require(groups <= 65_535, "kv_heads", kv_heads, "too many heads")?;
+    // The blocks of the heads, where there is anything to combine.
+    let head_rows = if splits > 1 {
+        heads.div_ceil(splits)
+    } else {
+        0
+    };
+    let rows = u64::from(groups) + u64::from(head_rows);
+    call.require(rows <= 65_535, "kv_heads", kv_heads, "too many heads")?;
     let (key_loads, value_loads) = (width.div_ceil(32), width.div_ceil(64));
     let (key_loads, value_loads) = match key_loads {
         0..=2 => (2, 1),
@@ -118,12 +134,15 @@ pub fn plan(
         4 => (4, value_loads),
         _ => (8, 4),
     };
-    let rows = HEADS.min((heads / kv_heads) as u32);
-    let layout = Layout::new(key_loads, value_loads, rows);
+    let layout = Layout::new(key_loads, value_loads, HEADS.min(heads / kv_heads as u32));
+    if splits > 1 {
+        call.blocks_wait();
+    }
+    call.waits();
     call.build(
         device,
         Launch {
-            grid: [splits, groups as u32, 1],
+            grid: [splits, rows as u32, 1],
             block: [WARPS * 32, 1, 1],
             shared_bytes: layout.bytes(),
         },
@@ -161,20 +180,19 @@ mod tests {
             state: slice,
             out: slice,
             partials: slice,
-            arrived: slice,
         }
     }
 
     #[test]
     fn splits_fill_the_device_and_leave_no_block_without_a_use() {
         let splits = |shape| Tuning::of(&H200, &shape).splits;
-        assert_eq!(splits(SHAPE), 32);
+        assert_eq!(splits(SHAPE), 60);
         assert_eq!(
             splits(Shape {
                 context: 131_072,
                 ..SHAPE
             }),
-            66
+            60
         );
         assert_eq!(
             splits(Shape {
@@ -189,7 +207,7 @@ mod tests {
             context: 131_072,
             ..SHAPE
         };
-        assert_eq!(splits(llama), 16);
+        assert_eq!(splits(llama), 12);
         let wide = Shape {
             heads: 64,
             kv_heads: 1,
@@ -204,8 +222,9 @@ mod tests {
         let planned = |shape, ops| plan(&H200, &shape, &ops, Tuning::of(&H200, &shape));
         let call = planned(SHAPE, operands()).unwrap();
         assert_eq!(call.kernel, "attention_split_f16_d128");
-        assert_eq!(call.launch.grid, [32, 2, 1]);
-        assert_eq!(call.args[7..11], [6, 128, 4096, 8]);
+        // Two groups, and a row of blocks that holds the 12 heads.
+        assert_eq!(call.launch.grid, [60, 3, 1]);
+        assert_eq!(call.args[6..12], [2, 12, 6, 128, 4096, 4]);
         let name = |head_dim| {
             planned(Shape { head_dim, ..SHAPE }, operands())
                 .unwrap()
@@ -235,7 +254,7 @@ mod tests {
             .is_err()
         );
         let mut short = operands();
-        short.partials.bytes = Tuning::of(&H200, &SHAPE).scratch(&SHAPE).partials - 1;
+        short.partials.bytes = Tuning::of(&H200, &SHAPE).scratch_bytes(&SHAPE) - 1;
         assert!(planned(SHAPE, short).is_err());
         let none = Tuning {
             splits: 0,

@@ -36,7 +36,7 @@ impl Rows {
             .base
             .wrapping_add((row + d.min(self.head_dim - 8)) as usize);
         // SAFETY: row and elements are clamped; both are multiples of 16 bytes from the base.
-        unsafe { ptx::ld_global_nc_v4_u32(elems.cast()) }
+        unsafe { ptx::ld_global_once_v4_u32(elems.cast()) }
     }
 }
 
@@ -161,43 +161,81 @@ pub fn add_values<const N: usize, const NV: usize>(
     });
 }
 
-/// Stages q: step 2i + h of the scores takes the elements 32i + 8t + 4h .. +4 of head g, the two
-/// halves of each pair in a register, high parts and low parts alternating.
-///
-/// # Safety
-/// All threads call it; `query` holds `heads` rows of `head_dim`; the caller puts a barrier before
-/// the first use.
-#[inline(always)]
-pub unsafe fn stage_query<const NK: usize>(
-    query: *const f32,
-    heads: u32,
-    head_dim: u32,
-    smem: Shared,
-    layout: Layout,
-) {
-    let mut item = thread::thread_idx_x();
-    while item < NK as u32 * 64 {
+/// A thread's share of q: what it stages.
+pub struct Query<const NK: usize> {
+    quads: [[f32; 4]; 2],
+}
+
+/// Threads of a block.
+const THREADS: u32 = WARPS * 32;
+
+impl<const NK: usize> Query<NK> {
+    /// Items of four elements: one a step and lane of the scores.
+    const ITEMS: u32 = NK as u32 * 64;
+    const TWO_A_THREAD: bool = {
+        assert!(Self::ITEMS <= 2 * THREADS);
+        Self::ITEMS > THREADS
+    };
+
+    /// Step, lane and first element of the thread's items: step 2i + h of the scores takes the
+    /// elements 32i + 8t + 4h .. +4 of head g.
+    #[inline(always)]
+    fn item(number: u32) -> (u32, u32, u32) {
+        let item = thread::thread_idx_x() + number * THREADS;
         let (step, lane) = (item / 32, item % 32);
-        let (g, t) = (lane / 4, lane % 4);
-        let d = 32 * (step / 2) + 8 * t + 4 * (step % 2);
-        let mut q = [0.0; 4];
-        if g < heads && d < head_dim {
-            // SAFETY: the elements are in the row; widths are multiples of 4.
-            q = unsafe { ptx::ld_global_v4_f32(query.wrapping_add((g * head_dim + d) as usize)) };
-        }
-        let halves = [
-            ptx::f32x2_to_f16x2(q[0], q[1]),
-            ptx::f32x2_to_f16x2(q[2], q[3]),
-        ];
-        let words = [
-            halves[0],
-            pack_rest(q[0], q[1], halves[0]),
-            halves[1],
-            pack_rest(q[2], q[3], halves[1]),
-        ];
-        // SAFETY: the item's slot.
-        unsafe { ptx::st_shared_v4_f32(smem, layout.query(step, lane), words.map(f32::from_bits)) };
-        item += WARPS * 32;
+        (
+            step,
+            lane,
+            32 * (step / 2) + 8 * (lane % 4) + 4 * (step % 2),
+        )
+    }
+
+    /// Fetches them; zeros stand in for heads and elements that there are not.
+    ///
+    /// # Safety
+    /// `query` holds `heads` rows of `head_dim`.
+    #[inline(always)]
+    pub unsafe fn load(query: *const f32, heads: u32, head_dim: u32) -> Query<NK> {
+        let mut quads = [[0.0; 4]; 2];
+        unroll!(I < 2 => {
+            if I == 0 || Self::TWO_A_THREAD {
+                let (step, lane, d) = Self::item(I as u32);
+                let g = lane / 4;
+                let there = step < 2 * NK as u32 && g < heads && d < head_dim;
+                let from = query.wrapping_add((g * head_dim + d) as usize);
+                // SAFETY: the elements are in the row; widths are multiples of 4.
+                quads[I] = unsafe { ptx::ld_global_v4_f32_if(there, from, [0.0; 4]) };
+            }
+        });
+        Query { quads }
+    }
+
+    /// Stages them, the two halves of each pair in a register, high parts and low parts
+    /// alternating.
+    ///
+    /// # Safety
+    /// All threads call it; the caller puts a barrier before the first use.
+    #[inline(always)]
+    pub unsafe fn stage(&self, smem: Shared, layout: Layout) {
+        unroll!(I < 2 => {
+            let (step, lane, _) = Self::item(I as u32);
+            if (I == 0 || Self::TWO_A_THREAD) && step < 2 * NK as u32 {
+                let q = self.quads[I];
+                let halves = [
+                    ptx::f32x2_to_f16x2(q[0], q[1]),
+                    ptx::f32x2_to_f16x2(q[2], q[3]),
+                ];
+                let words = [
+                    halves[0],
+                    pack_rest(q[0], q[1], halves[0]),
+                    halves[1],
+                    pack_rest(q[2], q[3], halves[1]),
+                ];
+                let words = words.map(f32::from_bits);
+                // SAFETY: the item's slot.
+                unsafe { ptx::st_shared_v4_f32(smem, layout.query(step, lane), words) };
+            }
+        });
     }
 }
 

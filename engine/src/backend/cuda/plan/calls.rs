@@ -158,7 +158,6 @@ impl Compiler<'_> {
                     state,
                     out,
                     partials: self.partials,
-                    arrived: self.arrived,
                 };
                 attention::plan(device, &shape, &operands)
             }
@@ -210,28 +209,7 @@ impl Compiler<'_> {
                     // The choice is a call of its own: [`Compiler::choice`].
                     return self.float_product([rows, cols], [values, DeviceSlice::NONE, x, y]);
                 }
-                let Placed::Int8 {
-                    rows,
-                    cols,
-                    group,
-                    quants,
-                    scales,
-                } = self.weight(table)?
-                else {
-                    return Err(self.wrong_kind(table, "an 8-bit table"));
-                };
-                let shape = logits::Shape {
-                    vocab: rows,
-                    width: cols,
-                    group,
-                };
-                let operands = logits::Operands {
-                    quants,
-                    scales,
-                    x: self.buffer(src),
-                    logits: self.buffer(dst),
-                    scratch: self.logits_scratch,
-                };
+                let (shape, operands) = self.logits(table, [src, dst])?;
                 let greedy = logits::Greedy {
                     context,
                     tokens,
@@ -279,6 +257,72 @@ impl Compiler<'_> {
         let choose = sample::plan_argmax(self.device, &shape, &operands).map_err(unsupported)?;
         let advance = sample::plan_advance(self.device, self.state).map_err(unsupported)?;
         Ok(vec![(choose, "choice"), (advance, "advance")])
+    }
+
+    /// The product of the output table with `src`, to `dst`.
+    fn logits(
+        &mut self,
+        table: WeightId,
+        [src, dst]: [Buffer; 2],
+    ) -> Result<(logits::Shape, logits::Operands), Error> {
+        let Placed::Int8 {
+            rows,
+            cols,
+            group,
+            quants,
+            scales,
+        } = self.weight(table)?
+        else {
+            return Err(self.wrong_kind(table, "an 8-bit table"));
+        };
+        let shape = logits::Shape {
+            vocab: rows,
+            width: cols,
+            group,
+        };
+        let operands = logits::Operands {
+            quants,
+            scales,
+            x: self.buffer(src),
+            logits: self.buffer(dst),
+            scratch: self.logits_scratch,
+        };
+        Ok((shape, operands))
+    }
+
+    /// The calls of [`Plan::draw`](super::Plan::draw).
+    pub(super) fn draw(
+        &mut self,
+        table: WeightId,
+        buffers: [Buffer; 2],
+        settings: DeviceSlice,
+        seen: DeviceSlice,
+    ) -> Result<Vec<Call>, Error> {
+        if let Placed::F16 { .. } = self.weight(table)? {
+            return Ok(Vec::new());
+        }
+        let (shape, operands) = self.logits(table, buffers)?;
+        let candidates = self.memory.reserve(sample::draw::CANDIDATES_BYTES)?;
+        let top = logits::Top {
+            candidates,
+            seen,
+            settings,
+        };
+        let top = logits::plan_top(self.device, &shape, &operands, &top).map_err(unsupported)?;
+        let shape = sample::draw::TopKShape {
+            vocab: shape.vocab,
+            context: self.context,
+            advance: true,
+        };
+        let operands = sample::draw::TopKOperands {
+            candidates,
+            settings,
+            seen,
+            tokens: self.tokens,
+            state: self.state,
+        };
+        let draw = sample::draw::plan_topk(self.device, &shape, &operands).map_err(unsupported)?;
+        Ok(vec![top, draw])
     }
 
     /// The call of INT4 matrices behind one input, and how it is launched.
