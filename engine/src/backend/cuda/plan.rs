@@ -125,8 +125,10 @@ pub struct Plan {
     pub prompt: Vec<Call>,
     /// A token whose logits are needed: computes them, chooses the next token from them.
     pub full: Vec<Call>,
-    /// In the place of the last call of `full`: logits, penalised where `seen` says so, and a token
-    /// drawn among the best of them.
+    /// Calls of `full` before the logits.
+    pub body_calls: usize,
+    /// In the place of what `full` has after its body: logits, penalised where `seen` says so, and a
+    /// token drawn among the best of them. None where the output table is F16: then the host draws.
     pub draw: Vec<Call>,
     /// What each call of `full` is for.
     pub notes: Vec<Note>,
@@ -168,7 +170,7 @@ pub fn compile(
     compiler.half_gated = half_gated;
     let mut calls = Vec::with_capacity(ops.len());
     let mut notes = Vec::with_capacity(ops.len());
-    let mut prompt_calls = 0;
+    let (mut prompt_calls, mut body_calls) = (0, 0);
     for ops in ops.chunks(PACKED_AT_A_TIME) {
         let keeps = compiler.memory.keeps();
         let packed = ops
@@ -179,6 +181,9 @@ pub fn compile(
             })
             .collect::<Result<Vec<_>, Error>>()?;
         for (op, packed) in ops.iter().zip(packed) {
+            if matches!(op, Op::Step(Step::Logits { .. })) {
+                body_calls = calls.len();
+            }
             let mut launch = String::new();
             calls.push(match op {
                 Op::Step(step) => compiler.step(step)?,
@@ -202,6 +207,15 @@ pub fn compile(
             if op.appends() {
                 prompt_calls = calls.len();
             }
+            if let Op::Step(step) = op {
+                for (call, what) in compiler.choice(step)? {
+                    calls.push(call);
+                    notes.push(Note {
+                        step: what.to_owned(),
+                        launch: String::new(),
+                    });
+                }
+            }
         }
     }
     let Some(Step::Logits { table, src, dst }) = model.recipe.steps.last() else {
@@ -221,6 +235,7 @@ pub fn compile(
     Ok(Plan {
         prompt,
         full: calls,
+        body_calls,
         draw,
         notes,
         state,

@@ -133,7 +133,7 @@ fn linear(model: &LoadedModel, at: usize) -> Option<Linear<'_>> {
     let Some(Weight::Int4(matrix)) = model.weights.get(weight) else {
         return None;
     };
-    (src != dst).then_some(Linear {
+    (src != dst && !matrix.zeros).then_some(Linear {
         weight,
         matrix,
         bias,
