@@ -308,7 +308,7 @@ impl<const GROUP: u32, const MINS: bool> Feed<GROUP, MINS> for Registers {
     #[inline(always)]
     unsafe fn ask_more(&mut self, job: &Job) {
         unroll!(I < 4 => {
-            if I > 0 && (I as u32) < register_depth(GROUP, MINS) {
+            if (1..register_depth(GROUP, MINS)).contains(&(I as u32)) {
                 // SAFETY: passed on.
                 self.slots[I] = unsafe { self.ask::<GROUP, MINS>(job, I) };
             }
