@@ -38,6 +38,8 @@ impl Tiled {
     pub fn of(product: &Product, group: usize, mins: bool) -> Tiled {
         let mut tiled = Tiled::plain(product.rows, product.cols, group);
         tiled.shape.epilogue = product.epilogue;
+        tiled.shape.half_x = product.half_x;
+        tiled.shape.half_y = product.half_y;
         tiled.norm = product.norm;
         tiled.mins = mins;
         tiled
