@@ -97,6 +97,10 @@ pub(super) fn fused_int4() -> Vec<Row> {
             product.shape.tokens = tokens;
             rows.push(gemv_int4_mma(&product));
         }
+        let mut product = Tiled::plain(1536, 8960, group);
+        product.mins = mins;
+        product.shape.half_x = true;
+        rows.push(gemv_int4_mma(&product));
     }
     rows
 }
