@@ -7,6 +7,8 @@
 
 #[path = "golden/agreement.rs"]
 mod agreement;
+#[path = "golden/blocks.rs"]
+mod blocks;
 #[path = "golden/choices.rs"]
 mod choices;
 #[path = "golden/greedy.rs"]
