@@ -19,6 +19,8 @@ mod hf;
 mod logits;
 #[path = "golden/support.rs"]
 mod support;
+#[path = "golden/templates.rs"]
+mod templates;
 #[path = "golden/tiny.rs"]
 mod tiny;
 #[path = "golden/tokenizer.rs"]
