@@ -47,7 +47,7 @@ pub use cuda_std::emulator;
 
 /// Every kernel, for the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
-pub static ENTRIES: [&cuda_std::emulator::Entry; 39] = [
+pub static ENTRIES: &[&cuda_std::emulator::Entry] = &[
     &embed::EMBED_INT8_ENTRY,
     &embed::EMBED_F16_ENTRY,
     &rmsnorm::RMSNORM_F32_ENTRY,
@@ -59,6 +59,12 @@ pub static ENTRIES: [&cuda_std::emulator::Entry; 39] = [
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_MIN_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_MIN_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_MIN_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_MIN_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_MIN_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_MIN_HALF_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_TOKENS_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_TOKENS_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_TOKENS_ENTRY,

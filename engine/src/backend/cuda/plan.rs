@@ -161,8 +161,13 @@ pub fn compile(
     if context == 0 {
         return Err(Error::input("a context of 0 tokens holds nothing"));
     }
-    let fuse::Fused { ops, neighbours } = fuse::fuse(model);
+    let fuse::Fused {
+        ops,
+        neighbours,
+        half_gated,
+    } = fuse::fuse(model);
     let mut compiler = Compiler::new(model, context, device, tuned, &neighbours, memory)?;
+    compiler.half_gated = half_gated;
     let mut calls = Vec::with_capacity(ops.len());
     let mut notes = Vec::with_capacity(ops.len());
     let (mut prompt_calls, mut body_calls) = (0, 0);
@@ -271,6 +276,8 @@ struct Compiler<'a> {
     device: &'a DeviceInfo,
     tuned: &'a Tuned,
     memory: &'a mut dyn Memory,
+    /// Whether [`Buffer::Gated`] holds halves.
+    half_gated: bool,
     /// Weights as they are, each placed when a step first asks for it.
     weights: Vec<Option<Placed>>,
     /// In the order of [`Buffer::ALL`].
@@ -334,6 +341,7 @@ impl<'a> Compiler<'a> {
             context,
             device,
             tuned,
+            half_gated: false,
             weights: vec![None; model.weights.len()],
             buffers,
             caches,

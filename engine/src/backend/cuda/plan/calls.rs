@@ -354,6 +354,8 @@ impl Compiler<'_> {
                 Then::SwiGlu => gemv_int4_mma::Epilogue::SwiGlu,
             },
             eps: product.norm.map_or(0.0, |norm| norm.eps),
+            half_x: self.half_gated && product.src == Buffer::Gated,
+            half_y: self.half_gated && product.then == Then::SwiGlu,
         };
         let operands = gemv_int4_mma::Operands {
             quants: tiles.quants,
@@ -364,8 +366,12 @@ impl Compiler<'_> {
             gain,
             y,
         };
-        let entry =
-            gemv_int4_mma::entry(shape.group, tiles.mins != DeviceSlice::NONE, shape.tokens);
+        let entry = gemv_int4_mma::entry(
+            shape.group,
+            tiles.mins != DeviceSlice::NONE,
+            1,
+            shape.half_x,
+        );
         let name = shape.name(product.norm.is_some());
         let rule = || gemv_int4_mma::rule(self.device, &shape);
         let chosen = self.tuned.choose(entry, &name, rule);

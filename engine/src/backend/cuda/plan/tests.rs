@@ -62,7 +62,9 @@ impl Emulator {
             .unwrap_or_else(|fault| panic!("{fault}"))
     }
 
+    /// Runs calls that were planned for a T4.
     fn run(&self, calls: &[Call]) {
+        emulator::set_compute_capability(DeviceInfo::T4.compute_capability);
         for call in calls {
             let entry = gpu_kernels::ENTRIES
                 .iter()
