@@ -368,12 +368,14 @@ fn counted(
 }
 
 fn emulated(selection: &Selection) -> Result<bool, Error> {
-    let outcomes = emulate::run(|case| selection.takes(case.kernel));
+    let emulated = emulate::run(|case| selection.takes(case.kernel));
+    let outcomes = emulated.outcomes;
     if outcomes.is_empty() {
         return Err(Error::input("no case is of such a kernel"));
     }
     let failed = check::report("emulator", &outcomes);
     println!("emulator: {} cases, {failed} failed", outcomes.len());
+    print!("\n{}", emulate::conflicts(&emulated.conflicts));
     Ok(failed == 0)
 }
 

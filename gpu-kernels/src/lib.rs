@@ -40,6 +40,9 @@ pub mod tuned;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod variant;
 
+#[cfg(not(target_arch = "nvptx64"))]
+pub use cuda_std::emulator;
+
 /// Every kernel, for the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
 pub static ENTRIES: [&cuda_std::emulator::Entry; 35] = [

@@ -4,7 +4,9 @@
 use cuda_std::emulator::access::{
     load_global, load_global_nc, load_shared, store_global, store_shared,
 };
-use cuda_std::emulator::{Buffer, KernelParam, Launch, launch, launch_entry};
+use cuda_std::emulator::{
+    Buffer, KernelParam, Launch, count_conflicts, launch, launch_entry, take_conflicts,
+};
 use cuda_std::shared::dynamic_shared_mem;
 use cuda_std::{atomic, grid, kernel, thread, warp};
 use std::time::Instant;
@@ -361,4 +363,37 @@ fn a_product_needs_the_whole_warp() {
     let launch = Launch::new([1, 1, 1], [32, 1, 1]);
     let fault = launch_entry(&HALF_A_WARP_MULTIPLIES_ENTRY, &launch, &[y.address()]).unwrap_err();
     assert!(fault.to_string().contains("mma.sync"), "{fault}");
+}
+
+/// Writes a 32 by 32 tile by rows, a warp a row, and reads it by columns.
+#[kernel]
+unsafe fn transposed(y: *mut u32, pitch: u32) {
+    let (column, row) = (thread::thread_idx_x(), thread::thread_idx_y());
+    let tile = |word: u32| dynamic_shared_mem().offset_bytes(4 * word).address();
+    store_shared(tile(row * pitch + column), row * 32 + column);
+    thread::sync_threads();
+    let value: u32 = load_shared(tile(column * pitch + row));
+    if row % 2 == 0 {
+        store_global(y.wrapping_add((row * 32 + column) as usize), value);
+    }
+}
+
+#[test]
+fn bank_conflicts_are_counted_by_line() {
+    for (pitch, worst) in [(32_u64, 31), (33, 0), (34, 1)] {
+        let y = Buffer::<u32>::uninit(1024);
+        for launch in orders(Launch::new([2, 1, 1], [32, 32, 1]).with_shared_bytes(32 * 34 * 4)) {
+            count_conflicts();
+            launch_entry(&TRANSPOSED_ENTRY, &launch, &[y.address(), pitch]).unwrap();
+            let mut lines = take_conflicts();
+            lines.sort_by_key(|line| line.location.line());
+            let [stored, loaded] = lines.try_into().expect("two lines");
+            assert!(stored.stores && !loaded.stores);
+            assert_eq!((stored.kernel.as_str(), stored.bytes), ("transposed", 4));
+            assert_eq!((stored.accesses, stored.extra), (64, 0));
+            assert_eq!((loaded.accesses, loaded.worst), (64, worst));
+            assert_eq!(loaded.extra, 64 * u64::from(worst));
+        }
+    }
+    assert!(take_conflicts().is_empty(), "nothing is counted now");
 }

@@ -15,10 +15,14 @@ use crate::progress::Shown;
 /// One kernel on one GPU generation.
 #[derive(Debug, PartialEq)]
 pub struct Figures {
-    arch: NvvmArch,
-    resources: KernelFigures,
-    whole: Mix,
-    main_loop: Option<Mix>,
+    /// The generation.
+    pub arch: NvvmArch,
+    /// What ptxas says.
+    pub resources: KernelFigures,
+    /// All of the code.
+    pub whole: Mix,
+    /// Its main loop.
+    pub main_loop: Option<Mix>,
 }
 
 /// Assembles each PTX for the generations that load it, and reads the code of the wanted kernels.
@@ -118,8 +122,8 @@ pub fn table(figures: &[Figures], against: Option<(&str, &[Figures])>) -> String
         ));
     }
     text.push_str(
-        "loop, bytes: instructions and global bytes of one thread and pass of the loop that loads most; \
-         weights: its 16-byte loads\n",
+        "loop, bytes: instructions and global bytes of one thread and pass of the loop that loads most weights; \
+         weights: 16-byte loads that leave the L1 alone\n",
     );
     text
 }

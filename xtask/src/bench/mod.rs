@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: a kernel from its source to its figures, in one command.
 
+mod estimate;
 mod known;
 mod revision;
 pub mod sass;
@@ -68,6 +69,9 @@ pub struct Args {
     /// Leave out torch and cuBLAS.
     #[arg(long)]
     no_peers: bool,
+    /// Compute what the INT4 products would take on this GPU, from machine code and bytes: t4.
+    #[arg(long, value_name = "GPU", value_parser = estimate::gpu, conflicts_with_all = ["compare", "tier", "model"])]
+    estimate: Option<&'static estimate::Gpu>,
     /// Show what can be known without a GPU, even where there is one.
     #[arg(long)]
     no_gpu: bool,
@@ -120,6 +124,9 @@ fn newest(folder: &Path) -> Option<SystemTime> {
 }
 
 fn once(args: &Args) -> Result<(), Error> {
+    if let Some(gpu) = args.estimate {
+        return estimated(gpu, args);
+    }
     let tiers = args.tier.map_or(TIERS.to_vec(), |tier| vec![tier]);
     let other = match args.compare.as_deref() {
         None | Some("baseline") => None,
@@ -133,6 +140,41 @@ fn once(args: &Args) -> Result<(), Error> {
         Ok(()) => on_gpu(&program, &kernels, args, other.as_ref()),
         Err(reason) => without_gpu(&program, &kernels, &tiers, args, other.as_ref(), &reason),
     }
+}
+
+/// Prints what a GPU would take.
+fn estimated(gpu: &estimate::Gpu, args: &Args) -> Result<(), Error> {
+    let tier = gpu.arch.tier();
+    let shape = args.shape.as_deref().map(parse_shape).transpose()?;
+    let files = files(&build_kernels(&[tier])?, &[tier]);
+    let figures = known::figures(&files, |name| args.takes(name))?;
+    print!("{}", estimate::table(gpu, &figures, shape)?);
+    Ok(())
+}
+
+fn parse_shape(text: &str) -> Result<(usize, usize), Error> {
+    let sides = text.split_once(['x', 'X']).and_then(|(n, k)| {
+        let side = |text: &str| {
+            text.trim()
+                .parse()
+                .ok()
+                .filter(|side| (1..=1_000_000).contains(side))
+        };
+        Some((side(n)?, side(k)?))
+    });
+    sides.ok_or_else(|| {
+        Error::Usage(format!(
+            "`{text}` is no shape: rows x columns, each up to 1000000, as in 8960x1536"
+        ))
+    })
+}
+
+/// The PTX files of the tiers in a folder.
+fn files(folder: &Path, tiers: &[NvvmArch]) -> Vec<(NvvmArch, PathBuf)> {
+    let files = tiers
+        .iter()
+        .map(|tier| (*tier, folder.join(format!("{tier}.ptx"))));
+    files.collect()
 }
 
 /// Builds the kernels of the tiers and, beside that, the program that runs them, which takes them
@@ -240,24 +282,10 @@ fn without_gpu(
     if matches!(checked, Err(Error::Usage(_))) {
         return checked;
     }
-    let kernel = args.kernel.as_deref().unwrap_or_default();
-    let wanted = |name: &str| {
-        name.contains(kernel)
-            && args
-                .variant
-                .as_deref()
-                // A number stands in a table of the program.
-                .is_none_or(|id| {
-                    id.parse::<u32>().is_ok() || format!("{name}_").contains(&format!("_{id}_"))
-                })
-    };
-    let files: Vec<(NvvmArch, PathBuf)> = tiers
-        .iter()
-        .map(|tier| (*tier, kernels.join(format!("{tier}.ptx"))))
-        .collect();
-    let figures = known::figures(&files, wanted)?;
+    let wanted = |name: &str| args.takes(name);
+    let figures = known::figures(&files(kernels, tiers), wanted)?;
     let others = match other {
-        Some(other) => known::figures(&other.files(tiers), wanted)?,
+        Some(other) => known::figures(&files(other.kernels(&[])?, tiers), wanted)?,
         None => Vec::new(),
     };
     let against = other.map(|other| (other.commit.as_str(), others.as_slice()));
@@ -281,6 +309,18 @@ pub fn finish(command: &mut Command, program: &Path) -> Result<(), Error> {
 }
 
 impl Args {
+    /// Whether a kernel is asked for, as far as its name tells.
+    fn takes(&self, name: &str) -> bool {
+        name.contains(self.kernel.as_deref().unwrap_or_default())
+            && self
+                .variant
+                .as_deref()
+                // A number stands in a table of the program.
+                .is_none_or(|id| {
+                    id.parse::<u32>().is_ok() || format!("{name}_").contains(&format!("_{id}_"))
+                })
+    }
+
     /// The arguments that choose kernels and shapes, as `edgellm-bench` takes them.
     fn selection(&self) -> Vec<String> {
         let mut arguments = Vec::new();
@@ -316,6 +356,10 @@ mod tests {
 
     #[test]
     fn choices_are_passed_on() {
+        assert_eq!(parse_shape("7 x 32").ok(), Some((7, 32)));
+        for wrong in ["8960", "0x32", "1x-1", "2000000x32"] {
+            assert!(parse_shape(wrong).is_err(), "{wrong}");
+        }
         let line = "bench int4 --shape 8960x1536 --variant multirow --tier 90 --watch";
         let args = Cli::parse_from(line.split(' ')).args;
         assert_eq!(

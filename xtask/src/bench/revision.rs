@@ -75,12 +75,6 @@ impl Revision {
         remove(&tree)?;
         built.map(|()| self.folder.as_path())
     }
-
-    /// The PTX files of the tiers, after [`Revision::kernels`].
-    pub fn files(&self, tiers: &[NvvmArch]) -> Vec<(NvvmArch, PathBuf)> {
-        let files = tiers.iter().map(|tier| (*tier, self.file(*tier)));
-        files.collect()
-    }
 }
 
 fn remove(tree: &Path) -> Result<(), Error> {

@@ -177,8 +177,8 @@ impl Kernel {
         Mix::of(&self.instructions[..end])
     }
 
-    /// The loop that loads most from global memory and holds no other that loads; `None` where no
-    /// loop loads.
+    /// The loop that loads most weights, or, in a kernel without any in a loop, most bytes from
+    /// global memory, and holds no other that does; `None` where no loop loads.
     pub fn main_loop(&self) -> Option<Mix> {
         let loops: Vec<(usize, usize)> = self
             .instructions
@@ -189,18 +189,25 @@ impl Kernel {
                 (start <= index).then_some((start, index + 1))
             })
             .collect();
-        let bytes =
-            |(start, end): (usize, usize)| Mix::of(&self.instructions[start..end]).load_bytes;
+        let mix = |(start, end): (usize, usize)| Mix::of(&self.instructions[start..end]);
+        let weights = loops.iter().any(|of| mix(*of).weight_bytes > 0);
+        let bytes = |mix: &Mix| match weights {
+            true => mix.weight_bytes,
+            false => mix.load_bytes,
+        };
         let inner = loops.iter().filter(|outer| {
             !loops.iter().any(|other| {
-                other != *outer && outer.0 <= other.0 && other.1 <= outer.1 && bytes(*other) > 0
+                other != *outer
+                    && outer.0 <= other.0
+                    && other.1 <= outer.1
+                    && bytes(&mix(*other)) > 0
             })
         });
         inner
-            .map(|&(start, end)| Mix::of(&self.instructions[start..end]))
-            .filter(|mix| mix.load_bytes > 0)
+            .map(|of| mix(*of))
+            .filter(|mix| bytes(mix) > 0)
             // The first of equals: the form that ptxas expects to run.
-            .min_by_key(|mix| std::cmp::Reverse(mix.load_bytes))
+            .min_by_key(|mix| std::cmp::Reverse(bytes(mix)))
     }
 }
 

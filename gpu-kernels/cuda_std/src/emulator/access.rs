@@ -49,9 +49,12 @@ pub fn store_global<T: Value>(p: *mut T, value: T) {
 pub fn load_shared<T: Value>(address: u32) -> T {
     let location = Location::caller();
     with_run(|run, current| {
-        run.shared(current)
+        let value = run
+            .shared(current)
             .load(address, current.rank as u16, location)
-            .map_err(|problem| run.fault_of(current, Some(location), problem))
+            .map_err(|problem| run.fault_of(current, Some(location), problem))?;
+        run.touch_banks(current, location, address, T::BYTES as u32, false);
+        Ok(value)
     })
 }
 
@@ -63,6 +66,8 @@ pub fn store_shared<T: Value>(address: u32, value: T) {
     with_run(|run, current| {
         run.shared(current)
             .store(address, value, current.rank as u16, location)
-            .map_err(|problem| run.fault_of(current, Some(location), problem))
+            .map_err(|problem| run.fault_of(current, Some(location), problem))?;
+        run.touch_banks(current, location, address, T::BYTES as u32, true);
+        Ok(())
     });
 }

@@ -3,6 +3,7 @@
 //! The kernel's side (`instructions`, `access`) and the scheduler's side meet here. A coroutine
 //! never suspends while it holds a borrow of this state.
 
+use super::banks::Banks;
 use super::fault::{Fault, FaultKind, Place, Problem, line, same_line};
 use super::memory::MEMORY;
 use super::shared::{Shared, thread_index};
@@ -86,6 +87,8 @@ pub struct Run {
     /// Progress and stores at the last poll, and polls since they changed.
     idle_since: (u64, u64),
     idle_polls: u64,
+    /// Bank conflicts, where they are counted.
+    pub banks: Option<Banks>,
     pub report: Report,
 }
 
@@ -104,6 +107,7 @@ impl Run {
             progress: 0,
             idle_since: (0, 0),
             idle_polls: 0,
+            banks: Banks::of(kernel),
             report: Report::default(),
         }
     }
@@ -111,6 +115,9 @@ impl Run {
     /// Makes these blocks, by linear index, the resident ones; all their threads can run.
     pub fn load_blocks(&mut self, indices: &[u64]) {
         let [grid_x, grid_y, _] = self.launch.grid.map(u64::from);
+        if let Some(banks) = &mut self.banks {
+            banks.end_blocks();
+        }
         self.blocks.truncate(indices.len());
         for (resident, &index) in indices.iter().enumerate() {
             let index = [
@@ -176,6 +183,23 @@ impl Run {
 
     pub fn shared(&mut self, current: &Current) -> &mut Shared {
         &mut self.blocks[current.resident_block as usize].shared
+    }
+
+    /// The running thread has accessed shared memory.
+    #[inline]
+    pub fn touch_banks(
+        &mut self,
+        current: &Current,
+        location: &'static Location<'static>,
+        address: u32,
+        bytes: u32,
+        stores: bool,
+    ) {
+        if let Some(banks) = &mut self.banks {
+            let lanes = (self.block_threads - current.rank / 32 * 32).min(32);
+            let (block, rank) = (current.resident_block, current.rank);
+            banks.access(block, rank, lanes, location, address, bytes, stores);
+        }
     }
 
     pub fn result(&self, current: &Current) -> u32 {

@@ -22,11 +22,14 @@
 //! a barrier, a warp operation or an atomic. With a seed the order of threads and blocks is random
 //! and repeatable.
 //!
+//! On demand it counts bank conflicts of shared memory by source line: [`count_conflicts`].
+//!
 //! What is not checked: races on global memory, the ordering of atomics (memory here is
 //! sequentially consistent), and loops without end that touch no global memory. Shuffles and votes order no memory, as on the device: between lanes
 //! that exchange data through shared memory stands a `sync_warp` or a `sync_threads`.
 
 pub mod access;
+mod banks;
 mod buffer;
 mod fault;
 pub(crate) mod instructions;
@@ -37,6 +40,7 @@ mod scheduler;
 mod shared;
 mod warp;
 
+pub use banks::{Conflicts, count_conflicts, take_conflicts};
 pub use buffer::Buffer;
 pub use fault::{Fault, FaultKind, Place};
 pub use memory::Value;

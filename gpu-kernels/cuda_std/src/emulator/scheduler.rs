@@ -64,7 +64,13 @@ pub fn launch(name: &str, launch: &Launch, thread: impl Fn()) -> Result<Report, 
         (memory.bytes_loaded, memory.bytes_stored)
     });
     outcome.map_err(|fault| *fault)?;
-    let report = run.map(|run| run.report).unwrap_or_default();
+    let report = run.map(|mut run| {
+        if let Some(banks) = run.banks.take() {
+            banks.end_launch();
+        }
+        run.report
+    });
+    let report = report.unwrap_or_default();
     Ok(Report {
         global_bytes_loaded: loaded,
         global_bytes_stored: stored,
