@@ -45,7 +45,7 @@ pub use cuda_std::emulator;
 
 /// Every kernel, for the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
-pub static ENTRIES: [&cuda_std::emulator::Entry; 35] = [
+pub static ENTRIES: [&cuda_std::emulator::Entry; 39] = [
     &embed::EMBED_INT8_ENTRY,
     &rmsnorm::RMSNORM_F32_ENTRY,
     &linear::gemv_int4::LINEAR_GEMV_INT4_BASELINE_ENTRY,
@@ -65,12 +65,16 @@ pub static ENTRIES: [&cuda_std::emulator::Entry; 35] = [
     &linear::gemv_int8::LINEAR_GEMV_INT8_MULTIROW_ENTRY,
     &rope::ROPE_F32_ENTRY,
     &kv_append::KV_APPEND_F16_ENTRY,
+    &kv_append::KV_APPEND_V8_ENTRY,
     &rope_kv_append::ROPE_KV_APPEND_F16_ENTRY,
     &attention::block_a_head::ATTENTION_DECODE_F16_ENTRY,
     &attention::split::ATTENTION_SPLIT_F16_D64_ENTRY,
     &attention::split::ATTENTION_SPLIT_F16_D96_ENTRY,
     &attention::split::ATTENTION_SPLIT_F16_D128_ENTRY,
     &attention::split::ATTENTION_SPLIT_F16_D256_ENTRY,
+    &attention::split::ATTENTION_SPLIT_V8_D64_ENTRY,
+    &attention::split::ATTENTION_SPLIT_V8_D96_ENTRY,
+    &attention::split::ATTENTION_SPLIT_V8_D128_ENTRY,
     &swiglu::SWIGLU_F32_ENTRY,
     &add::RESIDUAL_ADD_F32_ENTRY,
     &logits::LOGITS_INT8_ENTRY,

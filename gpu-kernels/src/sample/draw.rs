@@ -274,7 +274,7 @@ fn both(predicate: [bool; 2]) -> u64 {
 fn exp(x: f32) -> f32 {
     let exponent = x * core::f32::consts::LOG2_E;
     // NaN, which only infinities make, counts as nothing.
-    if !(exponent >= -126.0) {
+    if exponent.is_nan() || exponent < -126.0 {
         return 0.0;
     }
     // Adding and taking away 1.5 2^23 rounds to the nearest whole number.

@@ -3,7 +3,7 @@
 use super::layout::Layout;
 use super::{HEADS, MAX_SPLITS, TILE, WARPS};
 use crate::attention::{self, Operands, Shape};
-use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError};
+use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
 
 /// Grid and granularity of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +65,16 @@ pub fn kernel(head_dim: usize) -> &'static str {
     }
 }
 
-/// The launch of the [`kernel`] for the head width.
+/// The same for values of 8 bits.
+pub fn kernel_v8(head_dim: usize) -> &'static str {
+    match head_dim {
+        0..=64 => "attention_split_v8_d64",
+        65..=96 => "attention_split_v8_d96",
+        _ => "attention_split_v8_d128",
+    }
+}
+
+/// The launch of the [`kernel`] or [`kernel_v8`] for the head width.
 ///
 /// # Errors
 /// Heads that kv heads do not divide, a head width that [`takes`] refuses, a tuning out of range,
@@ -83,13 +92,21 @@ pub fn plan(
         context,
         scale,
     } = shape;
-    let mut call = CallBuilder::new(kernel(head_dim));
+    let of_8_bits = ops.v_scales != DeviceSlice::NONE;
+    let name = if of_8_bits { kernel_v8 } else { kernel };
+    let mut call = CallBuilder::new(name(head_dim));
     attention::require_heads(&call, shape)?;
     call.require(
         takes(shape),
         "head_dim",
         head_dim,
         "it must be a multiple of 8",
+    )?;
+    call.require(
+        head_dim <= 128 || !of_8_bits,
+        "head_dim",
+        head_dim,
+        "with values of 8 bits it must be at most 128",
     )?;
     let splits = tuning.splits;
     call.require(
@@ -106,6 +123,10 @@ pub fn plan(
         "the elements of a head's cache must be below 2^31",
     )?;
     attention::tensors(&mut call, shape, ops, 16)?;
+    if of_8_bits {
+        let scales = tensor_bytes(&[kv_heads, context], 2);
+        call.tensor("v_scales", ops.v_scales, scales, 2)?;
+    }
     let scratch_bytes = tuning.scratch_bytes(shape);
     if scratch_bytes > 0 {
         call.tensor("partials", ops.partials, scratch_bytes, 16)?;
@@ -177,6 +198,7 @@ mod tests {
             q: slice,
             k_cache: slice,
             v_cache: slice,
+            v_scales: DeviceSlice::NONE,
             state: slice,
             out: slice,
             partials: slice,
@@ -253,6 +275,18 @@ mod tests {
             )
             .is_err()
         );
+        let of_8_bits = Operands {
+            v_scales: operands().v_cache,
+            ..operands()
+        };
+        let call = planned(SHAPE, of_8_bits).unwrap();
+        assert_eq!(call.kernel, "attention_split_v8_d128");
+        assert_eq!(call.args[7..9], [2, 12]);
+        let wide = Shape {
+            head_dim: 136,
+            ..SHAPE
+        };
+        assert!(planned(wide, of_8_bits).is_err());
         let mut short = operands();
         short.partials.bytes = Tuning::of(&H200, &SHAPE).scratch_bytes(&SHAPE) - 1;
         assert!(planned(SHAPE, short).is_err());

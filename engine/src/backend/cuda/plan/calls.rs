@@ -117,6 +117,7 @@ impl Compiler<'_> {
                     v,
                     k_cache,
                     v_cache,
+                    v_scales: DeviceSlice::NONE,
                     state,
                 };
                 kv_append::plan(device, &shape, &operands)
@@ -137,6 +138,7 @@ impl Compiler<'_> {
                     q,
                     k_cache,
                     v_cache,
+                    v_scales: DeviceSlice::NONE,
                     state,
                     out,
                     partials: self.partials,
