@@ -29,6 +29,7 @@ fn int4(rows: usize, cols: usize, group: usize) -> Int4Matrix {
         quants: bytes(rows * cols / 2).collect(),
         scales: halves(0.01).into(),
         mins: Some(halves(-0.08).into()),
+        zeros: false,
     }
 }
 

@@ -48,6 +48,21 @@ impl Random {
             quants: (0..rows * cols / 2).map(|_| self.bits() as u8).collect(),
             scales: self.halves(groups, 0.05).into(),
             mins: mins.then(|| self.halves(groups, 0.4).into()),
+            zeros: false,
+        }
+    }
+
+    /// [`Random::int4`] with zeros.
+    pub(crate) fn int4_zeros(&mut self, rows: usize, cols: usize, group: usize) -> Int4Matrix {
+        let matrix = self.int4(rows, cols, group, false);
+        Int4Matrix {
+            mins: Some(
+                (0..matrix.scales.len())
+                    .map(|_| f16::from_f32((self.bits() % 17) as f32))
+                    .collect(),
+            ),
+            zeros: true,
+            ..matrix
         }
     }
 

@@ -1,4 +1,4 @@
-//! Text <-> token ids, from the vocabulary in a GGUF file's own metadata.
+//! Text <-> token ids, from the vocabulary in a GGUF file's own metadata or from a `tokenizer.json`.
 //!
 //! Byte-level BPE (`tokenizer.ggml.model = gpt2`), which Qwen2, Llama 3 and SmolLM2 use. Merging is
 //! the `tokenizers` crate's; turning ids back into bytes is a table look-up here.
@@ -7,6 +7,8 @@ mod pre;
 mod stream;
 
 use models::file::gguf::{Gguf, Metadata};
+use tokenizers::decoders::DecoderWrapper;
+use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 
 pub use stream::Utf8Stream;
@@ -39,6 +41,17 @@ mod token_type {
     pub const CONTROL: i64 = 3;
     /// Text that is never split: `<tool_call>`.
     pub const USER_DEFINED: i64 = 4;
+}
+
+/// What the files beside a `tokenizer.json` say of special tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Specials {
+    /// Text of the BOS token.
+    pub bos: Option<String>,
+    /// Text of the EOS token.
+    pub eos: Option<String>,
+    /// Ids that end an answer.
+    pub stops: Vec<u64>,
 }
 
 /// The tokenizer of one model.
@@ -155,6 +168,96 @@ impl Tokenizer {
             bos,
             eos,
             adds_bos,
+            stops,
+        })
+    }
+
+    /// Builds the tokenizer of a model whose embedding table has `vocab` rows from a `tokenizer.json`;
+    /// rows beyond the tokenizer's tokens are padding and stand for nothing.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the text is no tokenizer, not a byte-level one, or has a token beyond the
+    /// table.
+    pub fn from_json(json: &str, specials: &Specials, vocab: usize) -> Result<Self, Error> {
+        let fail = |why: String| Error::Input(format!("tokenizer.json: {why}"));
+        let mut inner = json
+            .parse::<tokenizers::Tokenizer>()
+            .map_err(|e| fail(shown(&e.to_string())))?;
+        // Settings for batches of training texts.
+        inner.with_padding(None);
+        inner
+            .with_truncation(None)
+            .map_err(|e| fail(e.to_string()))?;
+        if !matches!(inner.get_model(), ModelWrapper::BPE(_))
+            || !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
+        {
+            return Err(fail(
+                "only byte-level BPE is supported (decoder ByteLevel)".to_owned(),
+            ));
+        }
+        let mut texts = vec![None; vocab];
+        for (text, id) in inner.get_vocab(true) {
+            let Some(place) = texts.get_mut(id as usize) else {
+                return Err(fail(format!(
+                    "vocabulary mismatch: token {id} `{}` is beyond the {vocab} rows of the embedding table",
+                    shown(&text)
+                )));
+            };
+            *place = Some(text);
+        }
+        let added = inner.get_added_tokens_decoder();
+        let mut bytes = Vec::new();
+        let mut starts = Vec::with_capacity(vocab + 1);
+        starts.push(0);
+        for (id, text) in (0u32..).zip(&texts) {
+            match (added.get(&id), text) {
+                (Some(token), _) => bytes.extend_from_slice(token.content.as_bytes()),
+                (None, Some(text)) => push_bytes(text, &mut bytes),
+                (None, None) => {}
+            }
+            starts.push(bytes.len());
+        }
+        let control: Vec<bool> = (0..vocab as u32)
+            .map(|id| added.get(&id).is_some_and(|token| token.special))
+            .collect();
+        let named = |name: &Option<String>| -> Option<u32> { inner.token_to_id(name.as_deref()?) };
+        let eos = named(&specials.eos);
+        // What the tokenizer itself puts before a text.
+        let first = inner
+            .encode_fast("", true)
+            .map_err(|e| fail(e.to_string()))?
+            .get_ids()
+            .first()
+            .copied()
+            .filter(|id| Some(*id) != eos);
+        let mut stops: Vec<u32> = (0u32..)
+            .zip(&texts)
+            .filter(|(id, text)| {
+                control[*id as usize] && text.as_deref().is_some_and(|t| STOP_TEXTS.contains(&t))
+            })
+            .map(|(id, _)| id)
+            .collect();
+        stops.extend(eos);
+        for id in &specials.stops {
+            match u32::try_from(*id) {
+                Ok(id) if (id as usize) < vocab => stops.push(id),
+                _ => {
+                    return Err(Error::Input(format!(
+                        "vocabulary mismatch: generation_config.json: eos_token_id {id} is beyond the {vocab} tokens"
+                    )));
+                }
+            }
+        }
+        stops.sort_unstable();
+        stops.dedup();
+        Ok(Self {
+            bos: first.or_else(|| named(&specials.bos)),
+            adds_bos: first.is_some(),
+            inner,
+            bytes,
+            starts,
+            control,
+            eos,
             stops,
         })
     }

@@ -1,60 +1,83 @@
-//! Model files: mapped into memory, then decoded tensor by tensor on all cores.
+//! Model files and folders: mapped into memory, then decoded tensor by tensor on all cores.
+
+mod folder;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
+use models::file::Source;
 use models::file::gguf::Gguf;
+use models::file::hugging_face::HuggingFace;
 use models::recipe::Recipe;
 use rayon::prelude::*;
 
 use crate::Error;
 use crate::backend::LoadedModel;
+use crate::chat::ChatTemplate;
 use crate::error::shown;
 use crate::tokenizer::Tokenizer;
+use folder::Folder;
 
-/// A model file mapped into memory.
+/// Metadata key of the chat template in GGUF files.
+const TEMPLATE_KEY: &str = "tokenizer.chat_template";
+
+/// A model mapped into memory: a GGUF file, or a folder as Hugging Face has it.
 #[derive(Debug)]
 pub struct ModelFile {
     path: PathBuf,
-    map: Mmap,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Gguf(Mmap),
+    Folder(Folder),
+}
+
+/// The table of contents of a model.
+#[derive(Debug)]
+pub enum Parsed<'a> {
+    /// Of a GGUF file.
+    Gguf(Gguf<'a>),
+    /// Of a folder.
+    HuggingFace(HuggingFace<'a>),
+}
+
+impl Parsed<'_> {
+    /// Configuration and tensors.
+    pub fn source(&self) -> &dyn Source {
+        match self {
+            Parsed::Gguf(gguf) => gguf,
+            Parsed::HuggingFace(folder) => folder,
+        }
+    }
 }
 
 impl ModelFile {
-    /// Maps the file at `path`.
+    /// Maps the model at `path`: a GGUF file or a folder with `config.json` and safetensors files.
     ///
     /// # Errors
-    /// [`Error::Input`] if it is missing, a directory, empty or cannot be read.
+    /// [`Error::Input`] if it is missing, empty or cannot be read, or if a folder lacks a file.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let fail = |why: &dyn std::fmt::Display| {
+        let fail = |why: String| {
             Error::Input(format!(
                 "cannot open model {}: {why}",
                 shown(&path.display().to_string())
             ))
         };
-        // Asked before opening: opening a pipe would wait for a writer.
-        let metadata = std::fs::metadata(path).map_err(|e| fail(&e))?;
-        if metadata.is_dir() {
-            return Err(fail(&"it is a directory, not a GGUF file"));
-        }
-        if !metadata.is_file() {
-            return Err(fail(&"it is not a regular file"));
-        }
-        if metadata.len() == 0 {
-            return Err(fail(&"it is empty"));
-        }
-        let file = File::open(path).map_err(|e| fail(&e))?;
-        // SAFETY: the map is private and read-only. Model files are written once, under another
-        // name, and renamed into place; a program that changes one in place while it is mapped
-        // breaks its own model, and that is stated in the documentation of `-m`.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| fail(&e))?;
+        let is_folder = std::fs::metadata(path).is_ok_and(|metadata| metadata.is_dir());
+        let content = match is_folder {
+            true => Content::Folder(Folder::open(path).map_err(fail)?),
+            false => Content::Gguf(map(path).map_err(fail)?),
+        };
         Ok(Self {
             path: path.to_owned(),
-            map,
+            content,
         })
     }
 
-    /// Where the file is.
+    /// Where the model is.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -63,53 +86,102 @@ impl ModelFile {
     ///
     /// # Errors
     /// [`Error::Input`] naming the file and the field at fault.
-    pub fn parse(&self) -> Result<Gguf<'_>, Error> {
-        Gguf::parse(&self.map).map_err(|e| self.fault(e))
+    pub fn parse(&self) -> Result<Parsed<'_>, Error> {
+        match &self.content {
+            Content::Gguf(map) => Gguf::parse(map).map(Parsed::Gguf),
+            Content::Folder(folder) => folder.parse().map(Parsed::HuggingFace),
+        }
+        .map_err(|e| self.fault(e))
     }
 
-    /// The forward pass of the model in this file; named after the file if it names no model.
+    /// The forward pass of the model; named after its file or folder if it names no model.
     ///
     /// # Errors
     /// [`Error::Input`] naming the file and the field or tensor at fault.
-    pub fn recipe(&self, file: &Gguf<'_>) -> Result<Recipe, Error> {
-        let mut recipe = models::arch::recipe(file).map_err(|e| self.fault(e))?;
+    pub fn recipe(&self, file: &Parsed<'_>) -> Result<Recipe, Error> {
+        let mut recipe = models::arch::recipe(file.source()).map_err(|e| self.fault(e))?;
         if recipe.config.name.is_empty() {
-            recipe.config.name = self
-                .path
-                .file_stem()
-                .map(|stem| stem.to_string_lossy().into_owned())
+            let name = match self.content {
+                Content::Gguf(_) => self.path.file_stem(),
+                Content::Folder(_) => self.path.file_name(),
+            };
+            recipe.config.name = name
+                .map(|name| name.to_string_lossy().into_owned())
                 .unwrap_or_default();
         }
         Ok(recipe)
     }
 
-    /// The tokenizer in this file.
+    /// The model's tokenizer.
     ///
     /// # Errors
     /// [`Error::Input`] naming the file and the field at fault.
-    pub fn tokenizer(&self, file: &Gguf<'_>, recipe: &Recipe) -> Result<Tokenizer, Error> {
-        Tokenizer::from_gguf(file, recipe.config.vocab).map_err(|e| self.fault(e))
+    pub fn tokenizer(&self, file: &Parsed<'_>, recipe: &Recipe) -> Result<Tokenizer, Error> {
+        let vocab = recipe.config.vocab;
+        match (file, &self.content) {
+            (Parsed::Gguf(gguf), _) => Tokenizer::from_gguf(gguf, vocab),
+            (_, Content::Folder(folder)) => folder.tokenizer(vocab),
+            (_, Content::Gguf(_)) => Err(Error::input("parsed from another model")),
+        }
+        .map_err(|e| self.fault(e))
+    }
+
+    /// The model's chat template, if it has one.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if it is not valid Jinja.
+    pub fn chat_template(
+        &self,
+        file: &Parsed<'_>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Option<ChatTemplate>, Error> {
+        let source = match (file, &self.content) {
+            (Parsed::Gguf(gguf), _) => gguf.metadata.string_opt(TEMPLATE_KEY)?,
+            (_, Content::Folder(folder)) => folder.chat_template(),
+            (_, Content::Gguf(_)) => None,
+        };
+        source
+            .map(|source| ChatTemplate::new(source, &tokenizer.bos_text(), &tokenizer.eos_text()))
+            .transpose()
     }
 
     /// Decodes every tensor that `recipe` needs, on all cores of the current pool.
     ///
     /// # Errors
     /// [`Error::Input`] naming the file and the tensor at fault.
-    pub fn load(&self, file: &Gguf<'_>, recipe: Recipe) -> Result<LoadedModel, Error> {
+    pub fn load(&self, file: &Parsed<'_>, recipe: Recipe) -> Result<LoadedModel, Error> {
+        let source = file.source();
         let weights = recipe
             .weights
             .par_iter()
-            .map(|reference| models::weights::decode(file, reference))
+            .map(|reference| models::weights::decode(source, reference))
             .collect::<Result<_, _>>()
             .map_err(|e| self.fault(e))?;
         Ok(LoadedModel { recipe, weights })
     }
 
-    /// An error of this file's content.
+    /// An error of this model's content.
     fn fault(&self, error: impl std::fmt::Display) -> Error {
         Error::Input(format!(
             "{}: {error}",
             shown(&self.path.display().to_string())
         ))
     }
+}
+
+/// Maps a regular file that is not empty.
+fn map(path: &Path) -> Result<Mmap, String> {
+    // Asked before opening: opening a pipe would wait for a writer.
+    let metadata = std::fs::metadata(path).map_err(|e| e.to_string())?;
+    if !metadata.is_file() {
+        return Err("it is not a regular file".to_owned());
+    }
+    if metadata.len() == 0 {
+        return Err("it is empty".to_owned());
+    }
+    let file = File::open(path).map_err(|e| e.to_string())?;
+    // SAFETY: the map is private and read-only. Model files are written once, under another
+    // name, and renamed into place; a program that changes one in place while it is mapped
+    // breaks its own model, and that is stated in the documentation of `-m`.
+    unsafe { Mmap::map(&file) }.map_err(|e| e.to_string())
 }

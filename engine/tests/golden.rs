@@ -11,6 +11,8 @@ mod agreement;
 mod choices;
 #[path = "golden/greedy.rs"]
 mod greedy;
+#[path = "golden/hf.rs"]
+mod hf;
 #[path = "golden/logits.rs"]
 mod logits;
 #[path = "golden/support.rs"]

@@ -5,7 +5,7 @@ mod support;
 
 use std::path::PathBuf;
 
-use engine::chat::{ChatTemplate, Message};
+use engine::chat::Message;
 use engine::tokenizer::Tokenizer;
 use engine::weights::ModelFile;
 use models::file::gguf::Gguf;
@@ -194,12 +194,10 @@ fn the_default_models_template_brings_its_system_prompt() {
     let file = mapped.parse().expect("parsed");
     let recipe = mapped.recipe(&file).expect("a recipe");
     let tokenizer = mapped.tokenizer(&file, &recipe).expect("a tokenizer");
-    let source = file
-        .metadata
-        .string("tokenizer.chat_template")
+    let template = mapped
+        .chat_template(&file, &tokenizer)
+        .expect("compiled")
         .expect("a template");
-    let template =
-        ChatTemplate::new(source, &tokenizer.bos_text(), &tokenizer.eos_text()).expect("compiled");
 
     let user = Message::new("user", "What is the capital of France?");
     let prompt = template

@@ -9,6 +9,8 @@
 //! | linear | Q5_0 | INT8 group 32, exact (levels -16 to 15) |
 //! | linear | Q5_1, Q5_K, Q6_K | INT8 group 32, rounded |
 //! | linear | TQ1_0, TQ2_0 | ternary group 256, exact |
+//! | linear | AWQ, GPTQ | INT4 with zeros, or symmetric where all zeros are 8; exact |
+//! | linear | BitNet: packed, or floats to round | ternary, a scale a row |
 //! | embedding, output | Q8_0 | INT8 group 32, bit for bit |
 //! | embedding, output | Q4_0, Q5_0 | INT8 group 32, exact |
 //! | embedding, output | F32, F16, BF16 | INT8, one scale a row, rounded; F16 where the linear layers are floats |
@@ -21,6 +23,8 @@
 //!
 //! Anything else is an error that names the tensor and its type. Everything here is a pure
 //! function of the file, so several threads may decode tensors of one file at once.
+
+mod packed;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -56,6 +60,13 @@ pub fn decode(source: &dyn Source, weight: &WeightRef) -> Result<Weight, Error> 
     if weight.kind == WeightKind::Vector {
         return decode_vector(source, weight).map(Weight::Vector);
     }
+    let named = |error| match error {
+        Error::Matrix { reason, .. } => fail(weight, reason),
+        other => other,
+    };
+    if let Some((packed, _)) = packed::find(source, weight)? {
+        return packed.decode(weight).map_err(named);
+    }
     let rows = Rows::new(source, weight)?;
     use DType::*;
     match (weight.kind, rows.dtype) {
@@ -78,10 +89,7 @@ pub fn decode(source: &dyn Source, weight: &WeightRef) -> Result<Weight, Error> 
         }
         _ => Err(rows.unusable()),
     }
-    .map_err(|error| match error {
-        Error::Matrix { reason, .. } => fail(weight, reason),
-        other => other,
-    })
+    .map_err(named)
 }
 
 /// The rows of a weight as floats, in the order that kernels expect.
@@ -144,6 +152,9 @@ pub fn check(source: &dyn Source, weight: &WeightRef) -> Result<Vec<String>, Err
     if let Some(container) = source.container() {
         return check_stored(container, weight);
     }
+    if let Some((_, names)) = packed::find(source, weight)? {
+        return Ok(names);
+    }
     check_shape(source.require_tensor(&weight.name)?, weight)?;
     Ok(vec![weight.name.clone()])
 }
@@ -171,31 +182,33 @@ fn check_stored(container: &Container<'_>, weight: &WeightRef) -> Result<Vec<Str
 /// Checks that a tensor has the shape that a recipe expects: `[cols, rows]` for a matrix,
 /// `[cols]` for a vector (whose `rows` is 1).
 fn check_shape(tensor: &Tensor<'_>, weight: &WeightRef) -> Result<(), Error> {
-    let (rows, cols) = (weight.rows as u64, weight.cols as u64);
-    let expected = match weight.kind {
-        WeightKind::Vector if rows != 1 => {
-            return Err(fail(weight, format!("a vector has one row, not {rows}")));
-        }
-        WeightKind::Vector => vec![cols],
-        _ => vec![cols, rows],
-    };
+    match weight.kind {
+        WeightKind::Vector if weight.rows != 1 => Err(fail(
+            weight,
+            format!("a vector has one row, not {}", weight.rows),
+        )),
+        WeightKind::Vector => check_dims(tensor, &[weight.cols]),
+        _ => check_dims(tensor, &[weight.cols, weight.rows]),
+    }
+}
+
+/// Checks the dimensions of a tensor, fastest first.
+fn check_dims(tensor: &Tensor<'_>, expected: &[usize]) -> Result<(), Error> {
+    let expected: Vec<u64> = expected.iter().map(|&d| d as u64).collect();
     // Trailing dimensions of 1 change nothing.
-    let used = tensor
-        .dims
-        .iter()
-        .rposition(|&d| d != 1)
-        .map_or(1, |last| last + 1);
-    let wanted = expected
-        .iter()
-        .rposition(|&d| d != 1)
-        .map_or(1, |last| last + 1);
-    if tensor.dims[..used] == expected[..wanted] {
+    fn used(dims: &[u64]) -> &[u64] {
+        &dims[..dims
+            .iter()
+            .rposition(|&d| d != 1)
+            .map_or(1, |last| last + 1)]
+    }
+    if used(&tensor.dims) == used(&expected) {
         return Ok(());
     }
-    Err(fail(
-        weight,
-        format!("has shape {:?}, expected {expected:?}", tensor.dims),
-    ))
+    Err(tensor.fail(format!(
+        "has shape {:?}, expected {expected:?}",
+        tensor.dims
+    )))
 }
 
 fn fail(weight: &WeightRef, reason: String) -> Error {

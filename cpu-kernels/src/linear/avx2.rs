@@ -59,6 +59,10 @@ fn splat_f16(value: half::f16) -> __m256 {
 fn int4_group(w: &Int4Matrix, i: usize) -> (__m256, __m256) {
     let scale = splat_f16(w.scales[i]);
     let min = match &w.mins {
+        Some(zeros) if w.zeros => _mm256_mul_ps(
+            scale,
+            _mm256_sub_ps(_mm256_setzero_ps(), splat_f16(zeros[i])),
+        ),
         Some(mins) => splat_f16(mins[i]),
         None => _mm256_mul_ps(scale, _mm256_set1_ps(-8.0)),
     };

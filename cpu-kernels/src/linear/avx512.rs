@@ -140,6 +140,7 @@ fn int4_rows_of<const CELLS: usize>(w: &Int4Matrix, rows: Range<usize>, x: &[f32
         CELLS
     };
     let (mins, factor) = match &w.mins {
+        Some(zeros) if w.zeros => (zeros, -1.0),
         Some(mins) => (mins, 1.0),
         None => (&w.scales, -8.0),
     };
@@ -168,6 +169,13 @@ fn int4_rows_of<const CELLS: usize>(w: &Int4Matrix, rows: Range<usize>, x: &[f32
                     1.0,
                 );
                 load_groups(&mut min_values, mins, tile, groups, first, count, factor);
+            }
+            if w.zeros {
+                for (mins, scales) in min_values.iter_mut().zip(&scale_values) {
+                    for (min, scale) in mins[..count].iter_mut().zip(scales) {
+                        *min *= scale;
+                    }
+                }
             }
             for group in 0..count {
                 let mut tables = [_mm512_setzero_ps(); TILE_ROWS];
@@ -210,6 +218,10 @@ fn int4_dequantize(w: &Int4Matrix, row: usize, out: &mut [f32]) {
         let i = row * groups + group;
         let scale = splat_f16(w.scales[i]);
         let min = match &w.mins {
+            Some(zeros) if w.zeros => _mm512_mul_ps(
+                scale,
+                _mm512_sub_ps(_mm512_setzero_ps(), splat_f16(zeros[i])),
+            ),
             Some(mins) => splat_f16(mins[i]),
             None => _mm512_mul_ps(scale, _mm512_set1_ps(-8.0)),
         };

@@ -25,6 +25,7 @@ pub fn reference(w: &Int4Matrix, bias: Option<&[f32]>, x: &[f32], y: &mut [f32])
                 let group = row * groups + k / w.group;
                 let scale = w.scales[group].to_f64();
                 let weight = match &w.mins {
+                    Some(zeros) if w.zeros => scale * (q as f64 - zeros[group].to_f64()),
                     Some(mins) => scale * q as f64 + mins[group].to_f64(),
                     None => scale * (q as f64 - 8.0),
                 };

@@ -37,10 +37,11 @@ fn store(sums: [float32x4_t; TILE_ROWS], y: &mut [f32]) {
 #[target_feature(enable = "neon")]
 fn int4_group(w: &Int4Matrix, i: usize) -> (float32x4_t, float32x4_t) {
     let scale = w.scales[i].to_f32();
-    let min = w
-        .mins
-        .as_ref()
-        .map_or(-8.0 * scale, |mins| mins[i].to_f32());
+    let min = match &w.mins {
+        Some(zeros) if w.zeros => -scale * zeros[i].to_f32(),
+        Some(mins) => mins[i].to_f32(),
+        None => -8.0 * scale,
+    };
     (vdupq_n_f32(scale), vdupq_n_f32(min))
 }
 

@@ -21,10 +21,11 @@ pub(super) static KERNELS: Kernels = Kernels {
 fn int4_cell(w: &Int4Matrix, row: usize, cell: usize, out: &mut [f32]) {
     let group = row * w.cols.div_ceil(w.group) + cell * CELL_WEIGHTS / w.group;
     let scale = w.scales[group].to_f32();
-    let min = w
-        .mins
-        .as_ref()
-        .map_or(-8.0 * scale, |mins| mins[group].to_f32());
+    let min = match &w.mins {
+        Some(zeros) if w.zeros => -scale * zeros[group].to_f32(),
+        Some(mins) => mins[group].to_f32(),
+        None => -8.0 * scale,
+    };
     let start = row * w.cols / 2 + cell * CELL_BYTES;
     let (low, high) = out.split_at_mut(CELL_BYTES);
     for ((byte, low), high) in w.quants[start..start + CELL_BYTES]

@@ -78,15 +78,22 @@ fn compare<M: Matrix>(
 fn int4_is_close_to_the_reference() {
     let mut random = Random::new(10);
     for (n, k, group, tokens) in SHAPES {
-        for mins in [false, true] {
-            let w = random.int4(n, k, group, mins);
+        for w in [
+            random.int4(n, k, group, false),
+            random.int4(n, k, group, true),
+            random.int4_zeros(n, k, group),
+        ] {
             compare(
                 &w,
                 tokens,
                 &mut random,
                 |bias, x, y| int4::reference(&w, bias, x, y),
                 |bias, x, y| int4::forward(&w, bias, x, y),
-                &format!("int4 n={n} k={k} group={group} t={tokens} mins={mins}"),
+                &format!(
+                    "int4 n={n} k={k} group={group} t={tokens} mins={} zeros={}",
+                    w.mins.is_some(),
+                    w.zeros
+                ),
             );
         }
     }
@@ -164,8 +171,14 @@ fn several_tokens_equal_one_by_one() {
 #[test]
 fn dequantized_rows_are_the_weights_bit_for_bit() {
     let mut random = Random::new(13);
-    for (mins, k, group) in [(false, 160, 64), (true, 1120, 128), (true, 32, 32)] {
-        let w = random.int4(3, k, group, mins);
+    for w in [
+        random.int4(3, 160, 64, false),
+        random.int4(3, 1120, 128, true),
+        random.int4(3, 32, 32, true),
+        random.int4_zeros(3, 96, 32),
+        random.int4_zeros(3, 1120, 128),
+    ] {
+        let (k, group) = (w.cols, w.group);
         for isa in Isa::available() {
             for row in 0..3 {
                 let mut got = vec![0.0; k];
@@ -176,7 +189,8 @@ fn dequantized_rows_are_the_weights_bit_for_bit() {
                     let i = row * k.div_ceil(group) + j / group;
                     let scale = w.scales[i].to_f32();
                     let weight = match &w.mins {
-                        // The product of an f16 and four bits is exact: one rounding.
+                        // Exact, as the product of an f16 and four bits is: one rounding at most.
+                        Some(zeros) if w.zeros => scale * (q - zeros[i].to_f32()),
                         Some(mins) => scale * q + mins[i].to_f32(),
                         None => scale * (q - 8.0),
                     };

@@ -8,11 +8,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::Args;
 use engine::Error;
 use engine::backend::{Backend, Selected, select};
-use engine::chat::{ChatTemplate, Message};
+use engine::chat::Message;
 use engine::generate::{Limits, Outcome, Piece, Stop, check_prompt, generate};
 use engine::sampler::Sampling;
 use engine::weights::ModelFile;
-use models::file::gguf::Gguf;
 use serde::Serialize;
 
 use super::{Failure, ModelArgs, interrupt, model_path, set_threads, stdout_failure};
@@ -21,8 +20,6 @@ use super::{Failure, ModelArgs, interrupt, model_path, set_threads, stdout_failu
 const STDIN_LIMIT_BYTES: u64 = 64 << 20;
 /// The cache of a run without `--context` is a multiple of this many tokens.
 const CONTEXT_STEP_TOKENS: usize = 64;
-/// Metadata key of the chat template.
-const TEMPLATE_KEY: &str = "tokenizer.chat_template";
 
 /// Generate text from a prompt.
 ///
@@ -149,7 +146,7 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
     let tokenizer = tokenizer?;
     let template = match args.raw {
         true => None,
-        false => chat_template(&file, &tokenizer.bos_text(), &tokenizer.eos_text())?,
+        false => mapped.chat_template(&file, &tokenizer)?,
     };
     if template.is_none() && args.system.is_some() {
         return Err(Error::Input("--system needs a model with a chat template".into()).into());
@@ -306,18 +303,6 @@ fn summary(
     }
     let line: String = parts.join(" | ");
     line.chars().filter(|c| !c.is_control()).collect()
-}
-
-/// The file's chat template, if it has one.
-fn chat_template(
-    file: &Gguf<'_>,
-    bos_text: &str,
-    eos_text: &str,
-) -> Result<Option<ChatTemplate>, Error> {
-    file.metadata
-        .string_opt(TEMPLATE_KEY)?
-        .map(|source| ChatTemplate::new(source, bos_text, eos_text))
-        .transpose()
 }
 
 /// Tokens that the cache must hold.

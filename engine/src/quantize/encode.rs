@@ -102,9 +102,9 @@ pub fn encode(
             )?;
             Weight::F16(F16Matrix::new(n, k, values)?)
         }
-        Layout::F32 => {
+        Layout::F32 | Layout::Int4Zeros { .. } => {
             return Err(Error::input(format!(
-                "{}: a vector has no rows to round",
+                "{}: neither a vector nor zeros of another quantiser are rounded to",
                 stored.name
             )));
         }

@@ -108,6 +108,14 @@ pub fn data(name: &str) -> Vec<u8> {
     std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
+/// A file of golden data that holds 32-bit floats.
+pub fn floats(name: &str) -> Vec<f32> {
+    let bytes = data(name);
+    let (values, rest) = bytes.as_chunks::<4>();
+    assert!(rest.is_empty(), "{name}");
+    values.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
 /// A JSON file of golden data.
 pub fn json<T: DeserializeOwned>(name: &str) -> T {
     serde_json::from_slice(&data(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
@@ -123,21 +131,16 @@ pub struct Loaded {
     pub chat: Option<ChatTemplate>,
 }
 
-/// Loads the model file at `path`.
+/// Loads the model at `path`.
 pub fn load(path: &Path) -> Loaded {
     let file = ModelFile::open(path).expect("model file");
-    let gguf = file.parse().expect("GGUF");
-    let recipe = file.recipe(&gguf).expect("recipe");
-    let tokenizer = file.tokenizer(&gguf, &recipe).expect("tokenizer");
-    let chat = gguf
-        .metadata
-        .string_opt("tokenizer.chat_template")
-        .expect("chat template")
-        .map(|source| {
-            ChatTemplate::new(source, &tokenizer.bos_text(), &tokenizer.eos_text())
-                .expect("chat template")
-        });
-    let model = Arc::new(file.load(&gguf, recipe).expect("weights"));
+    let parsed = file.parse().expect("a model");
+    let recipe = file.recipe(&parsed).expect("recipe");
+    let tokenizer = file.tokenizer(&parsed, &recipe).expect("tokenizer");
+    let chat = file
+        .chat_template(&parsed, &tokenizer)
+        .expect("chat template");
+    let model = Arc::new(file.load(&parsed, recipe).expect("weights"));
     Loaded {
         model,
         tokenizer,

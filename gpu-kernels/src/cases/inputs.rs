@@ -65,6 +65,7 @@ impl Inputs {
             quants,
             scales: scales.into(),
             mins,
+            zeros: false,
         }
     }
 

@@ -1,6 +1,7 @@
 //! Index helpers and launch plans of the logits kernels.
 
 use super::*;
+use crate::launch::{DeviceInfo, DeviceSlice, Launch};
 
 #[test]
 fn places_of_x_are_a_permutation() {

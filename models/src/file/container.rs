@@ -10,9 +10,7 @@
 //!               NAME          (n, k) F16                  a matrix of floats
 //!               NAME.quants   (n, k/2) U8, (n, k) I8, (n, k/4) U8   of INT4, INT8 and ternary
 //!               NAME.scales   (n, ceil(k/group)) F16      F32 for ternary
-//!               NAME.mins     (n, ceil(k/group)) F16      INT4 with minima
-//!               NAME.quants   (n, k/4) U8, NAME.scales (n, ceil(k/group)) F32       ternary
-//!               NAME          (n, k) F16                  a float matrix
+//!               NAME.mins     (n, ceil(k/group)) F16      INT4 with minima or zeros
 //!               padding.I     (n,) U8 zeros               fills up to the next 4,096 bytes
 //! ```
 //!
@@ -75,6 +73,11 @@ pub enum Layout {
         /// What the levels stand for.
         form: Int4Form,
     },
+    /// [`Int4Matrix`] with zeros.
+    Int4Zeros {
+        /// Weights that share a scale.
+        group: usize,
+    },
     /// [`Int8Matrix`].
     Int8 {
         /// Weights that share a scale.
@@ -119,6 +122,7 @@ impl StoredWeight {
     pub fn of(name: String, weight: &Weight) -> StoredWeight {
         let (rows, cols) = weight.shape();
         let layout = match weight {
+            Weight::Int4(m) if m.zeros => Layout::Int4Zeros { group: m.group },
             Weight::Int4(m) => Layout::Int4 {
                 group: m.group,
                 form: match m.mins {
@@ -180,6 +184,14 @@ impl StoredWeight {
                     parts.push(part(".mins", DType::F16, groups)?);
                 }
                 parts
+            }
+            Layout::Int4Zeros { group } => {
+                let groups = groups(group)?;
+                vec![
+                    part(".quants", DType::U8, cols / 2)?,
+                    part(".scales", DType::F16, groups)?,
+                    part(".mins", DType::F16, groups)?,
+                ]
             }
             Layout::Int8 { group } => vec![
                 part(".quants", DType::I8, cols)?,
@@ -329,6 +341,16 @@ impl<'a> Container<'a> {
                     Int4Form::Asymmetric => Some(self.values(stored, ".mins")?),
                 },
             )
+            .map(Weight::Int4),
+            Layout::Int4Zeros { group } => Int4Matrix::from_shared(
+                rows,
+                cols,
+                group,
+                self.values(stored, ".quants")?,
+                self.values(stored, ".scales")?,
+                Some(self.values(stored, ".mins")?),
+            )
+            .and_then(Int4Matrix::with_zeros)
             .map(Weight::Int4),
             Layout::Int8 { group } => Int8Matrix::from_shared(
                 rows,

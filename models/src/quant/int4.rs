@@ -10,7 +10,13 @@
 //!
 //! with mins:     w = scale * q + min          q in 0..=15   (GGUF Q4_1, bit for bit)
 //! without mins:  w = scale * (q - 8)                        (GGUF Q4_0, bit for bit)
+//! with zeros:    w = scale * (q - zero)       mins hold the zeros, 0 to 16  (AWQ, GPTQ, bit for bit)
 //! ```
+//!
+//! Zeros are a form of their own because minima cannot stand in for them: `scale * zero` takes up to 15
+//! bits, f16 has 11, and a rounded minimum moves a whole group by up to 2^-12 of it, 0.4% of a step
+//! between two levels. In f32 the product is exact, and so is every weight (11 and 4 bits), so kernels
+//! make the minimum `-scale * zero` of a group in f32 and go on as with minima.
 //!
 //! The cell is GGUF's own nibble order, so an import only separates the scales from the cells,
 //! and both a byte shuffle on a CPU and `lop3` on a GPU split it without crossing lanes.
@@ -45,6 +51,8 @@ pub struct Int4Matrix {
     pub scales: Shared<f16>,
     /// `(rows, ceil(cols/group))`, absent for the symmetric form.
     pub mins: Option<Shared<f16>>,
+    /// The minima are zeros: levels that stand for 0.
+    pub zeros: bool,
 }
 
 /// Which values the 16 levels of a group stand for.
@@ -56,6 +64,9 @@ pub enum Int4Form {
     /// `w = scale * q + min`.
     Asymmetric,
 }
+
+/// Greatest zero: GPTQ stores one less in four bits.
+pub const MAX_ZERO: f32 = 16.0;
 
 impl Int4Matrix {
     /// Puts a matrix together from its parts.
@@ -102,7 +113,26 @@ impl Int4Matrix {
             quants,
             scales,
             mins,
+            zeros: false,
         })
+    }
+
+    /// The same matrix with its minima taken as zeros.
+    ///
+    /// # Errors
+    /// A matrix without minima, or one that is no whole number between 0 and [`MAX_ZERO`].
+    pub fn with_zeros(mut self) -> Result<Self, Error> {
+        let mins = self.mins.as_deref().unwrap_or_default();
+        let fits = |zero: f32| zero.fract() == 0.0 && (0.0..=MAX_ZERO).contains(&zero);
+        if let Some(i) = mins.iter().position(|zero| !fits(zero.to_f32())) {
+            return Err(Error::Matrix {
+                format: FORMAT,
+                reason: format!("zero {i} is {}, not a level of 0 to {MAX_ZERO}", mins[i]),
+            });
+        }
+        check_len(FORMAT, "zeros", mins.len(), self.scales.len())?;
+        self.zeros = true;
+        Ok(self)
     }
 
     /// Rounds `(rows, cols)` float weights to the nearest of the 16 levels that span the range of
@@ -209,6 +239,7 @@ impl Int4Matrix {
             let g = c / cells_per_group;
             let scale = scales[g].to_f32();
             let (offset, min) = match mins {
+                Some(zeros) if self.zeros => (zeros[g].to_f32(), 0.0),
                 Some(mins) => (0.0, mins[g].to_f32()),
                 None => (8.0, 0.0),
             };
@@ -287,6 +318,27 @@ mod tests {
             [5.5, -1.5, -1.0, 3.0, -2.0]
         );
         assert_eq!(asymmetric.bytes(), 20);
+    }
+
+    #[test]
+    fn zeros_are_exact_where_minima_would_round() {
+        let scale = f16::from_bits(0x2fff);
+        let quants = vec![0xf0; 16];
+        let make = |zero: f32| {
+            let mins = Some(vec![f16::from_f32(zero)]);
+            Int4Matrix::new(1, 32, 32, quants.clone(), vec![scale], mins)
+                .unwrap()
+                .with_zeros()
+        };
+        let matrix = make(11.0).unwrap();
+        let mut row = [0f32; 32];
+        matrix.dequantize_row(0, &mut row);
+        let scale = scale.to_f32();
+        assert_eq!([row[0], row[31]], [-11.0 * scale, 4.0 * scale]);
+        assert_ne!(f16::from_f32(-11.0 * scale).to_f32(), -11.0 * scale);
+        for bad in [-1.0, 0.5, 17.0] {
+            assert!(make(bad).unwrap_err().to_string().contains("zero 0"));
+        }
     }
 
     #[test]

@@ -53,14 +53,23 @@ pub fn available() -> Result<(), String> {
 
 pub use cuda_driver::EnergyMeter;
 
+/// The graphs that end with one way of choosing.
+#[derive(Debug)]
+struct Choice {
+    /// Logits, choice, advance.
+    tail: Graph,
+    /// A whole token.
+    step: Graph,
+}
+
 /// Runs a model on CUDA device 0.
 #[derive(Debug)]
 pub struct CudaBackend {
     // Fields are dropped in this order: graphs before the memory that they use.
     prompt: Graph,
     body: Graph,
-    tail: Graph,
-    step: Graph,
+    greedy: Choice,
+    draw: Choice,
     reader: TokenReader,
     memory: DeviceMemory,
     gpu: Arc<Gpu>,
@@ -74,6 +83,12 @@ pub struct CudaBackend {
     /// The device has chosen, or will have, the tokens of positions below this; at least
     /// `tokens.len()`, which means that no tail follows the last body.
     chosen: usize,
+    /// How it chose them.
+    sampling: Sampling,
+    /// Whether the device's settings are those of `sampling`, where they matter.
+    has_settings: bool,
+    /// Whether the device knows which tokens it has seen.
+    knows_seen: bool,
     /// What it chose to follow `tokens`, once the host has read it.
     next: Option<u32>,
     /// The last token appended was what the device had chosen.
@@ -110,13 +125,17 @@ impl CudaBackend {
         let plan = plan::compile(model, context, &device, gpu.tuned(), &mut memory)?;
         // One step outside of a graph, call by call: the driver loads each kernel now rather than
         // while it records, and a kernel that fails is named.
-        for call in &plan.full {
-            // SAFETY: the plan took every address from `memory`, which outlives the work.
-            unsafe { gpu.queue(call) }?;
-            gpu.synchronize()
-                .map_err(|error| Error::machine(format!("{}: {error}", call.kernel)))?;
+        for calls in [&plan.full, &plan.draw] {
+            memory.write(plan.state, &0u32.to_le_bytes())?;
+            for call in calls {
+                // SAFETY: the plan took every address from `memory`, which outlives the work.
+                unsafe { gpu.queue(call) }?;
+                gpu.synchronize()
+                    .map_err(|error| Error::machine(format!("{}: {error}", call.kernel)))?;
+            }
         }
         let (body, tail) = plan.full.split_at(plan.full.len() - 1);
+        let drawn = [body, &plan.draw].concat();
         // SAFETY: the plan took every address from `memory`, which is dropped after the graphs.
         let record = |calls: &[_]| unsafe { Graph::capture(&gpu, calls) };
         let tier = gpu.tier();
@@ -135,8 +154,14 @@ impl CudaBackend {
         Ok(Self {
             prompt: record(&plan.prompt)?,
             body: record(body)?,
-            tail: record(tail)?,
-            step: record(&plan.full)?,
+            greedy: Choice {
+                tail: record(tail)?,
+                step: record(&plan.full)?,
+            },
+            draw: Choice {
+                tail: record(&plan.draw)?,
+                step: record(&drawn)?,
+            },
             reader: TokenReader::new(&gpu)?,
             memory,
             gpu,
@@ -144,9 +169,12 @@ impl CudaBackend {
             vocab: model.recipe.elems(Buffer::Logits),
             context,
             tokens: Vec::with_capacity(context),
-            // After the step above.
+            // After the calls above.
             position: 1,
             chosen: 0,
+            sampling: Sampling::GREEDY,
+            has_settings: true,
+            knows_seen: false,
             next: None,
             following: false,
             has_body: false,
@@ -210,12 +238,45 @@ impl CudaBackend {
         self.next = None;
         self.following = false;
         self.has_body = true;
+        self.knows_seen = false;
+        Ok(())
+    }
+
+    /// The graphs of the sampling at hand.
+    fn choice(&self) -> &Choice {
+        match self.sampling.is_greedy() {
+            true => &self.greedy,
+            false => &self.draw,
+        }
+    }
+
+    /// Makes `sampling` the one that tokens are chosen by from now on, none being chosen.
+    fn set_sampling(&mut self, sampling: &Sampling) -> Result<(), Error> {
+        self.has_settings &= self.sampling == *sampling;
+        self.sampling = *sampling;
+        if sampling.is_greedy() {
+            // It does not tell the device which tokens it has seen.
+            self.knows_seen = false;
+            return Ok(());
+        }
+        if !self.has_settings {
+            let settings = plan::draw_settings(sampling);
+            self.memory
+                .write(self.plan.settings, bytemuck::cast_slice(&settings))?;
+            self.has_settings = true;
+        }
+        if !self.knows_seen && sampling.repetition_penalty != 1.0 {
+            let seen = sampler::seen(&self.tokens, self.vocab);
+            self.memory
+                .write(self.plan.seen, bytemuck::cast_slice(&seen))?;
+            self.knows_seen = true;
+        }
         Ok(())
     }
 
     /// Queues a step for a token that the device has chosen itself.
     fn step_ahead(&mut self) -> Result<(), Error> {
-        self.step.launch()?;
+        self.choice().step.launch()?;
         self.position += 1;
         self.note_choice()
     }
@@ -239,14 +300,19 @@ impl CudaBackend {
             }
             self.chosen = tokens;
             self.next = None;
+            self.knows_seen = false;
         }
         Ok(())
     }
 
     /// Queues logits and choice after the last token appended, if they are not.
-    fn choose_next(&mut self) -> Result<(), Error> {
+    fn choose_next(&mut self, sampling: &Sampling) -> Result<(), Error> {
+        if self.sampling != *sampling {
+            self.take_back_choices()?;
+        }
         if self.chosen == self.tokens.len() {
-            self.tail.launch()?;
+            self.set_sampling(sampling)?;
+            self.choice().tail.launch()?;
             self.position += 1;
             self.note_choice()?;
         }
@@ -292,11 +358,7 @@ impl Backend for CudaBackend {
     fn choose(&mut self, sampling: &Sampling) -> Result<u32, Error> {
         self.check_started()?;
         self.gpu.make_current()?;
-        if !sampling.is_greedy() {
-            let mut logits = self.logits()?;
-            return sampler::choose(&mut logits, &self.tokens, sampling);
-        }
-        self.choose_next()?;
+        self.choose_next(sampling)?;
         let tokens = self.tokens.len();
         while self.following && self.chosen <= (tokens + AHEAD).min(self.context) {
             self.step_ahead()?;
@@ -312,7 +374,12 @@ impl Backend for CudaBackend {
         if self.chosen > self.tokens.len() + 1 {
             self.take_back_choices()?;
         }
-        self.choose_next()?;
+        let sampling = match self.sampling.repetition_penalty {
+            1.0 => self.sampling,
+            // Logits with a penalty are not the model's.
+            _ => Sampling::GREEDY,
+        };
+        self.choose_next(&sampling)?;
         let mut logits = vec![0f32; self.vocab];
         self.memory
             .read(self.plan.logits, bytemuck::cast_slice_mut(&mut logits))?;
@@ -329,6 +396,7 @@ impl Backend for CudaBackend {
         self.next = None;
         self.following = false;
         self.has_body = false;
+        self.knows_seen = false;
     }
 
     fn profile(&mut self, kernels: bool) -> Result<Profile, Error> {
@@ -348,7 +416,7 @@ impl Backend for CudaBackend {
                 kernels: Vec::new(),
             });
         }
-        self.choose_next()?;
+        self.choose_next(&Sampling::GREEDY)?;
         let kernels = profile::kernels(&self.gpu, &mut self.memory, &self.plan, tokens)?;
         // Whatever the device has chosen by now, it is not what was asked for.
         self.position = usize::MAX;

@@ -30,6 +30,7 @@ use self::fuse::Op;
 use self::place::{Placed, pack};
 use crate::Error;
 use crate::backend::LoadedModel;
+use crate::sampler::Sampling;
 
 /// Products packed at a time, on all cores: what bounds the memory that the packed copies take.
 const PACKED_AT_A_TIME: usize = 16;
@@ -124,6 +125,9 @@ pub struct Plan {
     pub prompt: Vec<Call>,
     /// A token whose logits are needed: computes them, chooses the next token from them.
     pub full: Vec<Call>,
+    /// In the place of the last call of `full`: logits, penalised where `seen` says so, and a token
+    /// drawn among the best of them.
+    pub draw: Vec<Call>,
     /// What each call of `full` is for.
     pub notes: Vec<Note>,
     /// `(1,)` u32: position of the token that the next replay handles.
@@ -133,6 +137,10 @@ pub struct Plan {
     pub tokens: DeviceSlice,
     /// `(V,)` f32.
     pub logits: DeviceSlice,
+    /// How `draw` draws: `sample::draw::Settings::words`.
+    pub settings: DeviceSlice,
+    /// `(ceil(V/32),)` u32: a bit a token that `draw` penalises; it sets that of the token it draws.
+    pub seen: DeviceSlice,
 }
 
 /// Compiles `model` for a cache of `context` tokens, with the launches of `tuned` where it has one.
@@ -191,10 +199,16 @@ pub fn compile(
             }
         }
     }
-    let Compiler { state, tokens, .. } = compiler;
-    let Some(Step::Logits { dst, .. }) = model.recipe.steps.last() else {
+    let Some(Step::Logits { table, src, dst }) = model.recipe.steps.last() else {
         return Err(Error::input("the recipe does not end with its logits"));
     };
+    let vocab = model.recipe.elems(*dst);
+    // Greedy to begin with, and nothing seen.
+    let settings = draw_settings(&Sampling::GREEDY);
+    let settings = compiler.memory.upload(bytemuck::cast_slice(&settings))?;
+    let seen = compiler.memory.upload(&vec![0; 4 * vocab.div_ceil(32)])?;
+    let draw = compiler.draw(*table, [*src, *dst], settings, seen)?;
+    let Compiler { state, tokens, .. } = compiler;
     let logits = compiler.buffer(*dst);
     let advance = sample::plan_advance(device, state).map_err(unsupported)?;
     let mut prompt = calls[..prompt_calls].to_vec();
@@ -202,11 +216,27 @@ pub fn compile(
     Ok(Plan {
         prompt,
         full: calls,
+        draw,
         notes,
         state,
         tokens,
         logits,
+        settings,
+        seen,
     })
+}
+
+/// The numbers of [`Plan::settings`].
+pub fn draw_settings(sampling: &Sampling) -> [u32; 8] {
+    let settings = sample::draw::Settings {
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        repetition_penalty: sampling.repetition_penalty,
+        seed: sampling.seed,
+    };
+    settings.words()
 }
 
 fn unsupported(error: ShapeError) -> Error {

@@ -3,7 +3,7 @@
 use gpu_kernels::launch::{Call, DeviceSlice};
 use gpu_kernels::linear::gemv_int4_mma;
 use gpu_kernels::{
-    add, attention, embed, kv_append, linear, logits, rmsnorm, rope, rope_kv_append, swiglu,
+    add, attention, embed, kv_append, linear, logits, rmsnorm, rope, rope_kv_append, sample, swiglu,
 };
 use models::quant::Int4Tiled;
 use models::recipe::{Buffer, Step, WeightId};
@@ -179,28 +179,7 @@ impl Compiler<'_> {
                 add::plan(device, &shape, &add::Operands { x, y })
             }
             Step::Logits { table, src, dst } => {
-                let Placed::Int8 {
-                    rows,
-                    cols,
-                    group,
-                    quants,
-                    scales,
-                } = self.weight(table)?
-                else {
-                    return Err(self.wrong_kind(table, "an 8-bit table"));
-                };
-                let shape = logits::Shape {
-                    vocab: rows,
-                    width: cols,
-                    group,
-                };
-                let operands = logits::Operands {
-                    quants,
-                    scales,
-                    x: self.buffer(src),
-                    logits: self.buffer(dst),
-                    scratch: self.logits_scratch,
-                };
+                let (shape, operands) = self.logits(table, [src, dst])?;
                 let greedy = logits::Greedy {
                     context,
                     tokens,
@@ -211,6 +190,69 @@ impl Compiler<'_> {
             }
         }
         .map_err(unsupported)
+    }
+
+    /// The product of the output table with `src`, to `dst`.
+    fn logits(
+        &mut self,
+        table: WeightId,
+        [src, dst]: [Buffer; 2],
+    ) -> Result<(logits::Shape, logits::Operands), Error> {
+        let Placed::Int8 {
+            rows,
+            cols,
+            group,
+            quants,
+            scales,
+        } = self.weight(table)?
+        else {
+            return Err(self.wrong_kind(table, "an 8-bit table"));
+        };
+        let shape = logits::Shape {
+            vocab: rows,
+            width: cols,
+            group,
+        };
+        let operands = logits::Operands {
+            quants,
+            scales,
+            x: self.buffer(src),
+            logits: self.buffer(dst),
+            scratch: self.logits_scratch,
+        };
+        Ok((shape, operands))
+    }
+
+    /// The calls of [`Plan::draw`](super::Plan::draw).
+    pub(super) fn draw(
+        &mut self,
+        table: WeightId,
+        buffers: [Buffer; 2],
+        settings: DeviceSlice,
+        seen: DeviceSlice,
+    ) -> Result<Vec<Call>, Error> {
+        let (shape, operands) = self.logits(table, buffers)?;
+        let candidates = self.memory.reserve(sample::draw::CANDIDATES_BYTES)?;
+        let top = logits::Top {
+            candidates,
+            seen,
+            settings,
+        };
+        let top = logits::plan_top(self.device, &shape, &operands, &top).map_err(unsupported)?;
+        let shape = sample::draw::TopKShape {
+            vocab: shape.vocab,
+            context: self.context,
+            advance: true,
+        };
+        let operands = sample::draw::TopKOperands {
+            candidates,
+            settings,
+            seen,
+            tokens: self.tokens,
+            state: self.state,
+        };
+        let draw = sample::draw::plan_topk(self.device, &shape, &operands).map_err(unsupported)?;
+        Ok(vec![top, draw])
     }
 
     /// The call of INT4 matrices behind one input, and how it is launched.

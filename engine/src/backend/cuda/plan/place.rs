@@ -40,6 +40,11 @@ pub(super) struct PlacedTiles {
 
 fn int4(model: &LoadedModel, id: WeightId) -> Result<&Int4Matrix, Error> {
     match model.weights.get(id) {
+        Some(Weight::Int4(matrix)) if matrix.zeros => Err(wrong_kind(
+            model,
+            id,
+            "a 4-bit matrix without zeros: try --backend cpu",
+        )),
         Some(Weight::Int4(matrix)) => Ok(matrix),
         _ => Err(wrong_kind(model, id, "a 4-bit matrix")),
     }

@@ -13,6 +13,7 @@ use models::synthetic::{self, Options};
 use super::*;
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
+use crate::sampler;
 
 fn model(shape: &str, linear: DType) -> LoadedModel {
     let shape = synthetic::shape(shape).expect("a named shape");
@@ -219,6 +220,50 @@ fn what_cannot_be_fused_runs_step_by_step() {
         steps.swap(gated - 1, gated - 2);
     });
     assert_eq!(crossed, 1);
+}
+
+/// At each position the token that the calls draw is the one that the host's sampler takes from the
+/// same logits.
+#[test]
+fn tokens_drawn_on_the_emulator() {
+    const CONTEXT: usize = 12;
+    let model = model("tiny-qwen2", DType::Q4_0);
+    let mut memory = Emulator::default();
+    let tuned = Tuned::default();
+    let plan = compile(&model, CONTEXT, &DeviceInfo::T4, &tuned, &mut memory).expect("a plan");
+    let write = |slice, words: &[u32]| memory.buffer(slice).write(0, bytemuck::cast_slice(words));
+    let sampling = Sampling {
+        temperature: 1.5,
+        top_k: 50,
+        top_p: 0.98,
+        min_p: 0.001,
+        repetition_penalty: 1.5,
+        seed: 11,
+    };
+    write(plan.settings, &draw_settings(&sampling));
+    // The device marks what it draws, the first token it has to be told.
+    write(plan.seen, &sampler::seen(&[5], model.recipe.config.vocab));
+    let mut tokens = vec![5u32];
+    for position in 0..CONTEXT {
+        let mut all = vec![0u32; CONTEXT + 1];
+        all[..tokens.len()].copy_from_slice(&tokens);
+        write(plan.tokens, &all);
+        memory.run(&plan.full);
+        let mut logits: Vec<f32> = typed(&memory.read(plan.logits));
+        write(plan.state, &[position as u32]);
+        memory.run(&plan.draw);
+        let state: Vec<u32> = typed(&memory.read(plan.state));
+        assert_eq!(state, [position as u32 + 1]);
+        let want = sampler::choose(&mut logits, &tokens, &sampling).expect("a token");
+        let drawn: Vec<u32> = typed(&memory.read(plan.tokens));
+        assert_eq!(drawn[position + 1], want, "position {position}");
+        tokens.push(want);
+    }
+    let greedy = tokens.iter().filter(|token| **token == tokens[1]).count();
+    assert!(
+        greedy < CONTEXT,
+        "not the same token over and over: {tokens:?}"
+    );
 }
 
 #[test]
