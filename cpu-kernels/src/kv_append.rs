@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn bytes_span_the_greatest_magnitude_of_a_head() {
-        let v = [1.0, -2.54, 0.01, 0.0, 0.0, 0.0, 0.0, 0.0];
+        let v = [1.0, -2.54, 0.013, 0.0, 0.0, 0.0, 0.0, 0.0];
         let (mut cache, mut scales) = ([9; 24], [f16::ONE; 6]);
         reference_int8(&v, &mut cache, &mut scales, 2, 3, 4, 1);
         assert_eq!(cache[4..8], [50, -127, 1, 0]);
