@@ -2,11 +2,13 @@
 
 mod atomic_file;
 mod bench;
+mod info;
 mod interrupt;
 mod loaded;
 mod logits;
 mod model_path;
 mod perplexity;
+mod quantize;
 mod run;
 mod synthesize;
 
@@ -41,6 +43,8 @@ enum Command {
     Synthesize(synthesize::SynthesizeArgs),
     Logits(logits::LogitsArgs),
     Perplexity(perplexity::PerplexityArgs),
+    Quantize(quantize::QuantizeArgs),
+    Info(info::InfoArgs),
 }
 
 impl Cli {
@@ -52,6 +56,8 @@ impl Cli {
             Command::Synthesize(args) => synthesize::execute(args),
             Command::Logits(args) => logits::execute(args),
             Command::Perplexity(args) => perplexity::execute(args),
+            Command::Quantize(args) => quantize::execute(args),
+            Command::Info(args) => info::execute(args),
         }
     }
 }
@@ -209,6 +215,8 @@ mod tests {
             "edgellm bench -m model.gguf",
             "edgellm synthesize tiny out.gguf --seed 3",
             "edgellm logits -m m.gguf --text-file t.txt --out o.bin",
+            "edgellm quantize a.gguf b.edgellm --bits 4 --group 64 --asymmetric --method gptq --calibration t.txt --lm-head f16 --json",
+            "edgellm info b.edgellm --context 100 --json",
             "edgellm perplexity -m m.gguf --text t.txt --kl-reference r.logits --chunks 4 --json",
         ] {
             Cli::try_parse_from(line.split(' ')).expect(line);

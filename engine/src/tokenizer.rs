@@ -7,9 +7,12 @@ mod pre;
 mod stream;
 
 use models::file::gguf::{Gguf, Metadata};
+use serde::{Deserialize, Serialize};
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::processors::template::TemplateProcessing;
 
 pub use stream::Utf8Stream;
 
@@ -44,7 +47,7 @@ mod token_type {
 }
 
 /// What the files beside a `tokenizer.json` say of special tokens.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Specials {
     /// Text of the BOS token.
     pub bos: Option<String>,
@@ -260,6 +263,37 @@ impl Tokenizer {
             eos,
             stops,
         })
+    }
+
+    /// The tokenizer as a `tokenizer.json`, for [`Tokenizer::from_json`] with
+    /// [`Tokenizer::specials`].
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if the tokenizer cannot be written as JSON.
+    pub fn to_json(&self) -> Result<String, Error> {
+        let mut inner = self.inner.clone();
+        inner.with_decoder(Some(ByteLevel::default()));
+        let bos = self.bos.filter(|_| self.adds_bos);
+        if let Some((id, text)) = bos.and_then(|id| Some((id, inner.id_to_token(id)?))) {
+            let first = TemplateProcessing::builder()
+                .try_single(format!("{text} $A"))
+                .map_err(Error::machine)?
+                .special_tokens(vec![(text, id)])
+                .build()
+                .map_err(Error::machine)?;
+            inner.with_post_processor(Some(first));
+        }
+        inner.to_string(false).map_err(Error::machine)
+    }
+
+    /// The special tokens.
+    pub fn specials(&self) -> Specials {
+        let text = |id: Option<u32>| id.and_then(|id| self.inner.id_to_token(id));
+        Specials {
+            bos: text(self.bos),
+            eos: text(self.eos),
+            stops: self.stops.iter().map(|&id| id.into()).collect(),
+        }
     }
 
     /// V: number of tokens.

@@ -1,12 +1,16 @@
 //! Model files and folders: mapped into memory, then decoded tensor by tensor on all cores.
 
+mod container;
 mod folder;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use memmap2::Mmap;
+use bytes::Bytes;
+use memmap2::{Mmap, UncheckedAdvice};
 use models::file::Source;
+use models::file::container::Container;
 use models::file::gguf::Gguf;
 use models::file::hugging_face::HuggingFace;
 use models::recipe::Recipe;
@@ -22,16 +26,28 @@ use folder::Folder;
 /// Metadata key of the chat template in GGUF files.
 const TEMPLATE_KEY: &str = "tokenizer.chat_template";
 
-/// A model mapped into memory: a GGUF file, or a folder as Hugging Face has it.
+/// A model mapped into memory: a GGUF file, a file of the quantiser, or a folder as Hugging Face has it.
 #[derive(Debug)]
 pub struct ModelFile {
     path: PathBuf,
     content: Content,
 }
 
+/// A map that its users hold together.
+#[derive(Debug, Clone)]
+struct Pages(Arc<Mmap>);
+
+impl AsRef<[u8]> for Pages {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 #[derive(Debug)]
 enum Content {
     Gguf(Mmap),
+    /// Shared with the matrices, which are used in place.
+    Container(Bytes, Pages),
     Folder(Folder),
 }
 
@@ -40,6 +56,8 @@ enum Content {
 pub enum Parsed<'a> {
     /// Of a GGUF file.
     Gguf(Gguf<'a>),
+    /// Of a file of the quantiser.
+    Container(Container<'a>),
     /// Of a folder.
     HuggingFace(HuggingFace<'a>),
 }
@@ -49,13 +67,15 @@ impl Parsed<'_> {
     pub fn source(&self) -> &dyn Source {
         match self {
             Parsed::Gguf(gguf) => gguf,
+            Parsed::Container(container) => container,
             Parsed::HuggingFace(folder) => folder,
         }
     }
 }
 
 impl ModelFile {
-    /// Maps the model at `path`: a GGUF file or a folder with `config.json` and safetensors files.
+    /// Maps the model at `path`: a GGUF file, a file of the quantiser, or a folder with `config.json`
+    /// and safetensors files.
     ///
     /// # Errors
     /// [`Error::Input`] if it is missing, empty or cannot be read, or if a folder lacks a file.
@@ -69,7 +89,16 @@ impl ModelFile {
         let is_folder = std::fs::metadata(path).is_ok_and(|metadata| metadata.is_dir());
         let content = match is_folder {
             true => Content::Folder(Folder::open(path).map_err(fail)?),
-            false => Content::Gguf(map(path).map_err(fail)?),
+            false => {
+                let map = map(path).map_err(fail)?;
+                match Container::is_container(&map) {
+                    true => {
+                        let pages = Pages(Arc::new(map));
+                        Content::Container(Bytes::from_owner(pages.clone()), pages)
+                    }
+                    false => Content::Gguf(map),
+                }
+            }
         };
         Ok(Self {
             path: path.to_owned(),
@@ -89,6 +118,7 @@ impl ModelFile {
     pub fn parse(&self) -> Result<Parsed<'_>, Error> {
         match &self.content {
             Content::Gguf(map) => Gguf::parse(map).map(Parsed::Gguf),
+            Content::Container(bytes, _) => Container::parse(bytes).map(Parsed::Container),
             Content::Folder(folder) => folder.parse().map(Parsed::HuggingFace),
         }
         .map_err(|e| self.fault(e))
@@ -102,7 +132,7 @@ impl ModelFile {
         let mut recipe = models::arch::recipe(file.source()).map_err(|e| self.fault(e))?;
         if recipe.config.name.is_empty() {
             let name = match self.content {
-                Content::Gguf(_) => self.path.file_stem(),
+                Content::Gguf(_) | Content::Container(..) => self.path.file_stem(),
                 Content::Folder(_) => self.path.file_name(),
             };
             recipe.config.name = name
@@ -120,8 +150,11 @@ impl ModelFile {
         let vocab = recipe.config.vocab;
         match (file, &self.content) {
             (Parsed::Gguf(gguf), _) => Tokenizer::from_gguf(gguf, vocab),
+            (Parsed::Container(container), _) => container::tokenizer(container, vocab),
             (_, Content::Folder(folder)) => folder.tokenizer(vocab),
-            (_, Content::Gguf(_)) => Err(Error::input("parsed from another model")),
+            (_, Content::Gguf(_) | Content::Container(..)) => {
+                Err(Error::input("parsed from another model"))
+            }
         }
         .map_err(|e| self.fault(e))
     }
@@ -135,14 +168,37 @@ impl ModelFile {
         file: &Parsed<'_>,
         tokenizer: &Tokenizer,
     ) -> Result<Option<ChatTemplate>, Error> {
-        let source = match (file, &self.content) {
-            (Parsed::Gguf(gguf), _) => gguf.metadata.string_opt(TEMPLATE_KEY)?,
-            (_, Content::Folder(folder)) => folder.chat_template(),
-            (_, Content::Gguf(_)) => None,
-        };
-        source
+        self.template(file)?
             .map(|source| ChatTemplate::new(source, &tokenizer.bos_text(), &tokenizer.eos_text()))
             .transpose()
+    }
+
+    /// The source of the chat template.
+    fn template<'m>(&'m self, file: &'m Parsed<'_>) -> Result<Option<&'m str>, Error> {
+        Ok(match (file, &self.content) {
+            (Parsed::Gguf(gguf), _) => gguf.metadata.string_opt(TEMPLATE_KEY)?,
+            (Parsed::Container(container), _) => container::chat_template(container),
+            (_, Content::Folder(folder)) => folder.chat_template(),
+            (_, Content::Gguf(_) | Content::Container(..)) => None,
+        })
+    }
+
+    /// The maps of the files that hold weights.
+    fn maps(&self) -> Vec<&Mmap> {
+        match &self.content {
+            Content::Gguf(map) => vec![map],
+            Content::Container(_, pages) => vec![&pages.0],
+            Content::Folder(folder) => folder.maps().collect(),
+        }
+    }
+
+    /// Lets go of the memory of pages that were read; they are read again where they are used again.
+    pub fn release(&self) {
+        for map in self.maps() {
+            // SAFETY: the map is read-only and of a file, so dropped pages come back as they were.
+            // That this is only advice makes its failure harmless.
+            let _ = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
+        }
     }
 
     /// Decodes every tensor that `recipe` needs, on all cores of the current pool.

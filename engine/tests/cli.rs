@@ -312,6 +312,8 @@ fn help_teaches_with_examples() {
         &["run", "--help"],
         &["synthesize", "--help"],
         &["logits", "--help"],
+        &["quantize", "--help"],
+        &["info", "--help"],
         &["perplexity", "--help"],
     ] {
         let output = Command::new(BINARY)
@@ -321,4 +323,35 @@ fn help_teaches_with_examples() {
         assert_success(&output);
         assert!(text(&output.stdout).contains("Examples:\n  edgellm "));
     }
+}
+
+#[test]
+fn sampling_flags_are_checked_and_obeyed() {
+    let file = fixture(&model("tiny"));
+    for (flags, what) in [
+        (["--top-k", "0"], "top-k"),
+        (["--top-k", "65"], "top-k"),
+        (["--min-p", "1.5"], "min-p"),
+        (["--repetition-penalty", "0"], "repetition penalty"),
+        (["--temperature", "nan"], "temperature"),
+    ] {
+        let output = run(&file.path, &[&["-i", "hi"], &flags[..]].concat());
+        assert_error(&output, 2, what);
+    }
+    let ids = |flags: &[&str]| {
+        let flags = [&["-i", "hello", "-n", "40", "--ids", "--seed", "3"], flags].concat();
+        let output = run(&file.path, &flags);
+        assert_success(&output);
+        text(&output.stdout)
+    };
+    let plain = ids(&["--temperature", "1.5"]);
+    assert_eq!(ids(&["--temperature", "1.5"]), plain);
+    assert_ne!(
+        ids(&["--temperature", "1.5", "--repetition-penalty", "3"]),
+        plain
+    );
+    // Only the most likely token is left by either.
+    let best = ids(&["--temperature", "1.5", "--top-k", "1"]);
+    assert_eq!(ids(&["--temperature", "1.5", "--min-p", "1"]), best);
+    assert_ne!(best, plain);
 }

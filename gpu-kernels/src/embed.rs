@@ -1,12 +1,14 @@
-//! INT8 embedding lookup: `out[d] = scale * q[token, d]`, the token read from device memory.
+//! Embedding lookup: `out[d] = scale * q[token, d]` of an INT8 table, `out[d] = w[token, d]` of an F16
+//! one, the token read from device memory.
 //!
-//! Shapes: table `(V, D)` INT8 with f16 scales `(V, ceil(D/group))`, out `(D,)`.
+//! Shapes: table `(V, D)` INT8 with f16 scales `(V, ceil(D/group))`, or f16; out `(D,)`.
 //!
 //! ```text
-//! thread t of the grid -> elements 4t .. 4t+4 of the row: one 4-byte load, one 16-byte store
+//! thread t of the grid -> elements 4t .. 4t+4 of the row: one 4-byte load (two of F16), one
+//!                         16-byte store
 //! ```
 //!
-//! Bytes moved: `D` of quants, `2 ceil(D/group)` of scales, `4 D` written. No shared memory, so no
+//! Bytes moved: `D` of quants and `2 ceil(D/group)` of scales, or `2 D` of F16; `4 D` written. No shared memory, so no
 //! bank conflicts. One form only: a row is a few hundred to a few thousand bytes, the launch
 //! itself costs more than the copy.
 
@@ -93,6 +95,105 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, 
     call.u32(shift);
     let blocks = width.div_ceil(BLOCK * ELEMS_PER_THREAD);
     call.build(device, Launch::linear(blocks, BLOCK, 0))
+}
+
+/// Dimensions of the lookup in an F16 table.
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct F16Shape {
+    /// V: rows of the table.
+    pub vocab: usize,
+    /// D: columns, a multiple of 32.
+    pub width: usize,
+    /// S: tokens that the cache holds.
+    pub context: usize,
+}
+
+/// Buffers of the lookup in an F16 table.
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct F16Operands {
+    /// `(V, D)` f16.
+    pub table: DeviceSlice,
+    /// As [`Operands::tokens`].
+    pub tokens: DeviceSlice,
+    /// `(1,)` u32: the position.
+    pub state: DeviceSlice,
+    /// `(D,)` f32.
+    pub out: DeviceSlice,
+}
+
+/// The launch of `embed_f16`.
+///
+/// # Errors
+/// A width that is no multiple of 32, a short or misaligned buffer.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn plan_f16(
+    device: &DeviceInfo,
+    shape: &F16Shape,
+    ops: &F16Operands,
+) -> Result<Call, ShapeError> {
+    let &F16Shape {
+        vocab,
+        width,
+        context,
+    } = shape;
+    let mut call = CallBuilder::new("embed_f16");
+    call.require(
+        width.is_multiple_of(32),
+        "width",
+        width,
+        "it must be a multiple of 32",
+    )?;
+    call.tensor("table", ops.table, tensor_bytes(&[vocab, width], 2), 8)?;
+    call.tensor(
+        "tokens",
+        ops.tokens,
+        tensor_bytes(&[context.saturating_add(1)], 4),
+        4,
+    )?;
+    call.tensor("state", ops.state, 4, 4)?;
+    call.tensor("out", ops.out, tensor_bytes(&[width], 4), 16)?;
+    let width = call.dim("width", width)?;
+    let blocks = width.div_ceil(BLOCK * ELEMS_PER_THREAD);
+    call.build(device, Launch::linear(blocks, BLOCK, 0))
+}
+
+/// `out = table[tokens[position]]` of an F16 table.
+///
+/// # Safety
+/// Launched as [`plan_f16`] says, with `tokens[position]` below V.
+#[kernel]
+pub unsafe fn embed_f16(
+    table: *const u16,  // (V, D) f16
+    tokens: *const u32, // (S + 1)
+    state: *const u32,  // (1) position
+    out: *mut f32,      // (D)
+    width: u32,
+) {
+    let first = thread::index_1d() * ELEMS_PER_THREAD;
+    if first >= width {
+        return;
+    }
+    // SAFETY: the plan checked each buffer against its shape; `first + 4 <= width` because the
+    // width is a multiple of 32; the caller promises a token below V and a position below S.
+    unsafe {
+        let position = ptx::ld_global_u32(state);
+        let token = ptx::ld_global_u32(tokens.wrapping_add(position as usize)) as usize;
+        let at = token * width as usize + first as usize;
+        let words: *const u32 = table.wrapping_add(at).cast();
+        let (a, b) = (
+            ptx::ld_global_nc_u32(words),
+            ptx::ld_global_nc_u32(words.wrapping_add(1)),
+        );
+        let values = [
+            ptx::f16_to_f32(a as u16),
+            ptx::f16_to_f32((a >> 16) as u16),
+            ptx::f16_to_f32(b as u16),
+            ptx::f16_to_f32((b >> 16) as u16),
+        ];
+        ptx::st_global_v4_f32(out.wrapping_add(first as usize), values);
+    }
 }
 
 /// The signed byte `i` of a little-endian word.

@@ -28,7 +28,7 @@ impl DeviceSlice {
 pub struct DeviceInfo {
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
-    /// Shared memory a block may use without opting in, bytes.
+    /// Shared memory a block may use, bytes: past 48 KiB the launch opts in.
     pub shared_bytes_per_block: u32,
     /// Compute capability times ten: 75, 80, 90.
     pub compute_capability: u32,
@@ -38,7 +38,7 @@ impl DeviceInfo {
     /// A T4: the smallest device supported; plans that fit it fit all.
     pub const T4: DeviceInfo = DeviceInfo {
         multiprocessors: 40,
-        shared_bytes_per_block: 48 * 1024,
+        shared_bytes_per_block: 64 * 1024,
         compute_capability: 75,
     };
 }
@@ -362,7 +362,7 @@ mod tests {
     fn shared_memory_must_fit() {
         let call = CallBuilder::new("k");
         assert!(
-            call.build(&DeviceInfo::T4, Launch::linear(1, 32, 49_153))
+            call.build(&DeviceInfo::T4, Launch::linear(1, 32, 65_537))
                 .is_err()
         );
     }

@@ -24,9 +24,11 @@ mod product;
 pub mod ptx;
 pub mod read;
 mod reduce;
+pub mod relu2_glu;
 pub mod rmsnorm;
 pub mod rope;
 pub mod rope_kv_append;
+pub mod round_int8;
 pub mod sample;
 pub mod swiglu;
 mod unroll;
@@ -45,8 +47,9 @@ pub use cuda_std::emulator;
 
 /// Every kernel, for the emulator.
 #[cfg(not(target_arch = "nvptx64"))]
-pub static ENTRIES: [&cuda_std::emulator::Entry; 39] = [
+pub static ENTRIES: &[&cuda_std::emulator::Entry] = &[
     &embed::EMBED_INT8_ENTRY,
+    &embed::EMBED_F16_ENTRY,
     &rmsnorm::RMSNORM_F32_ENTRY,
     &linear::gemv_int4::LINEAR_GEMV_INT4_BASELINE_ENTRY,
     &linear::gemv_int4::LINEAR_GEMV_INT4_MULTIROW_ENTRY,
@@ -56,6 +59,12 @@ pub static ENTRIES: [&cuda_std::emulator::Entry; 39] = [
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_MIN_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_MIN_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_MIN_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_MIN_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_MIN_HALF_ENTRY,
+    &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_MIN_HALF_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G32_TOKENS_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_TOKENS_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_TOKENS_ENTRY,
@@ -63,6 +72,7 @@ pub static ENTRIES: [&cuda_std::emulator::Entry; 39] = [
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G64_MIN_TOKENS_ENTRY,
     &linear::gemv_int4_mma::LINEAR_GEMV_INT4_MMA_G128_MIN_TOKENS_ENTRY,
     &linear::gemv_int8::LINEAR_GEMV_INT8_MULTIROW_ENTRY,
+    &linear::gemv_f16::LINEAR_GEMV_F16_ENTRY,
     &rope::ROPE_F32_ENTRY,
     &kv_append::KV_APPEND_F16_ENTRY,
     &kv_append::KV_APPEND_V8_ENTRY,
@@ -76,6 +86,8 @@ pub static ENTRIES: [&cuda_std::emulator::Entry; 39] = [
     &attention::split::ATTENTION_SPLIT_V8_D96_ENTRY,
     &attention::split::ATTENTION_SPLIT_V8_D128_ENTRY,
     &swiglu::SWIGLU_F32_ENTRY,
+    &relu2_glu::RELU2_GLU_F32_ENTRY,
+    &round_int8::ROUND_INT8_F32_ENTRY,
     &add::RESIDUAL_ADD_F32_ENTRY,
     &logits::LOGITS_INT8_ENTRY,
     &logits::LOGITS_INT8_BY_ROW_ENTRY,

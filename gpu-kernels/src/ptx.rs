@@ -255,6 +255,8 @@ macro_rules! load_global_v4_if {
 }
 
 load_global_v4_if! {
+    /// `@p ld.global.v4.u32`
+    ld_global_v4_u32_if: u32 = "ld.global.v4.u32", load_global;
     /// `@p ld.global.v4.f32`
     ld_global_v4_f32_if: f32 = "ld.global.v4.f32", load_global;
     /// `@p ld.global.nc.L1::no_allocate.v4.u32`
@@ -473,6 +475,90 @@ pub fn griddep_launch() {
     }
 }
 
+/// `st.shared.v4.u32`: four values at `base` + `offset_bytes`, a multiple of 16.
+///
+/// # Safety
+/// As [`st_shared_u32`], for 16 bytes.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn st_shared_v4_u32(base: Shared, offset_bytes: u32, value: [u32; 4]) {
+    let address = base.offset_bytes(offset_bytes).address();
+    // SAFETY: the caller vouches for the address; the block is a memory clobber.
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("st.shared.v4.u32 [{}], {{{}, {}, {}, {}}};", in(reg32) address,
+            in(reg32) value[0], in(reg32) value[1], in(reg32) value[2], in(reg32) value[3],
+            options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    access::store_shared(address, value);
+}
+
+/// Starts a copy from global to shared memory that does not go through registers; see
+/// [`cp_async_commit`] and [`cp_async_wait`].
+macro_rules! copy_async {
+    ($($(#[$doc:meta])* $name:ident: $bytes:literal = $instruction:literal;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// Below sm_80 and on the host the bytes are there at once.
+        ///
+        /// # Safety
+        /// The bytes at `p` are aligned, in bounds, initialised global memory that stays as it is
+        /// until the copy is waited for; `base` + `offset_bytes` is aligned and inside the block's
+        /// shared memory, and no other thread touches it before that and a barrier.
+        #[inline(always)]
+        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+        pub unsafe fn $name(base: Shared, offset_bytes: u32, p: *const u32) {
+            // SAFETY: the caller vouches for both addresses; the block is a memory clobber.
+            #[cfg(all(target_arch = "nvptx64", target_feature = "sm_80"))]
+            unsafe {
+                let address = base.offset_bytes(offset_bytes).address();
+                asm!($instruction, in(reg32) address, in(reg64) p, options(nostack));
+            }
+            // SAFETY: as above.
+            #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_80")))]
+            unsafe {
+                let mut at = 0;
+                while at < $bytes / 4 {
+                    let word = ld_global_u32(p.wrapping_add(at as usize));
+                    st_shared_u32(base, offset_bytes + 4 * at, word);
+                    at += 1;
+                }
+            }
+        }
+    )*};
+}
+
+copy_async! {
+    /// `cp.async.ca.shared.global` of 4 bytes.
+    cp_async_4: 4 = "cp.async.ca.shared.global [{}], [{}], 4;";
+    /// `cp.async.ca.shared.global` of 8 bytes.
+    cp_async_8: 8 = "cp.async.ca.shared.global [{}], [{}], 8;";
+    /// `cp.async.cg.shared.global` of 16 bytes, past L1.
+    cp_async_16: 16 = "cp.async.cg.shared.global [{}], [{}], 16;";
+}
+
+/// `cp.async.commit_group`: the copies that this thread started since the last one are a group.
+#[inline(always)]
+pub fn cp_async_commit() {
+    // SAFETY: a memory clobber, so that no copy moves across it.
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_80"))]
+    unsafe {
+        asm!("cp.async.commit_group;", options(nostack));
+    }
+}
+
+/// `cp.async.wait_group`: waits until at most the last `N` groups of this thread are under way. What
+/// the others copied, this thread sees; other threads see it after a barrier.
+#[inline(always)]
+pub fn cp_async_wait<const N: u32>() {
+    // SAFETY: a memory clobber, so that no load moves across it.
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_80"))]
+    unsafe {
+        asm!("cp.async.wait_group {};", const N, options(nostack));
+    }
+}
+
 /// Instructions on registers: `asm!` on the device, an expression on the host.
 macro_rules! arithmetic {
     ($($(#[$doc:meta])* $name:ident($($argument:ident: $ty:ty, $class:ident);*) -> $result:ty, $out:ident = $instruction:literal, $twin:expr;)*) => {$(
@@ -534,6 +620,10 @@ arithmetic! {
     sub_f16x2(a: u32, reg32; b: u32, reg32) -> u32, reg32
         = "sub.rn.f16x2 {}, {}, {};", twin::sub_f16x2(a, b);
 
+    /// `fma.rn.f16x2`: `a * b + c` of each half, rounded once to the nearest half.
+    fma_f16x2(a: u32, reg32; b: u32, reg32; c: u32, reg32) -> u32, reg32
+        = "fma.rn.f16x2 {}, {}, {}, {};", twin::fma_f16x2(a, b, c);
+
     /// `dp4a.u32.s32`: the four unsigned bytes of `a` times the signed bytes of `b`, summed onto
     /// `c`, wrapping.
     dp4a_u8_i8(a: u32, reg32; b: u32, reg32; c: i32, reg32) -> i32, reg32
@@ -569,80 +659,23 @@ pub fn exp(x: f32) -> f32 {
     exp2(x * core::f32::consts::LOG2_E)
 }
 
-/// What the register instructions compute, in plain Rust.
-#[cfg(not(target_arch = "nvptx64"))]
-mod twin {
-    use half::f16;
-
-    pub fn f16_to_f32(bits: u16) -> f32 {
-        f16::from_bits(bits).to_f32()
-    }
-
-    pub fn f32_to_f16(value: f32) -> u16 {
-        if value.is_nan() {
-            0x7fff
-        } else {
-            f16::from_f32(value).to_bits()
-        }
-    }
-
-    /// The two halves of a register, low first.
-    fn halves(register: u32) -> [f32; 2] {
-        [register as u16, (register >> 16) as u16].map(f16_to_f32)
-    }
-
-    pub fn permute_bytes(a: u32, b: u32, selector: u32) -> u32 {
-        let bytes = (u64::from(b) << 32 | u64::from(a)).to_le_bytes();
-        let byte = |i: u32| bytes[(selector >> (4 * i)) as usize & 7];
-        u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)])
-    }
-
-    pub fn sub_f16x2(a: u32, b: u32) -> u32 {
-        let (a, b) = (halves(a), halves(b));
-        // A difference of halves has at most 41 bits, so it is exact in double precision.
-        let half = |i: usize| {
-            let exact = f64::from(a[i]) - f64::from(b[i]);
-            let rounded = f16::from_f64(exact);
-            let nan = rounded.is_nan();
-            u32::from(if nan { 0x7fff } else { rounded.to_bits() })
-        };
-        half(0) | half(1) << 16
-    }
-
-    /// The value with a subnormal replaced by the zero of its sign.
-    fn flush(value: f32) -> f32 {
-        if value.is_subnormal() {
-            0.0f32.copysign(value)
-        } else {
-            value
-        }
-    }
-
-    pub fn exp2(x: f32) -> f32 {
-        flush(f64::from(flush(x)).exp2() as f32)
-    }
-
-    pub fn rsqrt(x: f32) -> f32 {
-        if x == 0.0 {
-            return f32::INFINITY.copysign(x);
-        }
-        (1.0 / f64::from(x).sqrt()) as f32
-    }
-
-    pub fn dp4a(a: u32, b: u32, c: i32) -> i32 {
-        let products = a.to_le_bytes().into_iter().zip(b.to_le_bytes());
-        products.fold(c, |sum, (a, b)| {
-            sum.wrapping_add(i32::from(a.cast_signed()) * i32::from(b.cast_signed()))
-        })
-    }
-
-    pub fn dp4a_u8_i8(a: u32, b: u32, c: i32) -> i32 {
-        let products = a.to_le_bytes().into_iter().zip(b.to_le_bytes());
-        products.fold(c, |sum, (a, b)| {
-            sum.wrapping_add(i32::from(a) * i32::from(b.cast_signed()))
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests;
+#[cfg(not(target_arch = "nvptx64"))]
+mod twin;
+
+/// scratch
+#[inline(always)]
+pub fn clock(dep: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let v: u32;
+        // SAFETY: scratch
+        unsafe {
+            asm!("{{ .reg .pred p; mov.u32 {0}, 0; setp.ne.u32 p, {1}, 0xdeadbeef; @p mov.u32 {0}, %clock; }}", out(reg32) v, in(reg32) dep, options(nostack));
+        }
+        v
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    dep
+}

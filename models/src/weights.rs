@@ -107,7 +107,7 @@ impl<'a> FloatRows<'a> {
     /// # Errors
     /// As [`decode`]; types that only a kernel form is known of are decoded.
     pub fn new(source: &'a dyn Source, weight: &'a WeightRef) -> Result<Self, Error> {
-        if source.container().is_some() || source.packing().is_some() {
+        if source.container().is_some() || packed::find(source, weight)?.is_some() {
             return decode(source, weight).map(FloatRows::Decoded);
         }
         let rows = Rows::new(source, weight)?;

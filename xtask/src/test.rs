@@ -20,7 +20,7 @@ use crate::{Error, check, model, ptx, setup, workspace};
 #[derive(Debug, ClapArgs)]
 pub struct Args {}
 
-const CLIPPY: [&[&str]; 2] = [
+const CLIPPY: [&[&str]; 3] = [
     &[
         "clippy",
         "--workspace",
@@ -36,6 +36,16 @@ const CLIPPY: [&[&str]; 2] = [
         "--package",
         "engine",
         "--all-targets",
+        "--no-default-features",
+        "--",
+        "-D",
+        "warnings",
+    ],
+    // That of `cargo xtask bench`, which hands the program its kernels.
+    &[
+        "clippy",
+        "--package",
+        "benches",
         "--no-default-features",
         "--",
         "-D",

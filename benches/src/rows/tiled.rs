@@ -45,7 +45,8 @@ impl Tiled {
 
     /// Entry of the kernel.
     pub fn kernel(&self) -> &'static str {
-        gemv_int4_mma::entry(self.shape.group, self.mins, self.shape.tokens)
+        let shape = &self.shape;
+        gemv_int4_mma::entry(shape.group, self.mins, shape.tokens, shape.half_x)
     }
 }
 
@@ -65,6 +66,17 @@ pub(super) fn fused_int4() -> Vec<Row> {
         of(8960, 1536, true, Epilogue::SwiGlu, 1),
         of(1536, 8960, false, Epilogue::Add, 1),
     ];
+    // What the engine runs: the gated activations are halves.
+    for (n, k, epilogue) in [
+        (8960, 1536, Epilogue::Store),
+        (1536, 8960, Epilogue::Store),
+        (1536, 8960, Epilogue::Add),
+    ] {
+        let mut product = Tiled::plain(n, k, 128);
+        product.shape.epilogue = epilogue;
+        product.shape.half_x = true;
+        rows.push(gemv_int4_mma(&product));
+    }
     for tokens in [2, 4, 8] {
         rows.push(of(8960, 1536, false, Epilogue::Store, tokens));
         rows.push(of(1536, 8960, false, Epilogue::Store, tokens));
@@ -103,13 +115,16 @@ pub fn gemv_int4_mma(product: &Tiled) -> Row {
         Epilogue::Store | Epilogue::Add => rows,
     };
     let groups = matrix_rows * cols.div_ceil(shape.group) * if mins { 2 } else { 1 };
-    let vectors = 4 * tokens * (rows + cols) + if norm { 4 * cols } else { 0 };
+    let elem = |half| if half { 2 } else { 4 };
+    let vectors = tokens * (rows * elem(shape.half_y) + cols * elem(shape.half_x))
+        + if norm { 4 * cols } else { 0 };
     let mut text = format!("{rows} x {cols} group {}", shape.group);
     if tokens > 1 {
         text.push_str(&format!(", {tokens} tokens"));
     }
     for (what, on) in [
         (" minima", mins),
+        (" half", shape.half_x),
         (" norm", norm),
         (" add", shape.epilogue == Epilogue::Add),
         (" swiglu", shape.epilogue == Epilogue::SwiGlu),
@@ -193,7 +208,11 @@ fn tiled_operands(
             DeviceSlice::NONE
         },
         bias: DeviceSlice::NONE,
-        x: floats(memory, tokens * cols)?,
+        x: if product.shape.half_x {
+            halves(memory, cols)?
+        } else {
+            floats(memory, tokens * cols)?
+        },
         gain: if product.norm {
             floats(memory, cols)?
         } else {

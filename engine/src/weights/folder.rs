@@ -106,6 +106,11 @@ impl Folder {
         Tokenizer::from_json(json, &specials, vocab)
     }
 
+    /// The maps of the safetensors files.
+    pub fn maps(&self) -> impl Iterator<Item = &Mmap> {
+        self.shards.iter().map(|(_, map)| map)
+    }
+
     pub fn chat_template(&self) -> Option<&str> {
         self.template.as_deref()
     }

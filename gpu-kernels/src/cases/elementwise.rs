@@ -4,7 +4,7 @@ use half::f16;
 
 use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within};
 use crate::launch::DeviceSlice;
-use crate::{add, embed, kv_append, rmsnorm, rope, rope_kv_append, swiglu};
+use crate::{add, embed, kv_append, relu2_glu, rmsnorm, rope, rope_kv_append, round_int8, swiglu};
 
 /// One rounding per element and one approximate instruction.
 const ROUNDING: f64 = 1e-6;
@@ -22,6 +22,18 @@ pub fn cases() -> Vec<Case> {
         let shape = format!("V={vocab} D={width} group={group} position={position}");
         cases.push(Case::new("embed_int8", shape, move |device| {
             embed(device, vocab, width, group, position)
+        }));
+    }
+    for (vocab, width, position) in [(11, 576, 0), (193, 160, 5), (1, 32, 1)] {
+        let shape = format!("V={vocab} D={width} position={position}");
+        cases.push(Case::new("embed_f16", shape, move |device| {
+            embed_f16(device, vocab, width, position)
+        }));
+    }
+    for (tokens, width) in [(1, 576), (3, 160), (1, 1120), (2, 4), (1, 5120)] {
+        let shape = format!("T={tokens} D={width}");
+        cases.push(Case::new("round_int8_f32", shape, move |device| {
+            round_int8(device, tokens, width)
         }));
     }
     for (tokens, width) in [(1, 576), (3, 160), (1, 1120), (2, 4), (1, 5120)] {
@@ -95,6 +107,9 @@ pub fn cases() -> Vec<Case> {
         let shape = format!("elems={elems}");
         cases.push(Case::new("swiglu_f32", shape.clone(), move |device| {
             swiglu(device, elems)
+        }));
+        cases.push(Case::new("relu2_glu_f32", shape.clone(), move |device| {
+            relu2_glu(device, elems)
         }));
         cases.push(Case::new("residual_add_f32", shape, move |device| {
             add(device, elems)
@@ -384,6 +399,72 @@ fn swiglu(device: &mut dyn Device, elems: usize) -> Result<f64, CaseError> {
     let mut want = vec![0.0; elems];
     cpu_kernels::swiglu::reference(&gate, &up, &mut want);
     within(&got, &want, ROUNDING)
+}
+
+fn relu2_glu(device: &mut dyn Device, elems: usize) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(5);
+    let (gate, up) = (inputs.floats(elems, 5.0), inputs.floats(elems, 1.0));
+    let got = same_twice(device, |device| {
+        let ops = relu2_glu::Operands {
+            gate: device.put_f32(&gate)?,
+            up: device.put_f32(&up)?,
+            out: device.uninit(elems as u64 * 4)?,
+        };
+        device.run(&relu2_glu::plan(
+            &device.info(),
+            &relu2_glu::Shape { elems },
+            &ops,
+        )?)?;
+        Ok(device.take_f32(ops.out)?)
+    })?;
+    let mut want = vec![0.0; elems];
+    cpu_kernels::relu2_glu::reference(&gate, &up, &mut want);
+    within(&got, &want, ROUNDING)
+}
+
+fn embed_f16(
+    device: &mut dyn Device,
+    vocab: usize,
+    width: usize,
+    position: usize,
+) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(1);
+    let table = inputs.f16(vocab, width);
+    let context = position + 3;
+    let tokens: Vec<u32> = (0..=context)
+        .map(|_| (inputs.u64() % vocab as u64) as u32)
+        .collect();
+    let got = same_twice(device, |device| {
+        let ops = embed::F16Operands {
+            table: device.put_f16(&table.values)?,
+            tokens: device.put_u32(&tokens)?,
+            state: device.put_u32(&[position as u32])?,
+            out: device.uninit(width as u64 * 4)?,
+        };
+        let shape = embed::F16Shape {
+            vocab,
+            width,
+            context,
+        };
+        device.run(&embed::plan_f16(&device.info(), &shape, &ops)?)?;
+        Ok(device.take_f32(ops.out)?)
+    })?;
+    let mut want = vec![0.0; width];
+    cpu_kernels::embed::reference_f16(&table, &tokens[position..=position], &mut want);
+    within(&got, &want, EXACT)
+}
+
+fn round_int8(device: &mut dyn Device, tokens: usize, width: usize) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(9);
+    let mut x = inputs.floats(tokens * width, 30.0);
+    let got = same_twice(device, |device| {
+        let x = device.put_f32(&x)?;
+        let shape = round_int8::Shape { tokens, width };
+        device.run(&round_int8::plan(&device.info(), &shape, x)?)?;
+        Ok(device.take_f32(x)?)
+    })?;
+    cpu_kernels::round_int8::reference(&mut x, width);
+    within(&got, &x, EXACT)
 }
 
 fn add(device: &mut dyn Device, elems: usize) -> Result<f64, CaseError> {

@@ -1,7 +1,7 @@
 //! Seeded inputs: the same numbers on every machine.
 
 use half::f16;
-use models::quant::{Int4Matrix, Int8Matrix};
+use models::quant::{F16Matrix, Int4Matrix, Int8Matrix};
 
 /// A SplitMix64 generator (Steele, Lea, Flood: Fast splittable pseudorandom number generators).
 pub struct Inputs {
@@ -66,6 +66,16 @@ impl Inputs {
             scales: scales.into(),
             mins,
             zeros: false,
+        }
+    }
+
+    /// Weights are about `1 / sqrt(cols)`.
+    pub fn f16(&mut self, rows: usize, cols: usize) -> F16Matrix {
+        let values = self.floats(rows * cols, 1.7 / (cols as f32).sqrt());
+        F16Matrix {
+            rows,
+            cols,
+            values: values.into_iter().map(f16::from_f32).collect(),
         }
     }
 

@@ -1,8 +1,8 @@
-//! The matrix-vector products: INT4 in each variant, INT8.
+//! The matrix-vector products: INT4 in each variant, INT8, F16.
 
 use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within_of};
 use crate::launch::DeviceSlice;
-use crate::linear::{gemv_int4, gemv_int8};
+use crate::linear::{gemv_f16, gemv_int4, gemv_int8};
 use crate::variant::{Choice, INT4_GEMV, Variant};
 
 /// Single-precision sums of some thousand products, in another order than the reference's.
@@ -63,6 +63,19 @@ pub fn cases() -> Vec<Case> {
         cases.push(int8_case(case, false));
     }
     cases.push(int8_case((193, 576, 32), true));
+    for (rows, cols, bias) in [
+        (1, 576, false),
+        (7, 160, true),
+        (193, 1120, false),
+        (3, 32, true),
+        (5, 4640, false),
+    ] {
+        let bias_text = if bias { " bias" } else { "" };
+        let shape = format!("N={rows} K={cols}{bias_text}");
+        cases.push(Case::new("linear_gemv_f16", shape, move |device| {
+            float(device, rows, cols, bias)
+        }));
+    }
     cases
 }
 
@@ -157,5 +170,26 @@ fn int8(
     })?;
     let mut want = vec![0.0; rows];
     cpu_kernels::linear::int8::reference(&w, bias.as_deref(), &x, &mut want);
+    within_of(&got, &want, TYPICAL, SUMS)
+}
+
+fn float(device: &mut dyn Device, rows: usize, cols: usize, bias: bool) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(10);
+    let w = inputs.f16(rows, cols);
+    let bias = bias.then(|| inputs.floats(rows, 1.0));
+    let x = inputs.floats(cols, 1.0);
+    let got = same_twice(device, |device| {
+        let ops = gemv_f16::Operands {
+            weights: device.put_f16(&w.values)?,
+            bias: optional_f32(device, bias.as_deref())?,
+            x: device.put_f32(&x)?,
+            y: device.uninit(rows as u64 * 4)?,
+        };
+        let shape = gemv_f16::Shape { rows, cols };
+        device.run(&gemv_f16::plan(&device.info(), &shape, &ops)?)?;
+        Ok(device.take_f32(ops.y)?)
+    })?;
+    let mut want = vec![0.0; rows];
+    cpu_kernels::linear::float16::reference(&w, bias.as_deref(), &x, &mut want);
     within_of(&got, &want, TYPICAL, SUMS)
 }

@@ -28,6 +28,9 @@ struct Product {
     epilogue: Epilogue,
     /// Activations that halves hold exactly.
     exact_x: bool,
+    /// Halves in, halves out.
+    half_x: bool,
+    half_y: bool,
     /// Split, teams, blocks; the rule's if none.
     tiling: Option<[u32; 3]>,
 }
@@ -44,6 +47,8 @@ impl Product {
             norm: false,
             epilogue: Epilogue::Store,
             exact_x: true,
+            half_x: false,
+            half_y: false,
             tiling: None,
         }
     }
@@ -66,6 +71,14 @@ impl Product {
         Product { exact_x, ..self }
     }
 
+    fn halves(self, half_x: bool, half_y: bool) -> Product {
+        Product {
+            half_x,
+            half_y,
+            ..self
+        }
+    }
+
     fn then(self, epilogue: Epilogue) -> Product {
         Product { epilogue, ..self }
     }
@@ -76,11 +89,13 @@ impl Product {
     }
 
     fn case(self) -> Case {
-        let kernel = entry(self.group, self.mins, self.tokens);
+        let kernel = entry(self.group, self.mins, self.tokens, self.half_x);
         let mut shape = format!("T={} N={} K={}", self.tokens, self.rows, self.cols);
         for (text, on) in [
             ("f32", !self.exact_x && !self.norm),
             ("norm", self.norm),
+            ("half x", self.half_x),
+            ("half y", self.half_y),
             ("bias", self.bias),
             ("add", self.epilogue == Epilogue::Add),
             ("swiglu", self.epilogue == Epilogue::SwiGlu),
@@ -107,6 +122,9 @@ pub fn cases() -> Vec<Case> {
                 of(1, 576, 1),
                 of(41, 160, 1).with_bias(),
                 of(193, 1120, 1),
+                of(41, 576, 1).halves(true, false),
+                of(7, 160, 1).halves(true, false).with_bias(),
+                of(193, 1120, 1).halves(true, true).with_bias(),
                 of(7, 32, 3),
                 of(41, 576, 8).with_bias(),
                 of(193, 160, 2),
@@ -139,6 +157,14 @@ pub fn cases() -> Vec<Case> {
         plain(193, 576, 1).then(Epilogue::SwiGlu).tiled(2, 2, 3),
         plain(41, 576, 5).then(Epilogue::SwiGlu),
         plain(100, 576, 1).then(Epilogue::SwiGlu).with_norm(),
+        plain(100, 576, 1)
+            .then(Epilogue::SwiGlu)
+            .with_norm()
+            .halves(false, true),
+        plain(193, 4640, 1).then(Epilogue::Add).halves(true, false),
+        // Blocks without work, several batches of x.
+        plain(40, 160, 1).tiled(2, 1, 5),
+        plain(17, 4640, 1).halves(true, false).tiled(1, 1, 3),
     ]);
     products.into_iter().map(Product::case).collect()
 }
@@ -154,6 +180,10 @@ pub fn large() -> Vec<Case> {
             .then(Epilogue::SwiGlu),
         of(1536, 8960, 128, false),
         of(1536, 8960, 64, true).then(Epilogue::Add),
+        Product::new(1536, 8960, 128, false, 1)
+            .then(Epilogue::Add)
+            .halves(true, false),
+        Product::new(4096, 14_336, 32, true, 1).halves(true, true),
         of(4096, 4096, 128, false),
         of(4096, 14_336, 128, false),
         of(14_336, 4096, 128, false),
@@ -222,12 +252,17 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
                 None => DeviceSlice::NONE,
             },
             bias: optional(device, bias.as_deref())?,
-            x: device.put_f32(&x)?,
+            x: if product.half_x {
+                let halves: Vec<f16> = x.iter().map(|x| f16::from_f32(*x)).collect();
+                device.put_f16(&halves)?
+            } else {
+                device.put_f32(&x)?
+            },
             gain: optional(device, gain.as_deref())?,
             y: if product.epilogue == Epilogue::Add {
                 device.put_f32(&before)?
             } else {
-                device.uninit((tokens * rows) as u64 * 4)?
+                device.uninit((tokens * rows) as u64 * if product.half_y { 2 } else { 4 })?
             },
         };
         let shape = Shape {
@@ -237,6 +272,8 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
             tokens,
             epilogue: product.epilogue,
             eps: EPS,
+            half_x: product.half_x,
+            half_y: product.half_y,
         };
         let tiling = product.tiling.map(|[split, teams, blocks]| Tiling {
             split,
@@ -244,6 +281,10 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
             blocks,
         });
         device.run(&plan(&device.info(), &shape, &ops, tiling)?)?;
+        if product.half_y {
+            let halves = device.take_f16(ops.y)?;
+            return Ok(halves.into_iter().map(f16::to_f32).collect());
+        }
         Ok(device.take_f32(ops.y)?)
     })?;
     if let Some(gain) = &gain {
@@ -253,7 +294,8 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
     }
     let mut want = before;
     reference(product, &w, bias.as_deref(), &x, &mut want);
-    let bound = if product.exact_x { EXACT_X } else { ROUNDED_X };
+    let exact = product.exact_x && !product.half_y;
+    let bound = if exact { EXACT_X } else { ROUNDED_X };
     within_of(&got, &want, TYPICAL, bound)
 }
 

@@ -8,8 +8,10 @@ use super::Int4Form;
 const MAX_LEVEL: f32 = 15.0;
 /// Level that stands for zero in the symmetric form.
 const ZERO_LEVEL: f32 = 8.0;
+/// 1.5 * 2^23: what is added to it is rounded to a whole number, without a call on any CPU.
+const SHIFT: f32 = 12_582_912.0;
 /// Candidates on each side of a search.
-const SYMMETRIC_STEPS: usize = 32;
+const SYMMETRIC_STEPS: usize = 24;
 const ASYMMETRIC_STEPS: usize = 6;
 /// Share of the range that an asymmetric search cuts off a side at most.
 const MAX_CUT: f32 = 0.15;
@@ -51,15 +53,15 @@ impl Int4Fit {
     /// `importance` (none: all alike): narrower ranges, then the least-squares line through the
     /// levels that they give. Never worse than [`Int4Fit::range`].
     pub fn search(weights: &[f32], importance: Option<&[f32]>, form: Int4Form) -> Int4Fit {
-        let mut best = Int4Fit::range(weights, form);
-        if !best.is_finite() {
-            return best;
+        let range = Int4Fit::range(weights, form);
+        if !range.is_finite() {
+            return range;
         }
-        let mut least = best.error(weights, importance);
+        let mut best = (f32::INFINITY, range);
         let mut consider = |fit: Int4Fit| {
-            let error = fit.error(weights, importance);
-            if fit.is_finite() && error < least {
-                (best, least) = (fit, error);
+            let (line, error) = fit.line(weights, importance);
+            if error < best.0 {
+                best = (error, line);
             }
         };
         match form {
@@ -69,12 +71,10 @@ impl Int4Fit {
                     // Level of the extreme, in either direction: from beyond the last one to half.
                     let level = 9.0 - 4.5 * step as f32 / SYMMETRIC_STEPS as f32;
                     for level in [-level, level] {
-                        let fit = Int4Fit {
+                        consider(Int4Fit {
                             scale: f16::from_f32(extreme / level),
                             min: None,
-                        };
-                        consider(fit);
-                        consider(fit.line(weights, importance));
+                        });
                     }
                 }
             }
@@ -83,26 +83,32 @@ impl Int4Fit {
                 let cut = |step: usize| {
                     (high - low) * MAX_CUT * step as f32 / (ASYMMETRIC_STEPS - 1) as f32
                 };
-                for (a, b) in
-                    (0..ASYMMETRIC_STEPS).flat_map(|a| (0..ASYMMETRIC_STEPS).map(move |b| (a, b)))
-                {
-                    let low = low + cut(a);
-                    let fit = Int4Fit {
-                        scale: f16::from_f32((high - cut(b) - low) / MAX_LEVEL),
+                for step in 0..ASYMMETRIC_STEPS * ASYMMETRIC_STEPS {
+                    let low = low + cut(step / ASYMMETRIC_STEPS);
+                    let high = high - cut(step % ASYMMETRIC_STEPS);
+                    consider(Int4Fit {
+                        scale: f16::from_f32((high - low) / MAX_LEVEL),
                         min: Some(f16::from_f32(low)),
-                    };
-                    consider(fit.line(weights, importance));
+                    });
                 }
             }
         }
-        best
+        let found = best.1;
+        let better = found.error(weights, importance) < range.error(weights, importance);
+        if found.is_finite() && better {
+            found
+        } else {
+            range
+        }
     }
 
     /// Level of a weight.
     #[inline]
     pub fn level(&self, weight: f32) -> u8 {
         let (inverse, offset) = self.to_levels();
-        (weight * inverse + offset).round().clamp(0.0, MAX_LEVEL) as u8
+        let level = (weight * inverse + offset).clamp(0.0, MAX_LEVEL);
+        // The lowest bits of the shifted number are the level.
+        (level + SHIFT).to_bits() as u8 & 15
     }
 
     /// Weight that a level stands for.
@@ -147,36 +153,33 @@ impl Int4Fit {
         })[0]
     }
 
-    /// The least-squares line through the levels that this fit gives.
-    fn line(&self, weights: &[f32], importance: Option<&[f32]>) -> Int4Fit {
+    /// The least-squares line through the levels that this fit gives, and the error that it leaves.
+    fn line(&self, weights: &[f32], importance: Option<&[f32]>) -> (Int4Fit, f32) {
         let (inverse, offset) = self.to_levels();
         let zero = self.zero();
-        let [n, q, qq, w, qw] = sum(weights, importance, |w, importance| {
+        let [n, q, qq, w, qw, ww] = sum(weights, importance, |w, importance| {
             let q = nearest(w * inverse + offset) - zero;
             let (iq, iw) = (importance * q, importance * w);
-            [importance, iq, iq * q, iw, iq * w]
+            [importance, iq, iq * q, iw, iq * w, iw * w]
         });
-        match self.min {
-            None => Int4Fit {
-                scale: f16::from_f32(qw / qq),
-                min: None,
-            },
+        let (scale, min) = match self.min {
+            None => (qw / qq, None),
             Some(_) => {
                 let scale = (n * qw - q * w) / (n * qq - q * q);
-                Int4Fit {
-                    scale: f16::from_f32(scale),
-                    min: Some(f16::from_f32((w - scale * q) / n)),
-                }
+                (scale, Some((w - scale * q) / n))
             }
-        }
+        };
+        let fit = Int4Fit {
+            scale: f16::from_f32(scale),
+            min: min.map(f16::from_f32),
+        };
+        (fit, ww - scale * qw - min.unwrap_or(0.0) * w)
     }
 }
 
 /// Nearest level; ties to even, which costs the same error as away.
 #[inline]
 fn nearest(level: f32) -> f32 {
-    // Adding 1.5 * 2^23 leaves no bits for a fraction: rounds without a call on any CPU.
-    const SHIFT: f32 = 12_582_912.0;
     (level.clamp(0.0, MAX_LEVEL) + SHIFT) - SHIFT
 }
 

@@ -11,7 +11,9 @@
 //! Codes are 0, 1, 2; code 3 (weight 2) is kept as it is where a file has it. One shift and one mask
 //! give eight weights of a cell in order, on a 64-bit word as on a vector of cells.
 
-use super::{Shared, check_len, check_shape};
+use half::f16;
+
+use super::{Int4Matrix, Shared, check_len, check_shape, int4};
 use crate::Error;
 
 /// Weights a cell.
@@ -131,6 +133,38 @@ impl TernaryMatrix {
         }
     }
 
+    /// The same matrix in symmetric INT4, level 8 being 0, for kernels that have no two bits. Exact where
+    /// f16 holds the scales; else they are rounded to it, all weights of a group by the same 2^-12.
+    ///
+    /// # Errors
+    /// A scale beyond f16.
+    pub fn to_int4(&self) -> Result<Int4Matrix, Error> {
+        let group = match self.groups_per_row() {
+            1 => 128,
+            _ => [128, 64]
+                .into_iter()
+                .find(|unit| self.group.is_multiple_of(*unit))
+                .unwrap_or(CELL_WEIGHTS),
+        };
+        let mut quants = vec![0u8; self.rows * self.cols / 2];
+        let cells = self.quants.as_chunks::<CELL_BYTES>().0;
+        let wide = quants.as_chunks_mut::<{ int4::CELL_BYTES }>().0;
+        for (cell, wide) in cells.iter().zip(wide) {
+            let level = |k: usize| 7 + (cell[k % CELL_BYTES] >> (2 * (k / CELL_BYTES)) & 3);
+            for (j, byte) in wide.iter_mut().enumerate() {
+                *byte = level(j) | level(j + int4::CELL_BYTES) << 4;
+            }
+        }
+        let scales = (0..self.rows)
+            .flat_map(|i| {
+                let scales = self.row_scales(i);
+                (0..self.cols.div_ceil(group))
+                    .map(move |g| f16::from_f32(scales[g * group / self.group]))
+            })
+            .collect();
+        Int4Matrix::new(self.rows, self.cols, group, quants, scales, None)
+    }
+
     /// Bytes that reading the whole matrix moves.
     pub fn bytes(&self) -> u64 {
         (self.quants.len() + size_of_val(&*self.scales)) as u64
@@ -213,6 +247,25 @@ mod tests {
             }
         }
         assert_eq!(matrix.bytes(), 48 + 16);
+    }
+
+    #[test]
+    fn in_four_bits_the_weights_are_the_same() {
+        for (cols, group) in [(96, 32), (96, 96), (256, 256), (320, 64)] {
+            let codes: Vec<u8> = (0..2 * cols).map(|i| (i * 5 / 3 % 4) as u8).collect();
+            let mut quants = vec![0; codes.len() / 4];
+            pack(&codes, &mut quants);
+            let groups = 2 * cols / group;
+            let scales: Vec<f32> = (1..=groups).map(|g| g as f32 * 0.25).collect();
+            let matrix = TernaryMatrix::new(2, cols, group, quants, scales).unwrap();
+            let wide = matrix.to_int4().unwrap();
+            let (mut want, mut got) = (vec![0f32; cols], vec![9f32; cols]);
+            for i in 0..2 {
+                matrix.dequantize_row(i, &mut want);
+                wide.dequantize_row(i, &mut got);
+                assert_eq!(got, want, "{cols} {group}");
+            }
+        }
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub struct Mix {
     pub kinds: Vec<(&'static str, usize)>,
     /// Bytes that one thread loads from global memory.
     pub load_bytes: usize,
-    /// Of those, in 16-byte loads that leave the L1 alone: weights.
+    /// Of those, in 16-byte loads and copies to shared memory that leave the L1 alone: weights.
     pub weight_bytes: usize,
 }
 
@@ -142,7 +142,8 @@ impl Mix {
             if kind == "global load" {
                 let bytes = load_bytes(&instruction.opcode);
                 mix.load_bytes += bytes;
-                if bytes >= 16 && instruction.opcode.split('.').any(|part| part == "NA") {
+                let mut parts = instruction.opcode.split('.');
+                if bytes >= 16 && parts.any(|part| part == "NA" || part == "BYPASS") {
                     mix.weight_bytes += bytes;
                 }
             }

@@ -8,6 +8,7 @@ use cust::device::{Device, DeviceAttribute};
 use cust::error::CudaError;
 use cust::memory::{CopyDestination, DeviceBuffer, mem_get_info};
 use cust::stream::{Stream, StreamFlags};
+use cust::sys;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
 use gpu_kernels::tuned::Tuned;
 
@@ -33,6 +34,20 @@ fn attribute(device: Device, attribute: DeviceAttribute) -> Result<u32, Error> {
         .get_attribute(attribute)
         .map_err(|e| failed("asking the CUDA device", e))?;
     u32::try_from(value).map_err(|_| Error::machine(format!("CUDA gave {value} for {attribute:?}")))
+}
+
+/// Shared memory that a block can have if its launch asks for it.
+fn most_shared_bytes(device: Device) -> Result<u32, Error> {
+    // `cust` has no name for it.
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    let mut bytes = 0;
+    // SAFETY: `bytes` is a valid place for the answer.
+    let asked = unsafe { sys::cuDeviceGetAttribute(&mut bytes, attribute, device.as_raw()) };
+    if asked != sys::CUresult::CUDA_SUCCESS {
+        return Err(failed("asking the CUDA device", CudaError::UnknownError));
+    }
+    u32::try_from(bytes)
+        .map_err(|_| Error::machine(format!("CUDA gave {bytes} bytes of shared memory")))
 }
 
 fn capability_of(device: Device) -> Result<u32, Error> {
@@ -95,7 +110,7 @@ impl Gpu {
         let name = name_of(device)?;
         let info = DeviceInfo {
             multiprocessors: attribute(device, DeviceAttribute::MultiprocessorCount)?,
-            shared_bytes_per_block: attribute(device, DeviceAttribute::MaxSharedMemoryPerBlock)?,
+            shared_bytes_per_block: most_shared_bytes(device)?,
             // Plans choose among what the loaded PTX has, which may be less than the device can.
             compute_capability: tier,
         };

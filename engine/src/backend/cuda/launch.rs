@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, c_uint, c_void};
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use cuda_driver::LaunchConfig;
 use cust::error::CudaError;
@@ -18,9 +19,17 @@ use gpu_kernels::launch::Call;
 use super::device::{Gpu, failed};
 use crate::Error;
 
+/// Dynamic shared memory that a kernel may be launched with without asking for it first, bytes.
+const SHARED_BYTES_UNASKED: u32 = 48 * 1024;
+
 /// Handle of a kernel. Valid while its module is loaded.
-#[derive(Debug, Clone, Copy)]
-struct Function(sys::CUfunction);
+#[derive(Debug)]
+struct Function {
+    handle: sys::CUfunction,
+    /// Dynamic shared memory that it may be launched with, bytes: it only grows, as a recorded graph
+    /// may still need what was asked for.
+    shared_bytes: AtomicU32,
+}
 
 // SAFETY: a CUfunction is a driver handle, not tied to a thread; the driver API is thread-safe.
 unsafe impl Send for Function {}
@@ -56,7 +65,11 @@ impl Kernels {
             let function = module
                 .get_function(name)
                 .map_err(|error| failed(&format!("looking up the kernel {name}"), error))?;
-            functions.insert(name, Function(function.to_raw()));
+            let function = Function {
+                handle: function.to_raw(),
+                shared_bytes: AtomicU32::new(SHARED_BYTES_UNASKED),
+            };
+            functions.insert(name, function);
         }
         Ok(Kernels {
             functions,
@@ -76,6 +89,14 @@ impl Kernels {
         let function = self.functions.get(call.kernel).ok_or_else(|| {
             Error::machine(format!("the GPU module has no kernel {}", call.kernel))
         })?;
+        let bytes = call.launch.shared_bytes;
+        if function.shared_bytes.fetch_max(bytes, Relaxed) < bytes {
+            let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function belongs to a loaded module.
+            let set =
+                unsafe { sys::cuFuncSetAttribute(function.handle, most, bytes.cast_signed()) };
+            check(set, || format!("giving {} its shared memory", call.kernel))?;
+        }
         let mut slots = call.args.clone();
         let mut params: Vec<*mut c_void> = slots
             .iter_mut()
@@ -91,7 +112,7 @@ impl Kernels {
         // SAFETY: the function belongs to a loaded module; `params` has a pointer to a live 64-bit
         // slot for each parameter, in order, and the driver copies the values before it returns;
         // the caller vouches for the memory behind them.
-        let result = unsafe { cuda_driver::launch(function.0, &config, params.as_mut_ptr()) };
+        let result = unsafe { cuda_driver::launch(function.handle, &config, params.as_mut_ptr()) };
         check(result, || format!("launching {}", call.kernel))
     }
 }

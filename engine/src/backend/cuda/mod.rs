@@ -12,6 +12,7 @@
 //! host, and only token ids cross the bus. A caller that appends another token after all, or wants
 //! logits, has the position set back; what was computed too much is overwritten.
 
+mod adapt;
 mod ahead;
 pub mod device;
 pub mod launch;
@@ -110,6 +111,8 @@ impl CudaBackend {
         let forced = tier.is_some();
         let gpu = Gpu::open(tier)?;
         let device = gpu.info();
+        let adapted = adapt::adapt(model)?;
+        let model = adapted.as_ref().unwrap_or(model);
         let mut needed = Counter::default();
         plan::compile(model, context, &device, gpu.tuned(), &mut needed)?;
         let free = gpu.free_bytes()?;
@@ -134,8 +137,12 @@ impl CudaBackend {
                     .map_err(|error| Error::machine(format!("{}: {error}", call.kernel)))?;
             }
         }
-        let (body, tail) = plan.full.split_at(plan.full.len() - 1);
-        let drawn = [body, &plan.draw].concat();
+        let (body, tail) = plan.full.split_at(plan.body_calls);
+        let draw = match &plan.draw[..] {
+            [] => tail,
+            draw => draw,
+        };
+        let drawn = [body, draw].concat();
         // SAFETY: the plan took every address from `memory`, which is dropped after the graphs.
         let record = |calls: &[_]| unsafe { Graph::capture(&gpu, calls) };
         let tier = gpu.tier();
@@ -159,7 +166,7 @@ impl CudaBackend {
                 step: record(&plan.full)?,
             },
             draw: Choice {
-                tail: record(&plan.draw)?,
+                tail: record(draw)?,
                 step: record(&drawn)?,
             },
             reader: TokenReader::new(&gpu)?,
@@ -358,6 +365,10 @@ impl Backend for CudaBackend {
     fn choose(&mut self, sampling: &Sampling) -> Result<u32, Error> {
         self.check_started()?;
         self.gpu.make_current()?;
+        if self.plan.draw.is_empty() && !sampling.is_greedy() {
+            let mut logits = self.logits()?;
+            return sampler::choose(&mut logits, &self.tokens, sampling);
+        }
         self.choose_next(sampling)?;
         let tokens = self.tokens.len();
         while self.following && self.chosen <= (tokens + AHEAD).min(self.context) {

@@ -125,8 +125,10 @@ pub struct Plan {
     pub prompt: Vec<Call>,
     /// A token whose logits are needed: computes them, chooses the next token from them.
     pub full: Vec<Call>,
-    /// In the place of the last call of `full`: logits, penalised where `seen` says so, and a token
-    /// drawn among the best of them.
+    /// Calls of `full` before the logits.
+    pub body_calls: usize,
+    /// In the place of what `full` has after its body: logits, penalised where `seen` says so, and a
+    /// token drawn among the best of them. None where the output table is F16: then the host draws.
     pub draw: Vec<Call>,
     /// What each call of `full` is for.
     pub notes: Vec<Note>,
@@ -159,11 +161,16 @@ pub fn compile(
     if context == 0 {
         return Err(Error::input("a context of 0 tokens holds nothing"));
     }
-    let fuse::Fused { ops, neighbours } = fuse::fuse(model);
+    let fuse::Fused {
+        ops,
+        neighbours,
+        half_gated,
+    } = fuse::fuse(model);
     let mut compiler = Compiler::new(model, context, device, tuned, &neighbours, memory)?;
+    compiler.half_gated = half_gated;
     let mut calls = Vec::with_capacity(ops.len());
     let mut notes = Vec::with_capacity(ops.len());
-    let mut prompt_calls = 0;
+    let (mut prompt_calls, mut body_calls) = (0, 0);
     for ops in ops.chunks(PACKED_AT_A_TIME) {
         let keeps = compiler.memory.keeps();
         let packed = ops
@@ -174,6 +181,9 @@ pub fn compile(
             })
             .collect::<Result<Vec<_>, Error>>()?;
         for (op, packed) in ops.iter().zip(packed) {
+            if matches!(op, Op::Step(Step::Logits { .. })) {
+                body_calls = calls.len();
+            }
             let mut launch = String::new();
             calls.push(match op {
                 Op::Step(step) => compiler.step(step)?,
@@ -197,6 +207,15 @@ pub fn compile(
             if op.appends() {
                 prompt_calls = calls.len();
             }
+            if let Op::Step(step) = op {
+                for (call, what) in compiler.choice(step)? {
+                    calls.push(call);
+                    notes.push(Note {
+                        step: what.to_owned(),
+                        launch: String::new(),
+                    });
+                }
+            }
         }
     }
     let Some(Step::Logits { table, src, dst }) = model.recipe.steps.last() else {
@@ -216,6 +235,7 @@ pub fn compile(
     Ok(Plan {
         prompt,
         full: calls,
+        body_calls,
         draw,
         notes,
         state,
@@ -256,6 +276,8 @@ struct Compiler<'a> {
     device: &'a DeviceInfo,
     tuned: &'a Tuned,
     memory: &'a mut dyn Memory,
+    /// Whether [`Buffer::Gated`] holds halves.
+    half_gated: bool,
     /// Weights as they are, each placed when a step first asks for it.
     weights: Vec<Option<Placed>>,
     /// In the order of [`Buffer::ALL`].
@@ -319,6 +341,7 @@ impl<'a> Compiler<'a> {
             context,
             device,
             tuned,
+            half_gated: false,
             weights: vec![None; model.weights.len()],
             buffers,
             caches,

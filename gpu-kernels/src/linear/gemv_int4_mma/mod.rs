@@ -22,14 +22,22 @@
 //! y += scale * (sum (1024 + q) x - sum 1024 x)  +  min * sum x
 //! ```
 //!
-//! x is rounded to halves, which costs a relative error of 3e-4. It has to stay below 65504.
+//! x is rounded to halves, which costs a relative error of 3e-4; or it comes as halves, which is half
+//! the bytes for every block to fetch. It has to stay below 65504.
 //!
-//! Bytes moved: `N K / 2` quants, `2 N ceil(K/group)` scales (twice with mins), and `4 T K` of x a
-//! block, from L2. A warp has four tiles in flight, the next row tile's among them while this one's
-//! sums are put together, so the loads never pause. The first leaves before x is touched.
+//! Bytes moved: `N K / 2` quants, `2 N ceil(K/group)` scales (twice with mins), and x once a block, from
+//! L2. A warp has four tiles in flight, the next row tile's among them while this one's sums are put
+//! together, so the loads never pause. One token's tiles come by asynchronous copies into a ring in
+//! shared memory, each lane's part its own, which takes few registers; before capability 8.0, and for
+//! several tokens, they come straight to registers.
+//!
+//! What decides is when x arrives: no product starts without it, and its loads queue up behind every
+//! load of weights that went before. So at most half of the tiles in flight are asked for before x. From
+//! capability 9.0 on these are asked for while the launch before still runs ([`ptx::griddep_wait`]).
+//!
 //! Shared memory holds x as halves in natural order: a warp reads it four lanes wide, the same for
 //! all rows (one token), or from eight columns whose strides differ by half the banks: no
-//! conflicts. x that does not fit is staged in chunks along K, once a round.
+//! conflicts. For several tokens, x that does not fit is staged in chunks along K, once a round.
 //!
 //! Norm in front ([`Operands::gain`]): every block computes the mean square for itself.
 //! [`Epilogue::Add`] adds to y, for the residual. [`Epilogue::SwiGlu`] takes tiles of 8 gate and
@@ -37,17 +45,19 @@
 //!
 //! Sums are added up in an order that depends on shape and tiling alone. Before capability 8.0 a
 //! product is two instructions of half the depth; the layout is the same.
+//!
+//! [`ptx::griddep_wait`]: crate::ptx::griddep_wait
 
-mod kernel;
+mod one;
 #[cfg(not(target_arch = "nvptx64"))]
 mod plan;
 #[cfg(not(target_arch = "nvptx64"))]
 mod space;
-mod stage;
+mod tile;
+mod tokens;
 
 use cuda_std::{kernel, thread};
 
-use kernel::{Args, gemv};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use plan::{Epilogue, Operands, Shape, Tiling, entry, max_warps, plan, rule};
 #[cfg(not(target_arch = "nvptx64"))]
@@ -58,61 +68,71 @@ const TILE_ROWS: u32 = 16;
 /// Columns a tile.
 const TILE_COLS: u32 = 128;
 /// Threads a block at most: four warps to each quarter of a multiprocessor, 128 registers a thread.
-/// The scales of the smallest groups take more: three warps, 168 registers.
-const fn max_block_threads(group: u32) -> u32 {
-    if group == 32 { 384 } else { 512 }
+/// The scales of the smallest groups take more where tokens are several: three warps, 168 registers.
+const fn max_block_threads(group: u32, one: bool) -> u32 {
+    if group == 32 && !one { 384 } else { 512 }
 }
 
 /// y is added to instead of written.
 const FLAG_ACCUMULATE: u32 = 1;
 /// The upper half of each tile's rows gates the lower.
 const FLAG_SWIGLU: u32 = 2;
-/// Extra bytes a token's activations: puts neighbouring tokens in different banks.
-const TOKEN_PAD_BYTES: u32 = 64;
+/// y is halves.
+const FLAG_HALF_Y: u32 = 4;
 
-/// Byte offsets in a block's shared memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Regions {
-    /// Bytes a token's activations: halves, `chunk` tiles.
-    x_stride: u32,
-    /// What the sums of products start from, f32: 4 a group that are the same (one token), or 8.
-    offsets: u32,
-    /// Sums of x, f32: a group (one token), or 8 a group. Only with minima.
-    sums: u32,
-    /// Sums of squares, f32: a warp and token.
-    norm: u32,
-    /// Two times `(warps, tokens, 16)` f32.
-    partials: u32,
-    /// All of it.
-    bytes: u32,
-}
-
-impl Regions {
-    #[inline(always)]
-    const fn new(chunk: u32, group: u32, mins: bool, tokens: u32, warps: u32) -> Regions {
-        let one = tokens == 1;
-        let x_stride = chunk * TILE_COLS * 2 + if one { 0 } else { TOKEN_PAD_BYTES };
-        let groups = chunk * (TILE_COLS / group);
-        let offsets = tokens * x_stride;
-        let sums = offsets + groups * if one { 16 } else { 32 };
-        let sum_bytes = groups * if one { 4 } else { 32 };
-        let norm = if mins { sums + sum_bytes } else { sums };
-        let partials = norm + tokens * warps * 4;
-        Regions {
-            x_stride,
-            offsets,
-            sums,
-            norm,
-            partials,
-            bytes: partials + 2 * warps * tokens * TILE_ROWS * 4,
+macro_rules! one_token {
+    ($($name:ident: $group:literal, $mins:literal, $half_x:literal;)*) => {$(
+        #[doc = concat!("One token. Groups of ", stringify!($group), "; minima: ", stringify!($mins),
+            "; x are halves: ", stringify!($half_x), ".")]
+        ///
+        /// # Safety
+        /// Launched as [`plan`] says.
+        #[kernel]
+        pub unsafe fn $name(
+            quants: *const u32, // (ceil(N/16), ceil(K/128), 256) int4
+            scales: *const u32, // (ceil(N/16), ceil(K/128), 8, 128/group) pairs of f16
+            mins: *const u32,   // as scales, or null
+            bias: *const f32,   // (N), or null
+            x: *const u32,      // (K) f32 or f16
+            gain: *const f32,   // (K), or null
+            y: *mut f32,        // (N) f32 or f16
+            rows: u32,
+            cols: u32,
+            row_tiles: u32,
+            depth_tiles: u32,
+            eps: f32,
+            flags: u32,
+        ) {
+            thread::max_block_threads::<{ max_block_threads($group, true) }>();
+            let weights = tile::Weights { quants, scales, mins };
+            let args = one::Args {
+                weights, bias, x, gain, y, rows, cols, row_tiles, depth_tiles, eps, flags,
+            };
+            // SAFETY: launched as `plan` says.
+            unsafe { one::gemv::<$group, $mins, $half_x>(&args) }
         }
-    }
+    )*};
 }
 
-macro_rules! entries {
-    ($($name:ident: $group:literal, $mins:literal, $one:literal;)*) => {$(
-        #[doc = concat!("Groups of ", stringify!($group), "; minima: ", stringify!($mins),
-            "; one token: ", stringify!($one), ".")]
+one_token! {
+    linear_gemv_int4_mma_g32: 32, false, false;
+    linear_gemv_int4_mma_g64: 64, false, false;
+    linear_gemv_int4_mma_g128: 128, false, false;
+    linear_gemv_int4_mma_g32_min: 32, true, false;
+    linear_gemv_int4_mma_g64_min: 64, true, false;
+    linear_gemv_int4_mma_g128_min: 128, true, false;
+    linear_gemv_int4_mma_g32_half: 32, false, true;
+    linear_gemv_int4_mma_g64_half: 64, false, true;
+    linear_gemv_int4_mma_g128_half: 128, false, true;
+    linear_gemv_int4_mma_g32_min_half: 32, true, true;
+    linear_gemv_int4_mma_g64_min_half: 64, true, true;
+    linear_gemv_int4_mma_g128_min_half: 128, true, true;
+}
+
+macro_rules! several_tokens {
+    ($($name:ident: $group:literal, $mins:literal;)*) => {$(
+        #[doc = concat!("Up to eight tokens. Groups of ", stringify!($group), "; minima: ",
+            stringify!($mins), ".")]
         ///
         /// # Safety
         /// Launched as [`plan`] says.
@@ -132,27 +152,22 @@ macro_rules! entries {
             eps: f32,
             flags: u32,
         ) {
-            thread::max_block_threads::<{ max_block_threads($group) }>();
-            let args = Args {
-                quants, scales, mins, bias, x, gain, y, rows, cols, tokens, chunk, eps, flags,
+            thread::max_block_threads::<{ max_block_threads($group, false) }>();
+            let weights = tile::Weights { quants, scales, mins };
+            let args = tokens::Args {
+                weights, bias, x, gain, y, rows, cols, tokens, chunk, eps, flags,
             };
             // SAFETY: launched as `plan` says.
-            unsafe { gemv::<$group, $mins, $one>(&args) }
+            unsafe { tokens::gemv::<$group, $mins>(&args) }
         }
     )*};
 }
 
-entries! {
-    linear_gemv_int4_mma_g32: 32, false, true;
-    linear_gemv_int4_mma_g64: 64, false, true;
-    linear_gemv_int4_mma_g128: 128, false, true;
-    linear_gemv_int4_mma_g32_min: 32, true, true;
-    linear_gemv_int4_mma_g64_min: 64, true, true;
-    linear_gemv_int4_mma_g128_min: 128, true, true;
-    linear_gemv_int4_mma_g32_tokens: 32, false, false;
-    linear_gemv_int4_mma_g64_tokens: 64, false, false;
-    linear_gemv_int4_mma_g128_tokens: 128, false, false;
-    linear_gemv_int4_mma_g32_min_tokens: 32, true, false;
-    linear_gemv_int4_mma_g64_min_tokens: 64, true, false;
-    linear_gemv_int4_mma_g128_min_tokens: 128, true, false;
+several_tokens! {
+    linear_gemv_int4_mma_g32_tokens: 32, false;
+    linear_gemv_int4_mma_g64_tokens: 64, false;
+    linear_gemv_int4_mma_g128_tokens: 128, false;
+    linear_gemv_int4_mma_g32_min_tokens: 32, true;
+    linear_gemv_int4_mma_g64_min_tokens: 64, true;
+    linear_gemv_int4_mma_g128_min_tokens: 128, true;
 }

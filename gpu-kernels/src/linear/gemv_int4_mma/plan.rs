@@ -1,7 +1,8 @@
 //! Shapes, operands and launches of `linear_gemv_int4_mma`.
 
-use super::kernel::DEPTH;
-use super::{FLAG_ACCUMULATE, FLAG_SWIGLU, Regions, TILE_COLS, TILE_ROWS, max_block_threads};
+use super::{
+    FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, TILE_COLS, TILE_ROWS, max_block_threads, one, tokens,
+};
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
 use crate::tuned::Launches;
 
@@ -35,6 +36,10 @@ pub struct Shape {
     pub epilogue: Epilogue,
     /// Added to the mean square of the norm in front, if there is one.
     pub eps: f32,
+    /// x are halves. Only with one token, and without a norm.
+    pub half_x: bool,
+    /// y are halves. Only with one token, and not added to.
+    pub half_y: bool,
 }
 
 impl Shape {
@@ -47,6 +52,8 @@ impl Shape {
             tokens: 1,
             epilogue: Epilogue::Store,
             eps: 0.0,
+            half_x: false,
+            half_y: false,
         }
     }
 
@@ -63,6 +70,7 @@ impl Shape {
             Epilogue::Add => " add",
             Epilogue::SwiGlu => " swiglu",
         });
+        name.push_str(if self.half_y { " to halves" } else { "" });
         name
     }
 
@@ -93,11 +101,11 @@ pub struct Operands {
     pub mins: DeviceSlice,
     /// `(N,)` f32, or none. Not with [`Epilogue::SwiGlu`].
     pub bias: DeviceSlice,
-    /// `(T, K)` f32.
+    /// `(T, K)` f32, or f16 with [`Shape::half_x`].
     pub x: DeviceSlice,
     /// `(K,)` f32: weights of an RMSNorm of x in front, or none: x as it is.
     pub gain: DeviceSlice,
-    /// `(T, N)` f32.
+    /// `(T, N)` f32, or f16 with [`Shape::half_y`].
     pub y: DeviceSlice,
 }
 
@@ -131,20 +139,25 @@ impl Launches for Tiling {
     }
 }
 
-/// The tiling for a shape: a block a multiprocessor, all its warps with as
-/// many tiles in flight as registers allow where the matrix has that many.
+/// The tiling for a shape: a block a multiprocessor, all its warps with as many tiles in flight as
+/// there is room for, where the matrix has that many.
 pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
-    let warps = max_warps(shape.group);
+    let warps = max_warps(device, shape);
     let depth = shape.depth_tiles().min(u32::MAX as usize) as u32;
     let row_tiles = shape.row_tiles().min(u32::MAX as usize) as u32;
-    let blocks = row_tiles.clamp(1, device.multiprocessors.max(1));
+    let mut blocks = row_tiles.clamp(1, device.multiprocessors.max(1));
     let tiles_per_block = row_tiles.div_ceil(blocks).max(1);
     // Enough warps for a row tile to be fetched at one go, and as many row tiles as that leaves.
-    let split = depth.div_ceil(DEPTH as u32).clamp(1, warps);
+    let split = depth.div_ceil(one::DEPTH).clamp(1, warps);
     let teams = (warps / split).min(tiles_per_block);
     // Warps that are left over shorten everybody's part; as few as do that.
     let split = (warps / teams).min(depth).max(1);
     let split = depth.div_ceil(depth.div_ceil(split)).max(1);
+    // Where launches overlap, blocks of the next one fill idle multiprocessors two at a time: a block
+    // without work keeps its place until the launch before has ended. Not worth it for short rows.
+    if device.compute_capability >= 90 && split * one::DEPTH < depth {
+        blocks = blocks.max(device.multiprocessors);
+    }
     Tiling {
         split,
         teams,
@@ -152,26 +165,52 @@ pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
     }
 }
 
-/// Warps a block at most.
-pub fn max_warps(group: usize) -> u32 {
-    max_block_threads(group as u32) / 32
+/// Warps a block at most on `device`.
+pub fn max_warps(device: &DeviceInfo, shape: &Shape) -> u32 {
+    let warps = max_block_threads(shape.group as u32, shape.tokens == 1) / 32;
+    if shape.tokens > 1 {
+        return warps;
+    }
+    let fits = |warps: &u32| {
+        one_token_bytes(device, shape, true, *warps) <= u64::from(device.shared_bytes_per_block)
+    };
+    (1..=warps).rev().find(fits).unwrap_or(1)
 }
 
-/// Entry of a format and number of tokens.
-pub fn entry(group: usize, mins: bool, tokens: usize) -> &'static str {
-    match (group, mins, tokens == 1) {
-        (32, false, true) => "linear_gemv_int4_mma_g32",
-        (64, false, true) => "linear_gemv_int4_mma_g64",
-        (_, false, true) => "linear_gemv_int4_mma_g128",
-        (32, true, true) => "linear_gemv_int4_mma_g32_min",
-        (64, true, true) => "linear_gemv_int4_mma_g64_min",
-        (_, true, true) => "linear_gemv_int4_mma_g128_min",
-        (32, false, false) => "linear_gemv_int4_mma_g32_tokens",
-        (64, false, false) => "linear_gemv_int4_mma_g64_tokens",
-        (_, false, false) => "linear_gemv_int4_mma_g128_tokens",
-        (32, true, false) => "linear_gemv_int4_mma_g32_min_tokens",
-        (64, true, false) => "linear_gemv_int4_mma_g64_min_tokens",
-        (_, true, false) => "linear_gemv_int4_mma_g128_min_tokens",
+/// Shared memory of a block of `warps` for one token.
+fn one_token_bytes(device: &DeviceInfo, shape: &Shape, mins: bool, warps: u32) -> u64 {
+    let group = shape.group as u32;
+    // Past that no multiprocessor has room.
+    let depth = shape.depth_tiles().min(1 << 16) as u32;
+    let ring = if device.compute_capability >= 80 {
+        warps * one::DEPTH * one::ring_tile_bytes(group, mins)
+    } else {
+        0
+    };
+    u64::from(one::Regions::new(depth, group, mins, warps).bytes + ring)
+}
+
+/// Entry of a format and number of tokens; `half_x` only matters for one token.
+pub fn entry(group: usize, mins: bool, tokens: usize, half_x: bool) -> &'static str {
+    match (group, mins, tokens == 1, half_x) {
+        (32, false, true, false) => "linear_gemv_int4_mma_g32",
+        (64, false, true, false) => "linear_gemv_int4_mma_g64",
+        (_, false, true, false) => "linear_gemv_int4_mma_g128",
+        (32, true, true, false) => "linear_gemv_int4_mma_g32_min",
+        (64, true, true, false) => "linear_gemv_int4_mma_g64_min",
+        (_, true, true, false) => "linear_gemv_int4_mma_g128_min",
+        (32, false, true, true) => "linear_gemv_int4_mma_g32_half",
+        (64, false, true, true) => "linear_gemv_int4_mma_g64_half",
+        (_, false, true, true) => "linear_gemv_int4_mma_g128_half",
+        (32, true, true, true) => "linear_gemv_int4_mma_g32_min_half",
+        (64, true, true, true) => "linear_gemv_int4_mma_g64_min_half",
+        (_, true, true, true) => "linear_gemv_int4_mma_g128_min_half",
+        (32, false, false, _) => "linear_gemv_int4_mma_g32_tokens",
+        (64, false, false, _) => "linear_gemv_int4_mma_g64_tokens",
+        (_, false, false, _) => "linear_gemv_int4_mma_g128_tokens",
+        (32, true, false, _) => "linear_gemv_int4_mma_g32_min_tokens",
+        (64, true, false, _) => "linear_gemv_int4_mma_g64_min_tokens",
+        (_, true, false, _) => "linear_gemv_int4_mma_g128_min_tokens",
     }
 }
 
@@ -179,7 +218,8 @@ pub fn entry(group: usize, mins: bool, tokens: usize) -> &'static str {
 ///
 /// # Errors
 /// A K that is no multiple of 32, an unsupported group, more than 8 tokens, a bias with
-/// [`Epilogue::SwiGlu`], a tiling of more warps than the format takes, a short or misaligned buffer.
+/// [`Epilogue::SwiGlu`], halves where only floats can be, a K or a tiling that a block has no room for,
+/// a short or misaligned buffer.
 pub fn plan(
     device: &DeviceInfo,
     shape: &Shape,
@@ -194,7 +234,7 @@ pub fn plan(
         ..
     } = shape;
     let mins = ops.mins != DeviceSlice::NONE;
-    let mut call = CallBuilder::new(entry(group, mins, tokens));
+    let mut call = CallBuilder::new(entry(group, mins, tokens, shape.half_x));
     call.require(
         cols.is_multiple_of(32),
         "cols",
@@ -220,10 +260,24 @@ pub fn plan(
         rows,
         "SwiGLU takes none",
     )?;
+    let one_token = tokens == 1;
+    call.require(
+        !shape.half_x || one_token && ops.gain == DeviceSlice::NONE,
+        "half_x",
+        tokens,
+        "halves are for one token and no norm",
+    )?;
+    call.require(
+        !shape.half_y || one_token && shape.epilogue != Epilogue::Add,
+        "half_y",
+        tokens,
+        "halves are for one token and are not added to",
+    )?;
     let tiling = tiling.unwrap_or_else(|| rule(device, shape));
     let warps = tiling.split.saturating_mul(tiling.teams);
+    let most = max_block_threads(group as u32, one_token) / 32;
     call.require(
-        (1..=max_warps(group)).contains(&warps) && tiling.blocks > 0,
+        (1..=most).contains(&warps) && tiling.blocks > 0,
         "warps",
         warps as usize,
         "a block of this format has not as many",
@@ -242,9 +296,12 @@ pub fn plan(
     call.tensor("scales", ops.scales, scale_bytes, 16)?;
     call.optional("mins", ops.mins, scale_bytes, 16)?;
     call.optional("bias", ops.bias, tensor_bytes(&[rows], 4), 4)?;
-    call.tensor("x", ops.x, tensor_bytes(&[tokens, cols], 4), 16)?;
+    let elem_bytes = |half| if half { 2 } else { 4 };
+    let x_bytes = tensor_bytes(&[tokens, cols], elem_bytes(shape.half_x));
+    call.tensor("x", ops.x, x_bytes, 16)?;
     call.optional("gain", ops.gain, tensor_bytes(&[cols], 4), 16)?;
-    call.tensor("y", ops.y, tensor_bytes(&[tokens, rows], 4), 4)?;
+    let y_elem = elem_bytes(shape.half_y);
+    call.tensor("y", ops.y, tensor_bytes(&[tokens, rows], y_elem), y_elem)?;
     call.require(
         tiles < 1 << 31,
         "tiles",
@@ -259,27 +316,36 @@ pub fn plan(
         tokens,
         "x and y must be shorter than 2^31",
     )?;
-    let tokens = call.dim("tokens", tokens)?;
-
-    let regions = |chunk| Regions::new(chunk, group as u32, mins, tokens, warps);
-    let chunk = chunk(cols.div_ceil(TILE_COLS), tiling.split, |chunk| {
-        regions(chunk).bytes <= device.shared_bytes_per_block
-    });
-    call.u32(chunk);
-    call.f32(shape.eps);
-    call.u32(match shape.epilogue {
+    let flags = match shape.epilogue {
         Epilogue::Store => 0,
         Epilogue::Add => FLAG_ACCUMULATE,
         Epilogue::SwiGlu => FLAG_SWIGLU,
-    });
-    call.build(
-        device,
-        Launch {
-            grid: [tiling.blocks, 1, 1],
-            block: [32, tiling.split, tiling.teams],
-            shared_bytes: regions(chunk).bytes,
-        },
-    )
+    };
+    let mut launch = Launch {
+        grid: [tiling.blocks, 1, 1],
+        block: [32, tiling.split, tiling.teams],
+        shared_bytes: 0,
+    };
+    if one_token {
+        let bytes = one_token_bytes(device, shape, mins, warps);
+        launch.shared_bytes = bytes.min(u64::from(u32::MAX)) as u32;
+        call.dim("row_tiles", shape.row_tiles())?;
+        call.dim("depth_tiles", shape.depth_tiles())?;
+        call.f32(shape.eps);
+        call.u32(flags | if shape.half_y { FLAG_HALF_Y } else { 0 });
+        call.waits();
+    } else {
+        let tokens = call.dim("tokens", tokens)?;
+        let regions = |chunk| tokens::Regions::new(chunk, group as u32, mins, tokens, warps);
+        let chunk = chunk(cols.div_ceil(TILE_COLS), tiling.split, |chunk| {
+            regions(chunk).bytes <= device.shared_bytes_per_block
+        });
+        launch.shared_bytes = regions(chunk).bytes;
+        call.u32(chunk);
+        call.f32(shape.eps);
+        call.u32(flags);
+    }
+    call.build(device, launch)
 }
 
 /// Tiles along K to stage at a time: as few chunks as fit, each whole rounds of the team or at least
@@ -288,7 +354,8 @@ fn chunk(depth: u32, split: u32, fits: impl Fn(u32) -> bool) -> u32 {
     (1..=depth)
         .flat_map(|chunks| {
             let even = depth.div_ceil(chunks);
-            [DEPTH as u32 * split, split, 1].map(|unit| even.next_multiple_of(unit).min(depth))
+            [tokens::DEPTH as u32 * split, split, 1]
+                .map(|unit| even.next_multiple_of(unit).min(depth))
         })
         .find(|&chunk| fits(chunk))
         .unwrap_or(1)
@@ -300,7 +367,7 @@ mod tests {
 
     const HOPPER: DeviceInfo = DeviceInfo {
         multiprocessors: 132,
-        shared_bytes_per_block: 48 * 1024,
+        shared_bytes_per_block: 227 * 1024,
         compute_capability: 90,
     };
 
@@ -317,7 +384,7 @@ mod tests {
     fn every_multiprocessor_has_its_share_in_flight() {
         assert_eq!(of(1536, 1536), [12, 1, 96]);
         assert_eq!(of(8960, 1536), [3, 5, 132]);
-        assert_eq!(of(1536, 8960), [14, 1, 96]);
+        assert_eq!(of(1536, 8960), [14, 1, 132]);
         assert_eq!(of(4096, 4096), [8, 2, 132]);
         assert_eq!(of(14_336, 4096), [8, 2, 132]);
         assert_eq!(of(4096, 14_336), [16, 1, 132]);
@@ -336,7 +403,7 @@ mod tests {
         ] {
             for device in [HOPPER, DeviceInfo::T4] {
                 let tiling = rule(&device, &Shape::plain(rows, cols, 32));
-                assert!((1..=12).contains(&(tiling.split * tiling.teams)));
+                assert!((1..=16).contains(&(tiling.split * tiling.teams)));
                 assert!(tiling.blocks >= 1);
             }
         }
@@ -424,7 +491,7 @@ mod tests {
                     ..Shape::plain(rows, cols, 32)
                 };
                 let call = plan(&DeviceInfo::T4, &shape, &ops, None).unwrap();
-                assert!(call.launch.shared_bytes <= 48 * 1024, "{shape:?}");
+                assert!(call.launch.shared_bytes <= 64 * 1024, "{shape:?}");
             }
         }
     }

@@ -13,7 +13,7 @@ const BLOCKS_PER_MULTIPROCESSOR: u32 = 4;
 pub fn candidates(device: &DeviceInfo, shape: &Shape) -> Vec<Tiling> {
     let depth = u32::try_from(shape.depth_tiles()).unwrap_or(u32::MAX);
     let row_tiles = u32::try_from(shape.row_tiles()).unwrap_or(u32::MAX);
-    let most = max_warps(shape.group);
+    let most = max_warps(device, shape);
     let mut found = vec![rule(device, shape)];
     for split in 1..=most.min(depth) {
         // A split that leaves everybody as much to do as a smaller one is of no use.
@@ -23,14 +23,19 @@ pub fn candidates(device: &DeviceInfo, shape: &Shape) -> Vec<Tiling> {
         for teams in 1..=most / split {
             let all = row_tiles.div_ceil(teams);
             for per_multiprocessor in 1..=BLOCKS_PER_MULTIPROCESSOR {
-                let tiling = Tiling {
-                    split,
-                    teams,
-                    blocks: all.min(device.multiprocessors * per_multiprocessor),
-                };
+                let places = device.multiprocessors * per_multiprocessor;
                 let warps = split * teams * per_multiprocessor;
-                if WARPS.contains(&warps) && !found.contains(&tiling) {
-                    found.push(tiling);
+                // Blocks without work keep those of the next launch apart: see `rule`.
+                let idle = (device.compute_capability >= 90 && all < places).then_some(places);
+                for blocks in [Some(all.min(places)), idle].into_iter().flatten() {
+                    let tiling = Tiling {
+                        split,
+                        teams,
+                        blocks,
+                    };
+                    if WARPS.contains(&warps) && !found.contains(&tiling) {
+                        found.push(tiling);
+                    }
                 }
             }
         }
@@ -49,7 +54,7 @@ mod tests {
             let found = candidates(&DeviceInfo::T4, &shape);
             assert_eq!(found[0], rule(&DeviceInfo::T4, &shape));
             for (i, tiling) in found.iter().enumerate() {
-                assert!(tiling.split * tiling.teams <= max_warps(128));
+                assert!(tiling.split * tiling.teams <= max_warps(&DeviceInfo::T4, &shape));
                 assert!(!found[..i].contains(tiling));
             }
         }

@@ -3,7 +3,8 @@
 use gpu_kernels::launch::{Call, DeviceSlice};
 use gpu_kernels::linear::gemv_int4_mma;
 use gpu_kernels::{
-    add, attention, embed, kv_append, linear, logits, rmsnorm, rope, rope_kv_append, sample, swiglu,
+    add, attention, embed, kv_append, linear, logits, relu2_glu, rmsnorm, rope, rope_kv_append,
+    round_int8, sample, swiglu,
 };
 use models::quant::Int4Tiled;
 use models::recipe::{Buffer, Step, WeightId};
@@ -20,6 +21,21 @@ impl Compiler<'_> {
         let (state, tokens) = (self.state, self.tokens);
         match *step {
             Step::Embed { table, dst } => {
+                let out = self.buffer(dst);
+                if let Placed::F16 { rows, cols, values } = self.weight(table)? {
+                    let shape = embed::F16Shape {
+                        vocab: rows,
+                        width: cols,
+                        context,
+                    };
+                    let operands = embed::F16Operands {
+                        table: values,
+                        tokens,
+                        state,
+                        out,
+                    };
+                    return embed::plan_f16(device, &shape, &operands).map_err(unsupported);
+                }
                 let Placed::Int8 {
                     rows,
                     cols,
@@ -36,7 +52,6 @@ impl Compiler<'_> {
                     group,
                     context,
                 };
-                let out = self.buffer(dst);
                 embed::plan(
                     device,
                     &shape,
@@ -72,6 +87,9 @@ impl Compiler<'_> {
             } => {
                 let bias = bias.map_or(Ok(DeviceSlice::NONE), |bias| self.vector(bias))?;
                 let (x, y) = (self.buffer(src), self.buffer(dst));
+                if let Placed::F16 { rows, cols, values } = self.weight(weight)? {
+                    return self.float_product([rows, cols], [values, bias, x, y]);
+                }
                 let Placed::Int8 {
                     rows,
                     cols,
@@ -166,10 +184,19 @@ impl Compiler<'_> {
                 let (x, weight) = (self.buffer(buffer), self.vector(weight)?);
                 rmsnorm::plan(device, &shape, &rmsnorm::Operands { x, weight, out: x })
             }
-            Step::RoundToInt8 { .. } | Step::ReluSquaredGlu { .. } => {
-                return Err(Error::input(
-                    "this architecture cannot run on the CUDA backend: use --backend cpu",
-                ));
+            Step::RoundToInt8 { buffer } => {
+                let shape = round_int8::Shape {
+                    tokens: 1,
+                    width: self.model.recipe.elems(buffer),
+                };
+                round_int8::plan(device, &shape, self.buffer(buffer))
+            }
+            Step::ReluSquaredGlu { gate, up, dst } => {
+                let shape = relu2_glu::Shape {
+                    elems: self.model.recipe.elems(dst),
+                };
+                let (gate, up, out) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
+                relu2_glu::plan(device, &shape, &relu2_glu::Operands { gate, up, out })
             }
             Step::Add { src, dst } => {
                 let shape = add::Shape {
@@ -179,6 +206,11 @@ impl Compiler<'_> {
                 add::plan(device, &shape, &add::Operands { x, y })
             }
             Step::Logits { table, src, dst } => {
+                if let Placed::F16 { rows, cols, values } = self.weight(table)? {
+                    let (x, y) = (self.buffer(src), self.buffer(dst));
+                    // The choice is a call of its own: [`Compiler::choice`].
+                    return self.float_product([rows, cols], [values, DeviceSlice::NONE, x, y]);
+                }
                 let (shape, operands) = self.logits(table, [src, dst])?;
                 let greedy = logits::Greedy {
                     context,
@@ -190,6 +222,43 @@ impl Compiler<'_> {
             }
         }
         .map_err(unsupported)
+    }
+
+    fn float_product(
+        &self,
+        [rows, cols]: [usize; 2],
+        [weights, bias, x, y]: [DeviceSlice; 4],
+    ) -> Result<Call, Error> {
+        let shape = linear::gemv_f16::Shape { rows, cols };
+        let operands = linear::gemv_f16::Operands {
+            weights,
+            bias,
+            x,
+            y,
+        };
+        linear::gemv_f16::plan(self.device, &shape, &operands).map_err(unsupported)
+    }
+
+    /// The calls that choose the next token and advance the position, where the logits' own call does not.
+    pub(super) fn choice(&mut self, step: &Step) -> Result<Vec<(Call, &'static str)>, Error> {
+        let Step::Logits { table, dst, .. } = *step else {
+            return Ok(Vec::new());
+        };
+        let Placed::F16 { rows, .. } = self.weight(table)? else {
+            return Ok(Vec::new());
+        };
+        let shape = sample::ArgmaxShape {
+            vocab: rows,
+            context: self.context,
+        };
+        let operands = sample::ArgmaxOperands {
+            logits: self.buffer(dst),
+            tokens: self.tokens,
+            state: self.state,
+        };
+        let choose = sample::plan_argmax(self.device, &shape, &operands).map_err(unsupported)?;
+        let advance = sample::plan_advance(self.device, self.state).map_err(unsupported)?;
+        Ok(vec![(choose, "choice"), (advance, "advance")])
     }
 
     /// The product of the output table with `src`, to `dst`.
@@ -231,6 +300,9 @@ impl Compiler<'_> {
         settings: DeviceSlice,
         seen: DeviceSlice,
     ) -> Result<Vec<Call>, Error> {
+        if let Placed::F16 { .. } = self.weight(table)? {
+            return Ok(Vec::new());
+        }
         let (shape, operands) = self.logits(table, buffers)?;
         let candidates = self.memory.reserve(sample::draw::CANDIDATES_BYTES)?;
         let top = logits::Top {
@@ -284,6 +356,8 @@ impl Compiler<'_> {
                 Then::SwiGlu => gemv_int4_mma::Epilogue::SwiGlu,
             },
             eps: product.norm.map_or(0.0, |norm| norm.eps),
+            half_x: self.half_gated && product.src == Buffer::Gated,
+            half_y: self.half_gated && product.then == Then::SwiGlu,
         };
         let operands = gemv_int4_mma::Operands {
             quants: tiles.quants,
@@ -294,8 +368,12 @@ impl Compiler<'_> {
             gain,
             y,
         };
-        let entry =
-            gemv_int4_mma::entry(shape.group, tiles.mins != DeviceSlice::NONE, shape.tokens);
+        let entry = gemv_int4_mma::entry(
+            shape.group,
+            tiles.mins != DeviceSlice::NONE,
+            1,
+            shape.half_x,
+        );
         let name = shape.name(product.norm.is_some());
         let rule = || gemv_int4_mma::rule(self.device, &shape);
         let chosen = self.tuned.choose(entry, &name, rule);

@@ -78,6 +78,8 @@ pub(super) struct Product {
 pub(super) struct Fused<'a> {
     pub ops: Vec<Op<'a>>,
     pub neighbours: Vec<Vec<Buffer>>,
+    /// Whether the gated activations are halves: products write them and products read them.
+    pub half_gated: bool,
 }
 
 /// Goes through the recipe and takes the longest pattern at each place.
@@ -92,6 +94,19 @@ pub(super) fn fuse(model: &LoadedModel) -> Fused<'_> {
         fused.ops.push(op);
         at += taken;
     }
+    fused.half_gated = fused.ops.iter().all(|op| match op {
+        Op::Product(product) => {
+            (product.then == Then::SwiGlu) == product.dsts.contains(&Buffer::Gated)
+                && (product.src != Buffer::Gated || product.norm.is_none())
+        }
+        Op::Step(step) => {
+            let (reads, writes) = buffers(step);
+            !reads.contains(&Some(Buffer::Gated)) && writes != Some(Buffer::Gated)
+        }
+        Op::RopeKvAppend {
+            query, key, value, ..
+        } => ![query, key, value].contains(&&Buffer::Gated),
+    });
     fused
 }
 
@@ -118,7 +133,7 @@ fn linear(model: &LoadedModel, at: usize) -> Option<Linear<'_>> {
     let Some(Weight::Int4(matrix)) = model.weights.get(weight) else {
         return None;
     };
-    (src != dst).then_some(Linear {
+    (src != dst && !matrix.zeros).then_some(Linear {
         weight,
         matrix,
         bias,

@@ -23,6 +23,11 @@ pub(super) enum Placed {
         quants: DeviceSlice,
         scales: DeviceSlice,
     },
+    F16 {
+        rows: usize,
+        cols: usize,
+        values: DeviceSlice,
+    },
     Vector(DeviceSlice),
 }
 
@@ -40,11 +45,9 @@ pub(super) struct PlacedTiles {
 
 fn int4(model: &LoadedModel, id: WeightId) -> Result<&Int4Matrix, Error> {
     match model.weights.get(id) {
-        Some(Weight::Int4(matrix)) if matrix.zeros => Err(wrong_kind(
-            model,
-            id,
-            "a 4-bit matrix without zeros: try --backend cpu",
-        )),
+        Some(Weight::Int4(matrix)) if matrix.zeros => {
+            Err(wrong_kind(model, id, "a 4-bit matrix without zeros"))
+        }
         Some(Weight::Int4(matrix)) => Ok(matrix),
         _ => Err(wrong_kind(model, id, "a 4-bit matrix")),
     }
@@ -100,8 +103,13 @@ impl Compiler<'_> {
             Some(Weight::Vector(values)) => {
                 Placed::Vector(self.memory.upload(bytemuck::cast_slice(values))?)
             }
-            Some(Weight::Ternary(_) | Weight::F16(_)) => {
-                return Err(self.wrong_kind(id, "a weight that CUDA can use: try --backend cpu"));
+            Some(Weight::F16(matrix)) => Placed::F16 {
+                rows: matrix.rows,
+                cols: matrix.cols,
+                values: self.memory.upload(halves(&matrix.values))?,
+            },
+            Some(Weight::Ternary(_)) => {
+                return Err(self.wrong_kind(id, "in four bits by now"));
             }
             Some(Weight::Int4(_)) => return Err(self.wrong_kind(id, "an 8-bit matrix or a vector")),
             None => return Err(Error::input(format!("there is no weight {id}"))),

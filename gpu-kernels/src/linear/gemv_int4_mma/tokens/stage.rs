@@ -4,8 +4,9 @@
 use cuda_std::shared::Shared;
 use cuda_std::warp;
 
-use super::kernel::{Args, Place, two_floats};
-use super::{Regions, TILE_COLS};
+use super::super::TILE_COLS;
+use super::super::tile::{Place, two_floats};
+use super::{Args, Regions};
 use crate::ptx;
 use crate::unroll::unroll;
 
@@ -57,22 +58,16 @@ impl Stage {
         token * self.regions.x_stride
     }
 
-    /// Offset of what a group's products start from for a token: four times the same for the one
-    /// token that there is, or one of eight tokens.
+    /// Offset of what a group's products start from for a token.
     #[inline(always)]
-    pub fn offset<const ONE: bool>(&self, group: u32, token: u32) -> u32 {
-        self.regions.offsets
-            + if ONE {
-                group * 16
-            } else {
-                group * 32 + token * 4
-            }
+    pub fn offset(&self, group: u32, token: u32) -> u32 {
+        self.regions.offsets + group * 32 + token * 4
     }
 
     /// Offset of the sum of x over a group.
     #[inline(always)]
-    pub fn sum<const ONE: bool>(&self, group: u32, token: u32) -> u32 {
-        self.regions.sums + if ONE { group } else { group * 8 + token } * 4
+    pub fn sum(&self, group: u32, token: u32) -> u32 {
+        self.regions.sums + (group * 8 + token) * 4
     }
 }
 
@@ -82,7 +77,7 @@ impl Stage {
 /// All lanes of the warp call it; the tile is below the staged number, and barriers stand before
 /// and after staging.
 #[inline(always)]
-unsafe fn put<const GROUP: u32, const MINS: bool, const ONE: bool>(
+unsafe fn put<const GROUP: u32, const MINS: bool>(
     stage: &Stage,
     place: &Place,
     tile: u32,
@@ -114,14 +109,10 @@ unsafe fn put<const GROUP: u32, const MINS: bool, const ONE: bool>(
         let to = stage.x(token) + tile * TILE_X_BYTES + place.lane * 8;
         ptx::st_shared_v2_u32(stage.base, to, words);
         if place.lane.is_multiple_of(GROUP / 4) {
-            let to = stage.offset::<ONE>(group, token);
-            if ONE {
-                ptx::st_shared_v4_f32(stage.base, to, [offset; 4]);
-            } else {
-                ptx::st_shared_f32(stage.base, to, offset);
-            }
+            let to = stage.offset(group, token);
+            ptx::st_shared_f32(stage.base, to, offset);
             if MINS {
-                ptx::st_shared_f32(stage.base, stage.sum::<ONE>(group, token), sum);
+                ptx::st_shared_f32(stage.base, stage.sum(group, token), sum);
             }
         }
     }
@@ -188,7 +179,7 @@ unsafe fn norm_scale(args: &Args, stage: &Stage, place: &Place, token: u32) -> f
 /// # Safety
 /// As the body of the entries; the caller puts barriers around.
 #[inline(always)]
-pub(super) unsafe fn stage_chunk<const GROUP: u32, const MINS: bool, const ONE: bool>(
+pub(super) unsafe fn stage_chunk<const GROUP: u32, const MINS: bool>(
     args: &Args,
     stage: &Stage,
     place: &Place,
@@ -214,14 +205,14 @@ pub(super) unsafe fn stage_chunk<const GROUP: u32, const MINS: bool, const ONE: 
             }
             unroll!(I < BATCH => {
                 if tile < chunk[1] {
-                    put::<GROUP, MINS, ONE>(stage, place, tile - chunk[0], token, batch[I % BATCH]);
+                    put::<GROUP, MINS>(stage, place, tile - chunk[0], token, batch[I % BATCH]);
                 }
                 tile += place.warps();
             });
             if tile >= chunk[1] {
                 tile = chunk[0] + place.warp();
                 token += 1;
-                if ONE || token == args.tokens {
+                if token == args.tokens {
                     break;
                 }
                 scale = norm_scale(args, stage, place, token);

@@ -1,25 +1,63 @@
-//! What the entries of `linear_gemv_int4_mma` run.
+//! What the entries for several tokens run.
+
+mod stage;
 
 use cuda_std::{shared, thread, warp};
 
-use super::stage::{Stage, TILE_X_BYTES, load_batch, square_sums, stage_chunk};
-use super::{FLAG_ACCUMULATE, FLAG_SWIGLU, Regions, TILE_COLS, TILE_ROWS};
+use super::tile::{HALVES_1024, Place, Slot, Weights, fragments, two_floats};
+use super::{FLAG_ACCUMULATE, FLAG_SWIGLU, TILE_COLS, TILE_ROWS};
 use crate::product::mma_k16;
 use crate::unroll::unroll;
 use crate::{ptx, swiglu};
+use stage::{Stage, TILE_X_BYTES, load_batch, square_sums, stage_chunk};
 
 /// Tiles that a warp has in flight: two 16-byte loads a lane each, and the scales.
 pub(super) const DEPTH: usize = 4;
-/// Words of a tile.
-const TILE_WORDS: usize = (TILE_ROWS * TILE_COLS / 8) as usize;
+
+/// Extra bytes a token's activations: puts neighbouring tokens in different banks.
+const TOKEN_PAD_BYTES: u32 = 64;
+
+/// Byte offsets in a block's shared memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Regions {
+    /// Bytes a token's activations: halves, `chunk` tiles.
+    pub x_stride: u32,
+    /// What the sums of products start from, f32: 8 a group.
+    pub offsets: u32,
+    /// Sums of x, f32: 8 a group. Only with minima.
+    pub sums: u32,
+    /// Sums of squares, f32: a warp and token.
+    pub norm: u32,
+    /// Two times `(warps, tokens, 16)` f32.
+    pub partials: u32,
+    /// All of it.
+    pub bytes: u32,
+}
+
+impl Regions {
+    #[inline(always)]
+    pub const fn new(chunk: u32, group: u32, mins: bool, tokens: u32, warps: u32) -> Regions {
+        let x_stride = chunk * TILE_COLS * 2 + TOKEN_PAD_BYTES;
+        let groups = chunk * (TILE_COLS / group);
+        let offsets = tokens * x_stride;
+        let sums = offsets + groups * 32;
+        let norm = if mins { sums + groups * 32 } else { sums };
+        let partials = norm + tokens * warps * 4;
+        Regions {
+            x_stride,
+            offsets,
+            sums,
+            norm,
+            partials,
+            bytes: partials + 2 * warps * tokens * TILE_ROWS * 4,
+        }
+    }
+}
 
 /// Parameters of a launch.
 #[derive(Clone, Copy)]
 pub(super) struct Args {
-    pub quants: *const u32,
-    pub scales: *const u32,
-    /// Anything where the format has none.
-    pub mins: *const u32,
+    pub weights: Weights,
     /// `(rows,)`, or null.
     pub bias: *const f32,
     /// `(tokens, cols)`.
@@ -54,52 +92,6 @@ impl Args {
         } else {
             TILE_ROWS
         }
-    }
-}
-
-/// Where a warp stands in its block.
-#[derive(Clone, Copy)]
-pub(super) struct Place {
-    pub lane: u32,
-    /// Row of the tile, and that plus 8.
-    g: u32,
-    /// Quarter of each 32 columns.
-    q: u32,
-    /// Number of the warp in its team: which tiles along K it takes.
-    member: u32,
-    team: u32,
-    /// Warps a team.
-    split: u32,
-    teams: u32,
-}
-
-impl Place {
-    /// Blocks are `(32, split, teams)`: no division.
-    #[inline(always)]
-    fn of_thread() -> Place {
-        let lane = thread::thread_idx_x();
-        // From lane 0, so that the assembler sees that the whole warp agrees on it.
-        let warp = thread::thread_idx_y() | thread::thread_idx_z() << 8;
-        let warp = warp::shuffle_idx_u32(warp::FULL_MASK, warp, 0);
-        Place {
-            lane,
-            g: lane / 4,
-            q: lane % 4,
-            member: warp & 0xff,
-            team: warp >> 8,
-            split: thread::block_dim_y(),
-            teams: thread::block_dim_z(),
-        }
-    }
-
-    #[inline(always)]
-    pub fn warp(&self) -> u32 {
-        self.team * self.split + self.member
-    }
-
-    #[inline(always)]
-    pub fn warps(&self) -> u32 {
-        self.teams * self.split
     }
 }
 
@@ -154,108 +146,25 @@ impl Cursor {
     }
 }
 
-/// A lane's part of a tile.
-#[derive(Clone, Copy)]
-struct Slot {
-    words: [[u32; 4]; 2],
-    /// Scales of rows g and g + 8, two halves a word, a word a group.
-    scales: [u32; 4],
-    mins: [u32; 4],
-}
-
-impl Slot {
-    const EMPTY: Slot = Slot {
-        words: [[0; 4]; 2],
-        scales: [0; 4],
-        mins: [0; 4],
-    };
-
-    /// Starts the loads of a tile, or leaves the slot as it is if there is none.
-    ///
-    /// # Safety
-    /// Launched as the plan says.
-    #[inline(always)]
-    unsafe fn load<const GROUP: u32, const MINS: bool>(
-        self,
-        args: &Args,
-        place: &Place,
-        cursor: &Cursor,
-        slot: u32,
-        row_tiles: u32,
-    ) -> Slot {
-        let row_tile = cursor.own_row_tile(place);
-        let depth_tile = cursor.depth_tile(place, slot);
-        let there = row_tile < row_tiles && depth_tile < cursor.chunk[1];
-        let tile = (row_tile * args.depth_tiles() + depth_tile) as usize;
-        let words = args
-            .quants
-            .wrapping_add(tile * TILE_WORDS + place.lane as usize * 4);
-        let groups = (TILE_COLS / GROUP) as usize;
-        let pair = tile * 8 * groups + place.g as usize * groups;
-        // SAFETY: a load is made only of a tile that is there.
-        unsafe {
-            let words = [
-                ptx::ld_global_nc_v4_u32_if(there, words, self.words[0]),
-                ptx::ld_global_nc_v4_u32_if(there, words.wrapping_add(128), self.words[1]),
-            ];
-            let scales = load_groups::<GROUP>(there, args.scales.wrapping_add(pair), self.scales);
-            let mut mins = self.mins;
-            if MINS {
-                mins = load_groups::<GROUP>(there, args.mins.wrapping_add(pair), mins);
-            }
-            Slot {
-                words,
-                scales,
-                mins,
-            }
-        }
-    }
-}
-
-/// A word for each of the `128 / GROUP` groups of a tile.
+/// Starts the loads of a warp's slot `slot`.
 ///
 /// # Safety
-/// They are there if `there` says so.
+/// Launched as the plan says.
 #[inline(always)]
-unsafe fn load_groups<const GROUP: u32>(there: bool, p: *const u32, old: [u32; 4]) -> [u32; 4] {
-    // SAFETY: by the caller's promise; the tiles' scales are aligned to their own size.
-    unsafe {
-        match GROUP {
-            32 => ptx::ld_global_nc_v4_u32_if(there, p, old),
-            64 => {
-                let [a, b] = ptx::ld_global_nc_v2_u32_if(there, p, [old[0], old[1]]);
-                [a, b, 0, 0]
-            }
-            _ => [ptx::ld_global_nc_u32_if(there, p, old[0]), 0, 0, 0],
-        }
-    }
-}
-
-/// The half 1024, twice.
-const HALVES_1024: u32 = 0x6400_6400;
-
-/// Eight weights of two rows as halves: `1024 + q` of the low nibbles, `1024 + 16 q` of the high.
-/// `halves` is [`HALVES_1024`] in a register.
-#[inline(always)]
-fn fragments(word: u32, halves: u32) -> [u32; 4] {
-    const LOW: u32 = 0x000f_000f;
-    const HIGH: u32 = 0x00f0_00f0;
-    let other = word >> 8;
-    [
-        (word & LOW) | halves,
-        (other & LOW) | halves,
-        (word & HIGH) | halves,
-        (other & HIGH) | halves,
-    ]
-}
-
-/// Low and high half of a word, as floats.
-#[inline(always)]
-pub(super) fn two_floats(word: u32) -> [f32; 2] {
-    [
-        ptx::f16_to_f32(word as u16),
-        ptx::f16_to_f32((word >> 16) as u16),
-    ]
+unsafe fn load<const GROUP: u32, const MINS: bool>(
+    old: Slot,
+    args: &Args,
+    place: &Place,
+    cursor: &Cursor,
+    slot: u32,
+    row_tiles: u32,
+) -> Slot {
+    let row_tile = cursor.own_row_tile(place);
+    let depth_tile = cursor.depth_tile(place, slot);
+    let there = row_tile < row_tiles && depth_tile < cursor.chunk[1];
+    let tile = row_tile * args.depth_tiles() + depth_tile;
+    // SAFETY: passed on.
+    unsafe { old.load::<GROUP, MINS>(&args.weights, place, there, tile) }
 }
 
 /// Adds a tile's products to the sums: of rows g and g + 8 and tokens 2q and 2q + 1.
@@ -263,7 +172,7 @@ pub(super) fn two_floats(word: u32) -> [f32; 2] {
 /// # Safety
 /// All lanes of the warp call it, `tile` is staged, and the slot is loaded.
 #[inline(always)]
-unsafe fn multiply<const GROUP: u32, const MINS: bool, const ONE: bool>(
+unsafe fn multiply<const GROUP: u32, const MINS: bool>(
     slot: &Slot,
     stage: &Stage,
     place: &Place,
@@ -272,15 +181,9 @@ unsafe fn multiply<const GROUP: u32, const MINS: bool, const ONE: bool>(
     sums: &mut [f32; 4],
 ) {
     // Lanes without a token of their own read the last: their columns of the product are not used.
-    let (column, pair) = if ONE {
-        (0, [0, 0])
-    } else {
-        let last = tokens - 1;
-        (
-            place.g.min(last),
-            [(2 * place.q).min(last), (2 * place.q + 1).min(last)],
-        )
-    };
+    let last = tokens - 1;
+    let column = place.g.min(last);
+    let pair = [(2 * place.q).min(last), (2 * place.q + 1).min(last)];
     let x = stage.x(column) + tile * TILE_X_BYTES + place.q * 16;
     let groups = TILE_COLS / GROUP;
     // SAFETY: by the caller's promise.
@@ -288,13 +191,9 @@ unsafe fn multiply<const GROUP: u32, const MINS: bool, const ONE: bool>(
         unroll!(I < (TILE_COLS / GROUP) as usize => {
             let group = tile * groups + I as u32;
             // Two chains of products: one that starts from what has to be taken off, one from zero.
-            let mut even = if ONE {
-                ptx::ld_shared_v4_f32(stage.base, stage.offset::<ONE>(group, 0))
-            } else {
-                let of = |token| ptx::ld_shared_f32(stage.base, stage.offset::<ONE>(group, token));
-                let (left, right) = (of(pair[0]), of(pair[1]));
-                [left, right, left, right]
-            };
+            let of = |token| ptx::ld_shared_f32(stage.base, stage.offset(group, token));
+            let (left, right) = (of(pair[0]), of(pair[1]));
+            let mut even = [left, right, left, right];
             let mut odd = [0.0f32; 4];
             unroll!(J < (GROUP / 32) as usize => {
                 let quarter = I * (GROUP / 32) as usize + J;
@@ -311,7 +210,7 @@ unsafe fn multiply<const GROUP: u32, const MINS: bool, const ONE: bool>(
             sums[3] = ptx::fma(lower, even[3] + odd[3], sums[3]);
             if MINS {
                 let [upper, lower] = two_floats(slot.mins[I % 4]);
-                let of = |token| ptx::ld_shared_f32(stage.base, stage.sum::<ONE>(group, token));
+                let of = |token| ptx::ld_shared_f32(stage.base, stage.sum(group, token));
                 let x = [of(pair[0]), of(pair[1])];
                 sums[0] = ptx::fma(upper, x[0], sums[0]);
                 sums[1] = ptx::fma(upper, x[1], sums[1]);
@@ -345,15 +244,15 @@ unsafe fn addend(args: &Args, there: bool, row: u32, token: u32) -> f32 {
 /// The body of every entry.
 ///
 /// # Safety
-/// Launched as the plan says, and `mins` are there if `MINS` says so, one token if `ONE` does.
+/// Launched as the plan says, and `mins` are there if `MINS` says so.
 #[inline(always)]
-pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool, const ONE: bool>(args: &Args) {
+pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool>(args: &Args) {
     let place = Place::of_thread();
     // Not a constant to the assembler, which does not know that the lane is below 32: as a literal
     // it would take the one place for it that the and-or has, and the masks would be moved to
     // registers anew for every word.
     let halves = HALVES_1024 - (place.lane >> 5);
-    let tokens = if ONE { 1 } else { args.tokens };
+    let tokens = args.tokens;
     let stage = Stage {
         base: shared::dynamic_shared_mem(),
         regions: Regions::new(args.chunk, GROUP, MINS, tokens, place.warps()),
@@ -369,30 +268,22 @@ pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool, const ONE: bool>(a
     unsafe {
         // One tile's weights on their way first, then the activations, which every warp waits for
         // and which come from L2, then the other slots.
-        slots[0] = slots[0].load::<GROUP, MINS>(args, &place, &now, 0, row_tiles);
+        slots[0] = load::<GROUP, MINS>(slots[0], args, &place, &now, 0, row_tiles);
         let first = load_batch(args.x, place.warp(), args.depth_tiles(), args, &place);
         unroll!(I < DEPTH - 1 => {
             let slot = &mut slots[(I + 1) % DEPTH];
-            *slot = slot.load::<GROUP, MINS>(args, &place, &now, I as u32 + 1, row_tiles);
+            *slot = load::<GROUP, MINS>(*slot, args, &place, &now, I as u32 + 1, row_tiles);
         });
         if !args.gain.is_null() {
             square_sums(args, &stage, &place, first);
             thread::sync_threads();
         }
-        stage_chunk::<GROUP, MINS, ONE>(args, &stage, &place, now.chunk, first);
+        stage_chunk::<GROUP, MINS>(args, &stage, &place, now.chunk, first);
         thread::sync_threads();
         let mut staged = 0;
 
         while now.row_tile < row_tiles {
             let row_tile = now.own_row_tile(&place);
-            // The lane's row of y, if its warp is the one that adds up.
-            let row = row_tile * tile_outputs + place.lane % tile_outputs;
-            let mut added = 0.0;
-            if ONE && place.member == 0 {
-                let there = place.lane < tile_outputs && row < args.rows;
-                added = addend(args, there, row, 0);
-            }
-
             let mut sums = [0.0f32; 4];
             loop {
                 if now.chunk[0] != staged {
@@ -400,7 +291,7 @@ pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool, const ONE: bool>(a
                     let tile = staged + place.warp();
                     let first = load_batch(args.x, tile, now.chunk[1], args, &place);
                     thread::sync_threads();
-                    stage_chunk::<GROUP, MINS, ONE>(args, &stage, &place, now.chunk, first);
+                    stage_chunk::<GROUP, MINS>(args, &stage, &place, now.chunk, first);
                     thread::sync_threads();
                 }
                 let next = now.next(args, &place);
@@ -410,11 +301,11 @@ pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool, const ONE: bool>(a
                     if tile < now.chunk[1] && row_tile < row_tiles {
                         let tile = tile - now.chunk[0];
                         let constants = [tokens, halves];
-                        multiply::<GROUP, MINS, ONE>(
+                        multiply::<GROUP, MINS>(
                             slot, &stage, &place, tile, constants, &mut sums,
                         );
                     }
-                    *slot = slot.load::<GROUP, MINS>(args, &place, &next, I as u32, row_tiles);
+                    *slot = load::<GROUP, MINS>(*slot, args, &place, &next, I as u32, row_tiles);
                 });
                 let done = next.row_tile != now.row_tile;
                 now = next;
@@ -429,20 +320,13 @@ pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool, const ONE: bool>(a
                 + (parity * place.warps() + place.team * place.split) * tokens * 64;
             parity ^= 1;
             let own = team + place.member * tokens * 64;
-            if ONE {
-                if place.q < 2 {
-                    let sum = if place.q == 0 { sums[0] } else { sums[2] };
-                    ptx::st_shared_f32(stage.base, own + (place.g + 8 * place.q) * 4, sum);
+            unroll!(I < 4 => {
+                let token = 2 * place.q + I as u32 % 2;
+                if token < tokens {
+                    let to = own + (token * 16 + place.g + I as u32 / 2 * 8) * 4;
+                    ptx::st_shared_f32(stage.base, to, sums[I % 4]);
                 }
-            } else {
-                unroll!(I < 4 => {
-                    let token = 2 * place.q + I as u32 % 2;
-                    if token < tokens {
-                        let to = own + (token * 16 + place.g + I as u32 / 2 * 8) * 4;
-                        ptx::st_shared_f32(stage.base, to, sums[I % 4]);
-                    }
-                });
-            }
+            });
             if place.split == 1 {
                 warp::sync_warp(warp::FULL_MASK);
             } else {
@@ -468,9 +352,7 @@ pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool, const ONE: bool>(a
                         row = row_tile * tile_outputs + output % 8;
                     }
                     there &= row < args.rows && row_tile < row_tiles;
-                    if !ONE {
-                        added = addend(args, there, row, token);
-                    }
+                    let added = addend(args, there, row, token);
                     if there {
                         let y = args.y.wrapping_add((token * args.rows + row) as usize);
                         ptx::st_global_f32(y, sum + added);

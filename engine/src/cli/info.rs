@@ -1,0 +1,223 @@
+//! `edgellm info`: what a model file holds and what it takes to run it.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use engine::Error;
+use engine::weights::ModelFile;
+use models::arch::Config;
+use models::file::Source;
+use models::recipe::{Buffer, Recipe, Step};
+use models::weights;
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::{Failure, model_path, positive, set_threads, stdout_failure};
+
+/// Show what a model file holds: architecture, sizes, bits a weight, memory on a device.
+///
+/// Every tensor is decoded once, so a file that this command accepts can be loaded.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct InfoArgs {
+    /// GGUF file, Hugging Face folder, file of `edgellm quantize`, or the name of a model in the
+    /// catalogue.
+    #[arg(value_name = "FILE")]
+    model: PathBuf,
+
+    /// Tokens that the key/value cache shall hold. Without it, as many as the model was trained for.
+    #[arg(long, value_name = "TOKENS", value_parser = positive)]
+    context: Option<usize>,
+
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  edgellm info model.gguf
+  edgellm info Qwen2.5-1.5B-Instruct --context 4096
+  edgellm info qwen.edgellm --json";
+
+/// Tensors of one use.
+#[derive(Debug, Default, Serialize)]
+struct Kind {
+    name: &'static str,
+    tensors: usize,
+    weights: u64,
+    /// In the file, scales included.
+    file_bytes: u64,
+    /// As kernels read them.
+    loaded_bytes: u64,
+}
+
+impl Kind {
+    fn bits(&self) -> f64 {
+        8.0 * self.file_bytes as f64 / self.weights.max(1) as f64
+    }
+}
+
+/// The object that `--json` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    config: Config,
+    kinds: Vec<Kind>,
+    weights: u64,
+    bits_per_weight: f64,
+    /// Tokens of the cache.
+    context: usize,
+    weight_bytes: u64,
+    cache_bytes: u64,
+    buffer_bytes: u64,
+    device_bytes: u64,
+}
+
+/// Runs the command.
+pub fn execute(args: InfoArgs) -> Result<ExitCode, Failure> {
+    set_threads(None);
+    let mapped = ModelFile::open(&model_path::resolve(Some(&args.model))?)?;
+    let file = mapped.parse()?;
+    let recipe = mapped.recipe(&file)?;
+    let report = inspect(file.source(), recipe, args.context)?;
+    let text = match args.json {
+        true => serde_json::to_string(&report).map_err(Error::machine)? + "\n",
+        false => show(&report),
+    };
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(stdout_failure)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Result<Report, Error> {
+    let context = match context {
+        Some(asked) if asked > recipe.config.context => {
+            return Err(Error::Input(format!(
+                "--context {asked} is more than the {} tokens that the model was trained for",
+                recipe.config.context
+            )));
+        }
+        Some(asked) => asked,
+        None => recipe.config.context,
+    };
+    let sizes: Vec<(u64, u64)> = recipe
+        .weights
+        .par_iter()
+        .map(|weight| {
+            let parts = weights::check(source, weight)?;
+            let stored = parts.iter().filter_map(|name| source.tensor(name));
+            let file = stored.map(|tensor| tensor.data.len() as u64).sum();
+            Ok((file, weights::decode(source, weight)?.bytes()))
+        })
+        .collect::<Result<_, models::Error>>()?;
+    let uses = uses(&recipe);
+    let names = [
+        "embedding",
+        "output table",
+        "linear layers",
+        "norms and biases",
+    ];
+    let mut kinds: Vec<Kind> = names
+        .map(|name| Kind {
+            name,
+            ..Kind::default()
+        })
+        .into();
+    for ((weight, (file, loaded)), kind) in recipe.weights.iter().zip(sizes).zip(uses) {
+        let kind = &mut kinds[kind];
+        kind.tensors += 1;
+        kind.weights += (weight.rows * weight.cols) as u64;
+        kind.file_bytes += file;
+        kind.loaded_bytes += loaded;
+    }
+    kinds.retain(|kind| kind.tensors > 0);
+    let config = &recipe.config;
+    let sum = |of: fn(&Kind) -> u64| kinds.iter().map(of).sum::<u64>();
+    let (all, weight_bytes) = (sum(|kind| kind.weights), sum(|kind| kind.loaded_bytes));
+    // Keys and values as halves; counts up to 2^31 each, so no product of the first three overflows.
+    let per_token = 2 * 2 * config.kv_heads as u64 * config.head_dim as u64 * config.layers as u64;
+    let cache_bytes = per_token.saturating_mul(context as u64);
+    let buffer_bytes = 4 * Buffer::ALL
+        .iter()
+        .map(|&buffer| recipe.elems(buffer) as u64)
+        .sum::<u64>();
+    Ok(Report {
+        bits_per_weight: 8.0 * sum(|kind| kind.file_bytes) as f64 / all.max(1) as f64,
+        weights: all,
+        kinds,
+        context,
+        weight_bytes,
+        cache_bytes,
+        buffer_bytes,
+        device_bytes: weight_bytes
+            .saturating_add(cache_bytes)
+            .saturating_add(buffer_bytes),
+        config: recipe.config,
+    })
+}
+
+/// For each weight, its place among the kinds.
+fn uses(recipe: &Recipe) -> Vec<usize> {
+    let mut uses = vec![3; recipe.weights.len()];
+    for step in &recipe.steps {
+        match *step {
+            Step::Embed { table, .. } => uses[table] = 0,
+            Step::Logits { table, .. } if uses[table] != 0 => uses[table] = 1,
+            Step::Linear { weight, .. } => uses[weight] = 2,
+            _ => {}
+        }
+    }
+    uses
+}
+
+fn show(report: &Report) -> String {
+    let c = &report.config;
+    let mut text = format!(
+        "{}: {}, {} layers of width {}, {} heads over {} key/value heads of {}, feed-forward {}, vocabulary {}{}\n",
+        c.name,
+        c.architecture,
+        c.layers,
+        c.width,
+        c.heads,
+        c.kv_heads,
+        c.head_dim,
+        c.ffn,
+        c.vocab,
+        if c.tied { ", tied" } else { "" }
+    );
+    text += &format!(
+        "\n{:18}{:>9}{:>16}{:>14}{:>8}{:>14}\n",
+        "", "tensors", "weights", "in the file", "bits", "loaded"
+    );
+    for kind in &report.kinds {
+        text += &format!(
+            "{:18}{:>9}{:>16}{:>14}{:>8.2}{:>14}\n",
+            kind.name,
+            kind.tensors,
+            kind.weights,
+            megabytes(kind.file_bytes),
+            kind.bits(),
+            megabytes(kind.loaded_bytes)
+        );
+    }
+    text += &format!(
+        "\n{} weights, {:.2} bits each\n\
+         memory on a device with a context of {} tokens: {} = weights {} + cache {} + buffers {}\n",
+        report.weights,
+        report.bits_per_weight,
+        report.context,
+        megabytes(report.device_bytes),
+        megabytes(report.weight_bytes),
+        megabytes(report.cache_bytes),
+        megabytes(report.buffer_bytes)
+    );
+    text.retain(|c| c == '\n' || !c.is_control());
+    text
+}
+
+fn megabytes(bytes: u64) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
+}
