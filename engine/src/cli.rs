@@ -2,12 +2,14 @@
 
 mod atomic_file;
 mod bench;
+mod eval;
 mod info;
 mod interrupt;
 mod loaded;
 mod logits;
 mod model_path;
 mod perplexity;
+mod pull;
 mod quantize;
 mod run;
 mod synthesize;
@@ -43,6 +45,8 @@ enum Command {
     Synthesize(synthesize::SynthesizeArgs),
     Logits(logits::LogitsArgs),
     Perplexity(perplexity::PerplexityArgs),
+    Eval(eval::EvalArgs),
+    Pull(pull::PullArgs),
     Quantize(quantize::QuantizeArgs),
     Info(info::InfoArgs),
 }
@@ -56,6 +60,8 @@ impl Cli {
             Command::Synthesize(args) => synthesize::execute(args),
             Command::Logits(args) => logits::execute(args),
             Command::Perplexity(args) => perplexity::execute(args),
+            Command::Eval(args) => eval::execute(args),
+            Command::Pull(args) => pull::execute(args),
             Command::Quantize(args) => quantize::execute(args),
             Command::Info(args) => info::execute(args),
         }
@@ -65,7 +71,7 @@ impl Cli {
 /// Where a model is and what runs it: shared by all commands that load one.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// GGUF file, or the name of a model in the catalogue. Without it the default model is used.
+    /// Model file, or a name that `edgellm pull` takes. Without it the default model is used.
     /// The file must not change while it is in use.
     #[arg(short, long, value_name = "PATH")]
     model: Option<PathBuf>,
@@ -215,6 +221,9 @@ mod tests {
             "edgellm bench -m model.gguf",
             "edgellm synthesize tiny out.gguf --seed 3",
             "edgellm logits -m m.gguf --text-file t.txt --out o.bin",
+            "edgellm pull hf:o/r:m.gguf --into models",
+            "edgellm pull --list",
+            "edgellm eval -m m.gguf --reference r.gguf --questions 20 --json",
             "edgellm quantize a.gguf b.edgellm --bits 4 --group 64 --asymmetric --method gptq --calibration t.txt --lm-head f16 --json",
             "edgellm info b.edgellm --context 100 --json",
             "edgellm perplexity -m m.gguf --text t.txt --kl-reference r.logits --chunks 4 --json",
@@ -237,6 +246,8 @@ mod tests {
             "edgellm run -i hi --tier sm_60",
             "edgellm logits -m m.gguf --out o.bin",
             "edgellm perplexity --chunks 0",
+            "edgellm pull",
+            "edgellm pull name --list",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -5,6 +5,7 @@ pub mod backend;
 pub mod chat;
 mod error;
 pub mod generate;
+pub mod hub;
 pub mod quality;
 pub mod quantize;
 pub mod sampler;

@@ -171,7 +171,7 @@ fn without_a_model_the_error_says_how_to_get_one() {
             output => break output.expect("started"),
         }
     };
-    assert_error(&output, 2, "cargo xtask model fetch");
+    assert_error(&output, 2, "edgellm pull");
 }
 
 #[test]

@@ -315,6 +315,8 @@ fn help_teaches_with_examples() {
         &["quantize", "--help"],
         &["info", "--help"],
         &["perplexity", "--help"],
+        &["eval", "--help"],
+        &["pull", "--help"],
     ] {
         let output = Command::new(BINARY)
             .args(command)

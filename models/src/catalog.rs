@@ -4,6 +4,7 @@ use serde::Deserialize;
 
 use crate::Error;
 use crate::error::shown;
+use crate::hub_name::{self, HubName};
 
 /// The catalog as it was when this crate was built.
 const BUILTIN: &str = include_str!("../catalog.toml");
@@ -18,6 +19,9 @@ pub struct Catalog {
     /// The texts in file order.
     #[serde(rename = "text")]
     pub texts: Vec<Text>,
+    /// Repositories of a model hub, in file order.
+    #[serde(rename = "hub", default)]
+    pub repositories: Vec<Repository>,
 }
 
 /// One known model.
@@ -41,6 +45,38 @@ pub struct Model {
     pub architecture: String,
     /// Where it comes from.
     pub source: Source,
+}
+
+/// A known repository of a model hub. What it holds, how large and with which hashes, the hub says.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Repository {
+    /// Unique name, among all entries.
+    pub name: String,
+    /// `OWNER/REPO`.
+    pub repo: String,
+    /// The one file that is meant; without it, whatever a model needs.
+    #[serde(default)]
+    pub file: Option<String>,
+    /// SPDX licence id, or the licence's name where it has none.
+    pub licence: String,
+    /// Architecture, as [`crate::arch::ARCHITECTURES`] calls it.
+    pub architecture: String,
+}
+
+impl Repository {
+    /// The name by which it is pulled.
+    ///
+    /// # Errors
+    /// A repository or file that no name can have; parsing a catalog refuses such an entry.
+    pub fn hub_name(&self) -> Result<HubName, Error> {
+        let file = self.file.iter().flat_map(|file| [":", file]);
+        let name: String = [hub_name::PREFIX, &self.repo]
+            .into_iter()
+            .chain(file)
+            .collect();
+        name.parse()
+    }
 }
 
 /// A known text, for calibration and measurement.
@@ -102,7 +138,7 @@ impl Catalog {
     ///
     /// # Errors
     /// Malformed TOML, no models or texts, a name or alias used twice, a file name with a path in
-    /// it, or a hash that is not 64 hexadecimal digits.
+    /// it, a hash that is not 64 hexadecimal digits, or a repository that is none.
     pub fn parse(text: &str) -> Result<Catalog, Error> {
         let fail = |reason: String| Error::Catalog { reason };
         let catalog: Catalog = toml::from_str(text).map_err(|error| {
@@ -120,6 +156,10 @@ impl Catalog {
         let texts = catalog.texts.iter();
         let mut names: Vec<&str> = catalog.models.iter().flat_map(Model::names).collect();
         names.extend(texts.clone().map(|text| text.name.as_str()));
+        for repository in &catalog.repositories {
+            repository.hub_name()?;
+            names.push(&repository.name);
+        }
         names.sort_unstable();
         if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(fail(format!("{} names two things", shown(pair[0]))));
@@ -153,6 +193,12 @@ impl Catalog {
     pub fn default_text(&self) -> &Text {
         // Parsing refuses a catalog without.
         &self.texts[0]
+    }
+
+    /// The repository with this name, whatever the case.
+    pub fn repository(&self, name: &str) -> Option<&Repository> {
+        let mut repositories = self.repositories.iter();
+        repositories.find(|known| known.name.eq_ignore_ascii_case(name))
     }
 
     /// Finds a model by name or alias, whatever the case.
@@ -198,11 +244,16 @@ mod tests {
             (model.bytes, model.architecture.as_str()),
             (98_362_432, "llama")
         );
-        for model in &catalog.models {
+        let models = catalog.models.iter().map(|model| &model.architecture);
+        let repositories = catalog.repositories.iter();
+        for architecture in models.chain(repositories.clone().map(|known| &known.architecture)) {
             let known = crate::arch::ARCHITECTURES
                 .iter()
-                .any(|a| a.name == model.architecture);
-            assert!(known, "{} has no recipe", model.architecture);
+                .any(|a| a.name == architecture);
+            assert!(known, "{architecture} has no recipe");
+        }
+        for known in repositories {
+            assert_eq!(catalog.repository(&known.name.to_uppercase()), Some(known));
         }
     }
 
@@ -226,6 +277,7 @@ mod tests {
             ("file = \"", "file = \"../", "not a plain file name"),
             ("sha256 = \"b", "sha256 = \"", "sha256"),
             ("kind = \"pypi\"", "kind = \"ftp\"", "unknown variant `ftp`"),
+            ("repo = \"Qwen/", "repo = \"../Qwen/", "names no repository"),
             (
                 "aliases = [",
                 "aliases = [\"smollm2-135m-instruct\", ",

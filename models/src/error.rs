@@ -130,6 +130,14 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A name that names no repository of a model hub.
+    #[error(
+        "{name} names no repository: it has to be hf:OWNER/REPO, hf:OWNER/REPO:FILE or hf:OWNER/REPO@REVISION:FILE"
+    )]
+    HubName {
+        /// What was given.
+        name: String,
+    },
 }
 
 /// Longest name, in characters, that a message repeats.

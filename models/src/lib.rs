@@ -6,6 +6,7 @@ pub mod arch;
 pub mod catalog;
 mod error;
 pub mod file;
+pub mod hub_name;
 pub mod quant;
 pub mod recipe;
 pub mod synthetic;

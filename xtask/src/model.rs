@@ -361,6 +361,7 @@ mod tests {
                 &Catalog {
                     models: vec![model()],
                     texts: Vec::new(),
+                    repositories: Vec::new(),
                 },
                 dir.path()
             )

@@ -39,7 +39,7 @@ pub struct BenchArgs {
     synthetic: Option<String>,
 
     /// Type of the linear layers of `--synthetic`.
-    #[arg(long, value_enum, default_value_t = LinearArg::Q4_0, requires = "synthetic")]
+    #[arg(long, value_enum, default_value_t = LinearArg::Q4_0, requires = "synthetic", conflicts_with = "model")]
     linear: LinearArg,
 
     /// Tokens of the prompt; 0 measures none.

@@ -3,6 +3,7 @@
 //! llama.cpp's perplexity program, so that figures can be put side by side.
 
 pub mod log_probs;
+pub mod questions;
 mod summary;
 mod windows;
 

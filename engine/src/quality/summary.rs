@@ -14,7 +14,12 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    fn of(values: impl Iterator<Item = f64> + Clone) -> Self {
+    /// Of `values`; `None` without any.
+    pub fn of(values: &[f64]) -> Option<Self> {
+        (!values.is_empty()).then(|| Self::from_values(values.iter().copied()))
+    }
+
+    fn from_values(values: impl Iterator<Item = f64> + Clone) -> Self {
         let count = values.clone().count() as f64;
         let mean = values.clone().sum::<f64>() / count;
         let squares: f64 = values.map(|value| (value - mean).powi(2)).sum();
@@ -76,14 +81,16 @@ impl Summary {
             });
             Comparison {
                 perplexity: perplexity(compared.iter().map(|c| c.log_prob)),
-                log_perplexity_ratio: Estimate::of(
+                log_perplexity_ratio: Estimate::from_values(
                     both.map(|(score, reference)| reference.log_prob - score.log_prob),
                 ),
-                kl: Estimate::of(compared.iter().map(|c| c.kl)),
+                kl: Estimate::from_values(compared.iter().map(|c| c.kl)),
                 kl_median: quantile(&kls, 0.5),
                 kl_99: quantile(&kls, 0.99),
                 kl_max: quantile(&kls, 1.0),
-                top1: Estimate::of(compared.iter().map(|c| f64::from(u8::from(c.same_top)))),
+                top1: Estimate::from_values(
+                    compared.iter().map(|c| f64::from(u8::from(c.same_top))),
+                ),
                 rms_probability_change: (squares.sum::<f64>() / scores.len() as f64).sqrt(),
             }
         });
@@ -96,7 +103,7 @@ impl Summary {
 }
 
 fn perplexity(log_probs: impl Iterator<Item = f64> + Clone) -> Estimate {
-    let loss = Estimate::of(log_probs.map(|log_prob| -log_prob));
+    let loss = Estimate::from_values(log_probs.map(|log_prob| -log_prob));
     let mean = loss.mean.exp();
     Estimate {
         mean,

@@ -63,7 +63,7 @@ pub(super) const RULES: &[Rule] = &[
 const MAX_LINES: usize = 700;
 
 /// What each crate of the workspace may depend on, of the workspace.
-const DEPENDENCIES: [(&str, &[&str]); 10] = [
+const DEPENDENCIES: [(&str, &[&str]); 11] = [
     ("models", &[]),
     ("cpu-kernels", &["models"]),
     ("cuda_std_macros", &[]),
@@ -91,6 +91,7 @@ const DEPENDENCIES: [(&str, &[&str]); 10] = [
             "cuda-driver",
         ],
     ),
+    ("fuzz", &["models", "engine"]),
     ("xtask", &["models", "cuda_builder"]),
 ];
 
