@@ -39,7 +39,7 @@ pub struct QuantizeArgs {
     #[arg(long, value_enum, default_value_t = BitsArg::Four)]
     bits: BitsArg,
 
-    /// Weights that share a scale.
+    /// Weights that share a scale; a ternary row has but one.
     #[arg(long, value_enum, default_value_t = GroupArg::G128)]
     group: GroupArg,
 

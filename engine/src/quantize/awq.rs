@@ -8,8 +8,8 @@ use rayon::prelude::*;
 use super::gram::{Gram, loss};
 use crate::Error;
 
-/// Exponents tried: 0 (leave the columns alone), 0.05, … 1.
-const EXPONENT_STEPS: usize = 20;
+/// Exponents tried: 0 (leave the columns alone), 0.1, … 1.
+const EXPONENT_STEPS: usize = 10;
 /// Rows that one task rounds.
 const BAND_ROWS: usize = 64;
 

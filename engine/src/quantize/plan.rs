@@ -53,7 +53,8 @@ fn layout(kind: WeightKind, cols: usize, is_head: bool, options: &Options) -> La
         WeightKind::Linear => match options.bits {
             Bits::Four => int4,
             Bits::Eight => Layout::Int8 { group },
-            Bits::Ternary => Layout::Ternary { group },
+            // A scale a row: models that are ternary were trained with one a tensor.
+            Bits::Ternary => Layout::Ternary { group: cols },
         },
         WeightKind::Embedding | WeightKind::FloatTable => match (is_head, options.head) {
             (true, Head::Int4) => int4,
