@@ -20,7 +20,8 @@
 //! is 16 bytes of a row, straight from the cache into the product's registers.
 //!
 //! The grid is fixed by the device and the shape, while the position comes from device memory: a
-//! split gets `max(tiles / splits, min_tiles)` tiles, blocks without any return at once. q is
+//! split gets `max(tiles / splits, min_tiles)` tiles, up to 8 tiles are one split, and blocks
+//! without any return at once. q is
 //! fetched while the position is on its way. The next tile's keys are fetched as soon as the scores
 //! are done, its values as soon as the weighted sum is.
 //!
@@ -190,6 +191,10 @@ unsafe fn attend<const NK: usize, const NV: usize, V: Tile<NV>>(
     let spread = |keys: u32| {
         let tiles = keys.div_ceil(TILE);
         let mut per_split = dims.min_tiles;
+        // What the warps of one block take at once is not worth a second one.
+        if tiles <= WARPS {
+            per_split = per_split.max(WARPS);
+        }
         if tiles > splits * per_split {
             per_split = tiles.div_ceil(splits);
         }

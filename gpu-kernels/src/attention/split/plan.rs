@@ -10,24 +10,19 @@ use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeErr
 pub struct Tuning {
     /// Blocks a group of heads, at most 128.
     pub splits: u32,
-    /// Tiles of 16 positions that a split has at least, unless there are no more.
+    /// Tiles of 16 positions that a split has at least, unless there are no more: then, and while
+    /// a block has a warp for each, there is one split.
     pub min_tiles: u32,
 }
 
 impl Tuning {
-    /// A block a multiprocessor once the context is long, those of the heads among them where they
-    /// are few.
+    /// A block a multiprocessor once the context is long; those of the heads wait beside them.
     pub fn of(device: &DeviceInfo, shape: &Shape) -> Tuning {
-        let min_tiles = 4;
+        let min_tiles = 2;
         let useful = shape.context.div_ceil((min_tiles * TILE) as usize);
         let most = useful.clamp(1, MAX_SPLITS as usize) as u32;
         let groups = u32::try_from(head_groups(shape)).unwrap_or(u32::MAX);
-        let heads = u32::try_from(shape.heads).unwrap_or(u32::MAX);
-        let mut blocks = device.multiprocessors;
-        if heads <= blocks / 4 {
-            blocks -= heads;
-        }
-        let splits = (blocks / groups.max(1)).clamp(1, most);
+        let splits = (device.multiprocessors / groups.max(1)).clamp(1, most);
         Tuning { splits, min_tiles }
     }
 
@@ -208,13 +203,13 @@ mod tests {
     #[test]
     fn splits_fill_the_device_and_leave_no_block_without_a_use() {
         let splits = |shape| Tuning::of(&H200, &shape).splits;
-        assert_eq!(splits(SHAPE), 60);
+        assert_eq!(splits(SHAPE), 66);
         assert_eq!(
             splits(Shape {
                 context: 131_072,
                 ..SHAPE
             }),
-            60
+            66
         );
         assert_eq!(
             splits(Shape {
@@ -229,7 +224,7 @@ mod tests {
             context: 131_072,
             ..SHAPE
         };
-        assert_eq!(splits(llama), 12);
+        assert_eq!(splits(llama), 16);
         let wide = Shape {
             heads: 64,
             kv_heads: 1,
@@ -245,8 +240,8 @@ mod tests {
         let call = planned(SHAPE, operands()).unwrap();
         assert_eq!(call.kernel, "attention_split_f16_d128");
         // Two groups, and a row of blocks that holds the 12 heads.
-        assert_eq!(call.launch.grid, [60, 3, 1]);
-        assert_eq!(call.args[6..12], [2, 12, 6, 128, 4096, 4]);
+        assert_eq!(call.launch.grid, [66, 3, 1]);
+        assert_eq!(call.args[6..12], [2, 12, 6, 128, 4096, 2]);
         let name = |head_dim| {
             planned(Shape { head_dim, ..SHAPE }, operands())
                 .unwrap()
