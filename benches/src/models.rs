@@ -72,6 +72,10 @@ pub struct Product {
     pub norm: bool,
     /// What becomes of the product.
     pub epilogue: Epilogue,
+    /// Whether x are halves: the gated activations are.
+    pub half_x: bool,
+    /// Whether y are halves.
+    pub half_y: bool,
 }
 
 fn known() -> Vec<(&'static str, Model)> {
@@ -145,6 +149,8 @@ impl Model {
             cols,
             norm,
             epilogue,
+            half_x: false,
+            half_y: false,
         };
         [
             product(
@@ -154,8 +160,14 @@ impl Model {
                 Epilogue::Store,
             ),
             product(self.width, self.query(), false, Epilogue::Add),
-            product(self.ffn, self.width, true, Epilogue::SwiGlu),
-            product(self.width, self.ffn, false, Epilogue::Add),
+            Product {
+                half_y: true,
+                ..product(self.ffn, self.width, true, Epilogue::SwiGlu)
+            },
+            Product {
+                half_x: true,
+                ..product(self.width, self.ffn, false, Epilogue::Add)
+            },
         ]
     }
 }

@@ -214,8 +214,8 @@ mod tests {
             [
                 "linear_gemv_int4_mma_g32 2048x1536 norm",
                 "linear_gemv_int4_mma_g32 1536x1536 add",
-                "linear_gemv_int4_mma_g32 8960x1536 norm swiglu",
-                "linear_gemv_int4_mma_g32 1536x8960 add",
+                "linear_gemv_int4_mma_g32 8960x1536 norm swiglu to halves",
+                "linear_gemv_int4_mma_g32_half 1536x8960 add",
             ]
         );
     }

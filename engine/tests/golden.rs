@@ -7,6 +7,8 @@
 
 #[path = "golden/agreement.rs"]
 mod agreement;
+#[path = "golden/blocks.rs"]
+mod blocks;
 #[path = "golden/choices.rs"]
 mod choices;
 #[path = "golden/greedy.rs"]
@@ -17,6 +19,8 @@ mod hf;
 mod logits;
 #[path = "golden/support.rs"]
 mod support;
+#[path = "golden/templates.rs"]
+mod templates;
 #[path = "golden/tiny.rs"]
 mod tiny;
 #[path = "golden/tokenizer.rs"]

@@ -38,6 +38,8 @@ impl Tiled {
     pub fn of(product: &Product, group: usize, mins: bool) -> Tiled {
         let mut tiled = Tiled::plain(product.rows, product.cols, group);
         tiled.shape.epilogue = product.epilogue;
+        tiled.shape.half_x = product.half_x;
+        tiled.shape.half_y = product.half_y;
         tiled.norm = product.norm;
         tiled.mins = mins;
         tiled
@@ -95,6 +97,10 @@ pub(super) fn fused_int4() -> Vec<Row> {
             product.shape.tokens = tokens;
             rows.push(gemv_int4_mma(&product));
         }
+        let mut product = Tiled::plain(1536, 8960, group);
+        product.mins = mins;
+        product.shape.half_x = true;
+        rows.push(gemv_int4_mma(&product));
     }
     rows
 }

