@@ -100,6 +100,12 @@ pub fn all() -> Vec<Row> {
     for tokens in [65_536, 131_072] {
         rows.push(attention_split(12, 2, 128, tokens));
     }
+    for tokens in [512, 4096, 16_384, 131_072] {
+        rows.push(attention_split_v8(12, 2, 128, tokens));
+    }
+    rows.push(attention_split_v8(16, 2, 128, 16_384));
+    rows.push(attention_split_v8(14, 2, 64, 4096));
+    rows.push(attention_split_v8(32, 32, 80, 4096));
     // Widths of other models, and the kernel for widths that the split one does not take.
     rows.push(attention_split(32, 32, 80, 4096));
     rows.push(attention_split(32, 32, 96, 4096));
@@ -115,6 +121,7 @@ pub fn all() -> Vec<Row> {
     rows.push(rope_f32(12, 128));
     rows.push(kv_append_f16(3, 64));
     rows.push(kv_append_f16(2, 128));
+    rows.push(kv_append_v8(2, 128));
     rows.push(rope_kv_append_f16(9, 3, 64));
     rows.push(rope_kv_append_f16(12, 2, 128));
     rows.push(swiglu_f32(1536));
@@ -334,6 +341,7 @@ fn attention_operands(
         q: floats(memory, heads * head_dim)?,
         k_cache: halves(memory, cache)?,
         v_cache: halves(memory, cache)?,
+        v_scales: DeviceSlice::NONE,
         // A step's layers share them, so they sit in L2.
         state: memory.activations(&(tokens as u32 - 1).to_le_bytes())?,
         out: memory.activations(&vec![0; 4 * heads * head_dim])?,
@@ -360,6 +368,24 @@ fn attention_split(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize
         streams: true,
         make: Box::new(move |device, memory| {
             let (shape, operands) = attention_operands(dims, tokens, device, memory)?;
+            planned(attention::plan(device, &shape, &operands))
+        }),
+    }
+}
+
+/// Keys f16, values of 8 bits: `KV (3 Dh + 2)` bytes a token.
+fn attention_split_v8(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize) -> Row {
+    let dims = [heads, kv_heads, head_dim];
+    let bytes = kv_heads * tokens * (3 * head_dim + 2) + 8 * heads * head_dim;
+    Row {
+        kernel: attention::split::kernel_v8(head_dim),
+        shape: format!("heads {heads}/{kv_heads} x {head_dim}, {tokens} tokens"),
+        bytes: bytes as u64,
+        streams: true,
+        make: Box::new(move |device, memory| {
+            let (shape, mut operands) = attention_operands(dims, tokens, device, memory)?;
+            operands.v_cache = noise(memory, kv_heads * tokens * head_dim)?;
+            operands.v_scales = halves(memory, kv_heads * tokens)?;
             planned(attention::plan(device, &shape, &operands))
         }),
     }
@@ -451,6 +477,32 @@ fn rope_f32(heads: usize, head_dim: usize) -> Row {
     }
 }
 
+fn kv_append_v8(kv_heads: usize, head_dim: usize) -> Row {
+    let elems = kv_heads * head_dim;
+    Row {
+        kernel: "kv_append_v8",
+        shape: format!("{kv_heads} x {head_dim}"),
+        bytes: (11 * elems + 2 * kv_heads) as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let shape = kv_append::Shape {
+                kv_heads,
+                head_dim,
+                context: 1,
+            };
+            let operands = kv_append::Operands {
+                k: floats(memory, elems)?,
+                v: floats(memory, elems)?,
+                k_cache: memory.reserve(2 * elems as u64)?,
+                v_cache: memory.reserve(elems as u64)?,
+                v_scales: memory.reserve(2 * kv_heads as u64)?,
+                state: ints(memory, &[0])?,
+            };
+            planned(kv_append::plan(device, &shape, &operands))
+        }),
+    }
+}
+
 fn kv_append_f16(kv_heads: usize, head_dim: usize) -> Row {
     let elems = kv_heads * head_dim;
     Row {
@@ -469,6 +521,7 @@ fn kv_append_f16(kv_heads: usize, head_dim: usize) -> Row {
                 v: floats(memory, elems)?,
                 k_cache: memory.reserve(2 * elems as u64)?,
                 v_cache: memory.reserve(2 * elems as u64)?,
+                v_scales: DeviceSlice::NONE,
                 state: ints(memory, &[0])?,
             };
             planned(kv_append::plan(device, &shape, &operands))

@@ -26,6 +26,37 @@ pub fn reference(
     }
 }
 
+/// As [`reference`], to i8 with an f16 scale a position and head, `(kv, s)`: 127 stands for the
+/// greatest magnitude of the head's elements.
+///
+/// # Panics
+/// As [`reference`].
+pub fn reference_int8(
+    v: &[f32],
+    cache: &mut [i8],
+    scales: &mut [f16],
+    kv_heads: usize,
+    capacity: usize,
+    head_dim: usize,
+    position: usize,
+) {
+    check(v.len(), cache.len(), kv_heads, capacity, head_dim, position);
+    assert_eq!(scales.len(), kv_heads * capacity, "scales are (kv, s)");
+    for (i, token) in v.chunks_exact(kv_heads * head_dim).enumerate() {
+        for (head, values) in token.chunks_exact(head_dim).enumerate() {
+            let row = head * capacity + position + i;
+            let greatest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+            scales[row] = f16::from_f32(greatest * (1.0 / 127.0));
+            let scale = scales[row].to_f32();
+            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+            let cache = &mut cache[row * head_dim..][..head_dim];
+            for (level, value) in cache.iter_mut().zip(values) {
+                *level = (value * inverse).round_ties_even().clamp(-127.0, 127.0) as i8;
+            }
+        }
+    }
+}
+
 fn check(
     k: usize,
     cache: usize,
@@ -80,6 +111,24 @@ pub fn part(values: &[f32], cache: &mut [f16]) {
 mod tests {
     use super::*;
     use crate::testing::Random;
+
+    #[test]
+    fn bytes_span_the_greatest_magnitude_of_a_head() {
+        let v = [1.0, -2.54, 0.013, 0.0, 0.0, 0.0, 0.0, 0.0];
+        let (mut cache, mut scales) = ([9; 24], [f16::ONE; 6]);
+        reference_int8(&v, &mut cache, &mut scales, 2, 3, 4, 1);
+        assert_eq!(cache[4..8], [50, -127, 1, 0]);
+        assert_eq!(scales[1], f16::from_f32(0.02));
+        assert_eq!(cache[16..20], [0; 4]);
+        assert_eq!(scales[4], f16::ZERO);
+        assert!(
+            cache[..4]
+                .iter()
+                .chain(&cache[8..16])
+                .all(|&level| level == 9)
+        );
+        assert_eq!(scales[0], f16::ONE);
+    }
 
     #[test]
     fn equals_the_reference_and_touches_nothing_else() {

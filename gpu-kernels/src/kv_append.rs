@@ -1,18 +1,20 @@
-//! Appends one token's keys and values to the f16 cache of a layer.
+//! Appends one token's keys and values to the cache of a layer: f16, or values of 8 bits.
 //!
 //! Shapes: k and v `(KV, Dh)` f32; caches `(KV, S, Dh)` f16, so that one head's keys are
-//! contiguous over the positions that attention walks.
+//! contiguous over the positions that attention walks. Values of 8 bits: `(KV, S, Dh)` i8 with
+//! scales `(KV, S)` f16, 127 for the greatest magnitude of the head's elements.
 //!
 //! ```text
 //! block h            -> kv head h
 //! thread t           -> elements t, t + BLOCK, ... of the head, of k and of v
 //! cache[h, position, t] = f16(k[h, t])      round to nearest even
+//! 8 bits: block h, one warp; lane l -> elements 4l .. 4l + 4 of the head
 //! ```
 //!
 //! Bytes moved: `8 KV Dh` read, `4 KV Dh` written. Coalesced, no shared memory. Keys and values go
 //! in one launch because a launch costs more than the copy.
 
-use cuda_std::{kernel, thread};
+use cuda_std::{kernel, thread, warp};
 
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
@@ -40,16 +42,19 @@ pub struct Operands {
     pub v: DeviceSlice,
     /// `(KV, S, Dh)` f16.
     pub k_cache: DeviceSlice,
-    /// `(KV, S, Dh)` f16.
+    /// `(KV, S, Dh)` f16, or i8.
     pub v_cache: DeviceSlice,
+    /// `(KV, S)` f16 where the values are i8, none where they are f16.
+    pub v_scales: DeviceSlice,
     /// `(1,)` u32: the position, below S.
     pub state: DeviceSlice,
 }
 
-/// The launch of `kv_append_f16`.
+/// The launch of `kv_append_f16`, or with scales of `kv_append_v8`.
 ///
 /// # Errors
-/// A dimension of zero, a short or misaligned buffer.
+/// A dimension of zero, a short or misaligned buffer; with scales a head width that is no multiple
+/// of 4 or more than 128.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, ShapeError> {
     let &Shape {
@@ -57,7 +62,12 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, 
         head_dim,
         context,
     } = shape;
-    let mut call = CallBuilder::new("kv_append_f16");
+    let of_8_bits = ops.v_scales != DeviceSlice::NONE;
+    let mut call = CallBuilder::new(if of_8_bits {
+        "kv_append_v8"
+    } else {
+        "kv_append_f16"
+    });
     call.require(
         (1..1 << 31).contains(&kv_heads),
         "kv_heads",
@@ -65,15 +75,32 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, 
         "it must be in 1..2^31",
     )?;
     let token = tensor_bytes(&[kv_heads, head_dim], 4);
-    let cache = tensor_bytes(&[kv_heads, context, head_dim], 2);
-    call.tensor("k", ops.k, token, 4)?;
-    call.tensor("v", ops.v, token, 4)?;
-    call.tensor("k_cache", ops.k_cache, cache, 2)?;
-    call.tensor("v_cache", ops.v_cache, cache, 2)?;
+    let cache = [kv_heads, context, head_dim];
+    // Four elements at a time to values of 8 bits.
+    let quad = if of_8_bits { 4 } else { 1 };
+    let value_bytes = if of_8_bits { 1 } else { 2 };
+    call.tensor("k", ops.k, token, 4 * quad)?;
+    call.tensor("v", ops.v, token, 4 * quad)?;
+    call.tensor("k_cache", ops.k_cache, tensor_bytes(&cache, 2), 2 * quad)?;
+    call.tensor("v_cache", ops.v_cache, tensor_bytes(&cache, value_bytes), 4)?;
+    if of_8_bits {
+        call.require(
+            head_dim.is_multiple_of(4) && head_dim <= 128,
+            "head_dim",
+            head_dim,
+            "with values of 8 bits it must be a multiple of 4 up to 128",
+        )?;
+        let scales = tensor_bytes(&[kv_heads, context], 2);
+        call.tensor("v_scales", ops.v_scales, scales, 2)?;
+    }
     call.tensor("state", ops.state, 4, 4)?;
     let head_dim = call.dim("head_dim", head_dim)?;
     call.dim("context", context)?;
-    let threads = head_dim.next_multiple_of(32).min(256);
+    let threads = if of_8_bits {
+        warp::SIZE
+    } else {
+        head_dim.next_multiple_of(32).min(256)
+    };
     call.build(device, Launch::linear(kv_heads as u32, threads, 0))
 }
 
@@ -110,6 +137,63 @@ pub unsafe fn kv_append_f16(
     }
 }
 
+/// Adding and taking away 1.5 2^23 rounds to the nearest whole number, ties to even.
+const ROUND: f32 = 12_582_912.0;
+
+/// Writes row `position` of head `block_idx.x` in both caches, the values as bytes with a scale.
+///
+/// # Safety
+/// Launched as [`plan`] says, with a position below S.
+#[kernel]
+pub unsafe fn kv_append_v8(
+    k: *const f32,      // (KV, Dh)
+    v: *const f32,      // (KV, Dh)
+    k_cache: *mut u16,  // (KV, S, Dh) f16
+    v_cache: *mut u8,   // (KV, S, Dh) i8
+    v_scales: *mut u16, // (KV, S) f16
+    state: *const u32,  // (1) position
+    head_dim: u32,
+    context: u32,
+) {
+    let head = thread::block_idx_x() as usize;
+    let d = thread::thread_idx_x() * 4;
+    let there = d < head_dim;
+    // SAFETY: a block a kv head and `d` in the head, whose width is a multiple of 4; the plan
+    // checked the buffers and the caller promises a position below S.
+    unsafe {
+        let position = ptx::ld_global_u32(state) as usize;
+        let row = head * context as usize + position;
+        let from = head * head_dim as usize + d as usize;
+        let to = row * head_dim as usize + d as usize;
+        let key = ptx::ld_global_v4_f32_if(there, k.wrapping_add(from), [0.0; 4]);
+        let value = ptx::ld_global_v4_f32_if(there, v.wrapping_add(from), [0.0; 4]);
+        let [a, b, c, e] = value.map(f32::abs);
+        let greatest = warp::reduce_max_f32(a.max(b).max(c.max(e)));
+        let bits = ptx::f32_to_f16(greatest * (1.0 / 127.0));
+        let scale = ptx::f16_to_f32(bits);
+        let mut inverse = 0.0;
+        if scale > 0.0 {
+            inverse = 1.0 / scale;
+        }
+        // A scale that was rounded down leaves a little more than 127.
+        let level = |v: f32| {
+            let rounded = (v * inverse + ROUND) - ROUND;
+            rounded.clamp(-127.0, 127.0) as i32 as u32 & 0xff
+        };
+        if there {
+            let keys = k_cache.wrapping_add(to).cast();
+            ptx::st_global_u32(keys, ptx::f32x2_to_f16x2(key[0], key[1]));
+            ptx::st_global_u32(keys.wrapping_add(1), ptx::f32x2_to_f16x2(key[2], key[3]));
+            let levels = value.map(level);
+            let word = levels[0] | levels[1] << 8 | levels[2] << 16 | levels[3] << 24;
+            ptx::st_global_u32(v_cache.wrapping_add(to).cast(), word);
+        }
+        if d == 0 {
+            ptx::st_global_u16(v_scales.wrapping_add(row), bits);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,6 +209,7 @@ mod tests {
             v: slice,
             k_cache: slice,
             v_cache: slice,
+            v_scales: DeviceSlice::NONE,
             state: slice,
         };
         let shape = Shape {

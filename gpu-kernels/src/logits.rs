@@ -33,7 +33,7 @@ use cuda_std::{kernel, shared, thread, warp};
 
 use crate::arrive::last_to_arrive;
 use crate::linear::groups_per_row;
-use crate::product::mma_k16;
+use crate::product::{even_bytes_to_f16x2, mma_k16};
 use crate::ptx;
 use crate::sample::draw::setting;
 use crate::sample::{BEST_BYTES, Best};
@@ -145,14 +145,6 @@ unsafe fn stage(x: *const f32, width: u32, smem: Shared, layout: Layout) {
     }
 }
 
-/// The even or the odd bytes of a word, as halves.
-#[inline(always)]
-fn halves(bytes: u32) -> u32 {
-    /// Twice 1024 + 128: its exponent, and the bit that makes a signed byte an unsigned one.
-    const OFFSET: u32 = 0x6480_6480;
-    ptx::sub_f16x2(bytes & 0x00ff_00ff ^ OFFSET, OFFSET)
-}
-
 /// The matrix, and where the lane stands in it.
 #[derive(Clone, Copy)]
 struct Matrix {
@@ -240,10 +232,10 @@ unsafe fn add_chunk<const CHUNK: usize>(
             let word = 2 * P + W;
             let words = [stage.words[0][CHUNK][word], stage.words[1][CHUNK][word]];
             let a = [
-                halves(words[0]),
-                halves(words[1]),
-                halves(words[0] >> 8),
-                halves(words[1] >> 8),
+                even_bytes_to_f16x2(words[0]),
+                even_bytes_to_f16x2(words[1]),
+                even_bytes_to_f16x2(words[0] >> 8),
+                even_bytes_to_f16x2(words[1] >> 8),
             ];
             sums = mma_k16(a, [x[2 * W], x[2 * W + 1]], sums);
         });

@@ -1,6 +1,17 @@
-//! The warp's matrix product at the depth that kernels count in.
+//! The warp's matrix product at the depth that kernels count in, and bytes as its operands.
 
 use cuda_std::warp;
+
+use crate::ptx;
+
+/// The even bytes of a word, signed, as halves, which hold them exactly: a byte lands in the mantissa
+/// of 1024, and a packed subtraction takes `1024 + 128` off.
+#[inline(always)]
+pub(crate) fn even_bytes_to_f16x2(bytes: u32) -> u32 {
+    /// Twice 1024 + 128: its exponent, and the bit that makes a signed byte an unsigned one.
+    const OFFSET: u32 = 0x6480_6480;
+    ptx::sub_f16x2(bytes & 0x00ff_00ff ^ OFFSET, OFFSET)
+}
 
 /// `A B + C` over 16 columns of A, as [`warp::mma_m16n8k16_f16`]: one instruction from capability
 /// 8.0 on, two before. All 32 lanes call it.
@@ -23,4 +34,23 @@ pub(crate) fn at_least_sm_80() -> bool {
     #[cfg(not(target_arch = "nvptx64"))]
     let wide = cuda_std::emulator::compute_capability() >= 80;
     wide
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_becomes_its_half() {
+        let part =
+            |halves: u32, high: bool| ptx::f16_to_f32((halves >> if high { 16 } else { 0 }) as u16);
+        for q in i8::MIN..=i8::MAX {
+            let word = u32::from_le_bytes([q as u8, 1, !q as u8, 255]);
+            let [even, odd] = [word, word >> 8].map(even_bytes_to_f16x2);
+            assert_eq!(part(even, false), f32::from(q));
+            assert_eq!(part(even, true), f32::from(!q));
+            assert_eq!(part(odd, false), 1.0);
+            assert_eq!(part(odd, true), -1.0);
+        }
+    }
 }

@@ -139,6 +139,8 @@ macro_rules! load_global_v4 {
 }
 
 load_global_v2! {
+    /// `ld.global.L1::no_allocate.v2.u32`: data that the launch before may have written, read once.
+    ld_global_once_v2_u32: u32 = "ld.global.L1::no_allocate.v2.u32", load_global;
     /// `ld.global.nc.v2.u32`
     ld_global_nc_v2_u32: u32 = "ld.global.nc.v2.u32", load_global_nc;
 }

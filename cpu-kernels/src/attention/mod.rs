@@ -78,6 +78,41 @@ pub fn reference(
     shape: &AttentionShape,
 ) {
     let tokens = shape.tokens(q.len(), k_cache.len(), v_cache.len(), out.len());
+    attend(q, k_cache, |i| v_cache[i].to_f64(), out, shape, tokens);
+}
+
+/// As [`reference`], with values of 8 bits `(kv, s, dh)` and an f16 scale for each position and head,
+/// `(kv, s)`.
+///
+/// # Panics
+/// As [`reference`].
+pub fn reference_int8(
+    q: &[f32],
+    k_cache: &[f16],
+    v_cache: &[i8],
+    v_scales: &[f16],
+    out: &mut [f32],
+    shape: &AttentionShape,
+) {
+    let tokens = shape.tokens(q.len(), k_cache.len(), v_cache.len(), out.len());
+    assert_eq!(
+        v_scales.len() * shape.head_dim,
+        v_cache.len(),
+        "attention: scales are (kv, s)"
+    );
+    let value = |i: usize| v_cache[i] as f64 * v_scales[i / shape.head_dim].to_f64();
+    attend(q, k_cache, value, out, shape, tokens);
+}
+
+/// The body, with the value at an index of the cache.
+fn attend(
+    q: &[f32],
+    k_cache: &[f16],
+    value: impl Fn(usize) -> f64,
+    out: &mut [f32],
+    shape: &AttentionShape,
+    tokens: usize,
+) {
     let (heads, dh) = (shape.heads, shape.head_dim);
     let heads_per_kv = heads / shape.kv_heads;
     for t in 0..tokens {
@@ -97,7 +132,7 @@ pub fn reference(
             let total: f64 = weights.iter().sum();
             for j in 0..dh {
                 let sum: f64 = (0..seen)
-                    .map(|p| weights[p] * v_cache[cache + p * dh + j].to_f64())
+                    .map(|p| weights[p] * value(cache + p * dh + j))
                     .sum();
                 out[(t * heads + head) * dh + j] = (sum / total) as f32;
             }

@@ -193,6 +193,8 @@ impl CudaBuilder {
             // lanes of one warp would then wait in two places, for ever. rustc does not mark
             // functions as convergent, only LLVM's barrier itself is.
             .arg("-Zmir-enable-passes=-JumpThreading")
+            // Level 2 with the loops of level 3: an array in a loop that is left stays in memory.
+            .arg("-Cllvm-args=-unroll-threshold=300")
             .env("CARGO_ENCODED_RUSTFLAGS", shared.join("\u{1f}"))
             // For this child only: the host crates stay on the stable language.
             .env("RUSTC_BOOTSTRAP", "1")

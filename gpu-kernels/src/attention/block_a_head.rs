@@ -332,6 +332,7 @@ mod tests {
             q: slice,
             k_cache: slice,
             v_cache: slice,
+            v_scales: DeviceSlice::NONE,
             state: slice,
             out: slice,
             partials: DeviceSlice::NONE,

@@ -1,11 +1,12 @@
 //! Grouped-query attention of one token over the cache: `out[h] = softmax(scale q[h] K^T) V`, keys
 //! and values of the positions `0 ..= position`.
 //!
-//! Shapes: q and out `(H, Dh)` f32, caches `(KV, S, Dh)` f16; head h reads kv head `h / (H/KV)`.
+//! Shapes: q and out `(H, Dh)` f32, caches `(KV, S, Dh)` f16, values also int8 with scales `(KV, S)`
+//! f16; head h reads kv head `h / (H/KV)`.
 //!
 //! | kernel | head widths | how |
 //! |---|---|---|
-//! | [`split`] | multiples of 8 | the context split over blocks, K and V read once for all heads of a kv head |
+//! | [`split`] | multiples of 8, to 128 for values of 8 bits | the context split over blocks, K and V read once for all heads of a kv head |
 //! | [`block_a_head`] | even | a block a query head |
 //!
 //! The position is read from device memory and the grid does not depend on it: a captured launch
@@ -48,8 +49,10 @@ pub struct Operands {
     pub q: DeviceSlice,
     /// `(KV, S, Dh)` f16, this token's keys included.
     pub k_cache: DeviceSlice,
-    /// `(KV, S, Dh)` f16, this token's values included.
+    /// `(KV, S, Dh)` f16, or i8, this token's values included.
     pub v_cache: DeviceSlice,
+    /// `(KV, S)` f16 where the values are i8, none where they are f16.
+    pub v_scales: DeviceSlice,
     /// `(1,)` u32: the position, below S.
     pub state: DeviceSlice,
     /// `(H, Dh)` f32.
@@ -76,7 +79,7 @@ pub fn scratch_bytes(device: &DeviceInfo, shape: &Shape) -> u64 {
 /// Heads that kv heads do not divide, an odd or too wide head, a short or misaligned buffer.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, ShapeError> {
-    if split::takes(shape) {
+    if split::takes(shape) || ops.v_scales != DeviceSlice::NONE {
         split::plan(device, shape, ops, split::Tuning::of(device, shape))
     } else {
         block_a_head::plan(device, shape, ops)
@@ -118,10 +121,20 @@ fn tensors(
     align: u64,
 ) -> Result<(), ShapeError> {
     let per_token = tensor_bytes(&[shape.heads, shape.head_dim], 4);
-    let cache = tensor_bytes(&[shape.kv_heads, shape.context, shape.head_dim], 2);
+    let cache = [shape.kv_heads, shape.context, shape.head_dim];
+    let value_bytes = if ops.v_scales == DeviceSlice::NONE {
+        2
+    } else {
+        1
+    };
     call.tensor("q", ops.q, per_token, align)?;
-    call.tensor("k_cache", ops.k_cache, cache, 16)?;
-    call.tensor("v_cache", ops.v_cache, cache, 16)?;
+    call.tensor("k_cache", ops.k_cache, tensor_bytes(&cache, 2), 16)?;
+    call.tensor(
+        "v_cache",
+        ops.v_cache,
+        tensor_bytes(&cache, value_bytes),
+        16,
+    )?;
     call.tensor("state", ops.state, 4, 4)?;
     call.tensor("out", ops.out, per_token, align)
 }

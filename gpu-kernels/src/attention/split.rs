@@ -20,7 +20,8 @@
 //! is 16 bytes of a row, straight from the cache into the product's registers.
 //!
 //! The grid is fixed by the device and the shape, while the position comes from device memory: a
-//! split gets `max(tiles / splits, min_tiles)` tiles, blocks without any return at once. q is
+//! split gets `max(tiles / splits, min_tiles)` tiles, up to 8 tiles are one split, and blocks
+//! without any return at once. q is
 //! fetched while the position is on its way. The next tile's keys are fetched as soon as the scores
 //! are done, its values as soon as the weighted sum is.
 //!
@@ -31,7 +32,10 @@
 //! their index and no split waits for anything, so what a block polls for always comes. Each word
 //! is polled by the one thread that uses it: nothing depends on the order of two words.
 //!
-//! Bytes moved: `4 KV Dh (position + 1)`, and `4 Dh` a head and split that is written, read back
+//! Values of 8 bits have a scale a position and kv head, which goes to the softmax weights: a byte
+//! becomes a half, exactly, on its way into the product.
+//!
+//! Bytes moved: `4 KV Dh (position + 1)`, with values of 8 bits `KV (3 Dh + 2) (position + 1)`, and `4 Dh` a head and split that is written, read back
 //! and marked in L2. Shared memory: q in the order of the product's lanes; the warps' results in
 //! rows of 8 words more than a multiple of 32, 16-byte chunks exchanged pairwise in half of them:
 //! no bank conflicts in either direction.
@@ -48,8 +52,8 @@ use cuda_std::{kernel, shared, thread, warp};
 use self::combine::{Partials, Target, combine_head, combine_warps};
 use self::layout::Layout;
 #[cfg(not(target_arch = "nvptx64"))]
-pub use self::plan::{Tuning, kernel, plan, takes};
-use self::tile::{Query, Rows, Sums, add_scores, add_values, load_keys, load_values, pack_rest};
+pub use self::plan::{Tuning, kernel, kernel_v8, plan, takes};
+use self::tile::{Bytes, Halves, Query, Rows, Sums, Values, add_scores, load_keys, pack_rest};
 use crate::ptx;
 use crate::unroll::unroll;
 
@@ -72,6 +76,71 @@ struct Place {
     t: u32,
 }
 
+/// How the values of a tile are fetched.
+trait Tile<const NV: usize> {
+    /// Bytes of an element in the cache.
+    const ELEM_BYTES: usize;
+    /// Whether keys and values are fetched a tile ahead.
+    const AHEAD: bool;
+    /// All values of a tile.
+    type Ahead: Values<NV>;
+    /// 64 elements of them.
+    type One: Values<1>;
+}
+
+/// Halves, a tile ahead.
+struct HalvesAhead;
+/// Halves, 64 elements at a time.
+struct HalvesInTurn;
+/// Bytes, a tile ahead.
+struct BytesAhead;
+
+impl<const NV: usize> Tile<NV> for HalvesAhead {
+    const ELEM_BYTES: usize = 2;
+    const AHEAD: bool = true;
+    type Ahead = Halves<NV>;
+    type One = Halves<1>;
+}
+
+impl<const NV: usize> Tile<NV> for HalvesInTurn {
+    const ELEM_BYTES: usize = 2;
+    const AHEAD: bool = false;
+    type Ahead = Halves<NV>;
+    type One = Halves<1>;
+}
+
+impl<const NV: usize> Tile<NV> for BytesAhead {
+    const ELEM_BYTES: usize = 1;
+    const AHEAD: bool = true;
+    type Ahead = Bytes<NV>;
+    type One = Bytes<1>;
+}
+
+/// The cache of a layer.
+#[derive(Clone, Copy)]
+struct Caches {
+    keys: *const u16,
+    /// Halves or bytes.
+    values: *const u16,
+    /// A scale a position of bytes, else null.
+    scales: *const u16,
+}
+
+/// Weights as the product takes them: two halves each, high and low parts alternating.
+#[inline(always)]
+fn pack(p: [f32; 4]) -> [u32; 4] {
+    let halves = [
+        ptx::f32x2_to_f16x2(p[0], p[1]),
+        ptx::f32x2_to_f16x2(p[2], p[3]),
+    ];
+    [
+        halves[0],
+        pack_rest(p[0], p[1], halves[0]),
+        halves[1],
+        pack_rest(p[2], p[3], halves[1]),
+    ]
+}
+
 /// What the blocks of a launch share.
 #[derive(Clone, Copy)]
 struct Dims {
@@ -92,14 +161,14 @@ impl Dims {
 }
 
 /// The body. `NK` loads of keys cover a head, `NV` of values. With `AHEAD` they are fetched a tile
-/// ahead, which a wide head leaves no registers for.
+/// ahead, which a wide head leaves no registers for: `V` is then of one block of 64.
 ///
 /// # Safety
 /// Launched as [`plan`] says.
 #[inline(always)]
-unsafe fn attend<const NK: usize, const NV: usize, const AHEAD: bool>(
+unsafe fn attend<const NK: usize, const NV: usize, V: Tile<NV>>(
     q: *const f32,
-    caches: [*const u16; 2],
+    caches: Caches,
     state: *const u32,
     out: *mut f32,
     partials: *mut f32,
@@ -122,6 +191,10 @@ unsafe fn attend<const NK: usize, const NV: usize, const AHEAD: bool>(
     let spread = |keys: u32| {
         let tiles = keys.div_ceil(TILE);
         let mut per_split = dims.min_tiles;
+        // What the warps of one block take at once is not worth a second one.
+        if tiles <= WARPS {
+            per_split = per_split.max(WARPS);
+        }
         if tiles > splits * per_split {
             per_split = tiles.div_ceil(splits);
         }
@@ -168,7 +241,7 @@ unsafe fn attend<const NK: usize, const NV: usize, const AHEAD: bool>(
     let end = (first_tile + per_split).min(tiles);
     // SAFETY: the tiles are below those that are filled.
     unsafe {
-        attend_tiles::<NK, NV, AHEAD>(
+        attend_tiles::<NK, NV, V>(
             query, caches, kv, keys, first_tile, end, dims, scale_log2, smem, layout, &target,
         );
     }
@@ -179,9 +252,9 @@ unsafe fn attend<const NK: usize, const NV: usize, const AHEAD: bool>(
 /// # Safety
 /// As [`attend`]; there is at least one tile, and the cache holds `keys` rows.
 #[inline(always)]
-unsafe fn attend_tiles<const NK: usize, const NV: usize, const AHEAD: bool>(
+unsafe fn attend_tiles<const NK: usize, const NV: usize, V: Tile<NV>>(
     query: Query<NK>,
-    [k_cache, v_cache]: [*const u16; 2],
+    caches: Caches,
     kv: u32,
     keys: u32,
     first_tile: u32,
@@ -199,26 +272,32 @@ unsafe fn attend_tiles<const NK: usize, const NV: usize, const AHEAD: bool>(
         t: lane % 4,
     };
     let head_dim = dims.head_dim;
-    let elems = kv as usize * dims.context as usize * head_dim as usize;
-    let rows = |base: *const u16| Rows {
-        base: base.wrapping_add(elems),
+    let first_row = kv as usize * dims.context as usize;
+    let elems = first_row * head_dim as usize;
+    let k_rows = Rows {
+        base: caches.keys.wrapping_add(elems),
+        scales: core::ptr::null(),
         head_dim,
         keys,
     };
-    let (k_rows, v_rows) = (rows(k_cache), rows(v_cache));
+    let v_rows = Rows {
+        base: caches.values.wrapping_byte_add(elems * V::ELEM_BYTES),
+        scales: caches.scales.wrapping_add(first_row),
+        ..k_rows
+    };
 
     let mut tile = first_tile + warp_id;
     let mut next_keys = [[[0; 4]; NK]; 2];
-    let mut next_values = [[[0; 4]; 4]; NV];
+    let mut next_values = V::Ahead::NONE;
     let mut maximum = f32::NEG_INFINITY;
     // Of this lane's positions only, until the end.
     let mut weight = 0.0f32;
     let mut sums: Sums<NV> = [[[0.0; 4]; 8]; NV];
     // SAFETY: rows are clamped to those that are filled; q is staged before the barrier.
     unsafe {
-        if AHEAD && tile < end {
+        if V::AHEAD && tile < end {
             next_keys = load_keys::<NK>(&k_rows, tile, 0, at);
-            next_values = load_values::<NV>(&v_rows, tile, 0, at);
+            next_values = V::Ahead::load(&v_rows, tile, 0, at);
         }
         query.stage(smem, layout);
         thread::sync_threads();
@@ -226,7 +305,7 @@ unsafe fn attend_tiles<const NK: usize, const NV: usize, const AHEAD: bool>(
         while tile < end {
             let next = tile + WARPS;
             let mut products = [[0.0; 4]; 2];
-            if AHEAD {
+            if V::AHEAD {
                 add_scores::<NK>(&mut products, &next_keys, 0, smem, layout);
                 if next < end {
                     next_keys = load_keys::<NK>(&k_rows, next, 0, at);
@@ -274,26 +353,15 @@ unsafe fn attend_tiles<const NK: usize, const NV: usize, const AHEAD: bool>(
                 ptx::exp2(s[3] + offset),
             ];
             weight += (p[0] + p[1]) + (p[2] + p[3]);
-            let halves = [
-                ptx::f32x2_to_f16x2(p[0], p[1]),
-                ptx::f32x2_to_f16x2(p[2], p[3]),
-            ];
-            let weights = [
-                halves[0],
-                pack_rest(p[0], p[1], halves[0]),
-                halves[1],
-                pack_rest(p[2], p[3], halves[1]),
-            ];
-
-            if AHEAD {
-                add_values::<NV, NV>(&mut sums, weights, &next_values, 0);
+            if V::AHEAD {
+                next_values.add(&mut sums, pack(next_values.weigh(p)), 0);
                 if next < end {
-                    next_values = load_values::<NV>(&v_rows, next, 0, at);
+                    next_values = V::Ahead::load(&v_rows, next, 0, at);
                 }
             } else {
                 unroll!(B < NV => {
-                    let values = load_values::<1>(&v_rows, tile, B, at);
-                    add_values::<1, NV>(&mut sums, weights, &values, B);
+                    let values = V::One::load(&v_rows, tile, B, at);
+                    values.add(&mut sums, pack(values.weigh(p)), B);
                 });
             }
             tile = next;
@@ -311,9 +379,9 @@ unsafe fn attend_tiles<const NK: usize, const NV: usize, const AHEAD: bool>(
     unsafe { combine_warps::<NV>(&sums, at, smem, layout, target) };
 }
 
-/// The kernels: one for each count of loads that cover a head.
+/// The kernels: one for each count of loads that cover a head, and kind of values.
 macro_rules! kernels {
-    ($($name:ident: $limits:literal, [$nk:literal, $nv:literal, $ahead:literal];)*) => {$(
+    ($($name:ident$([$scales:ident])?: $limits:literal, [$nk:literal, $nv:literal, $tile:ty];)*) => {$(
         #[doc = concat!("Attention of a split of the positions, heads of ", $limits, ".")]
         ///
         /// # Safety
@@ -322,9 +390,10 @@ macro_rules! kernels {
         pub unsafe fn $name(
             q: *const f32,       // (H, Dh)
             k_cache: *const u16, // (KV, S, Dh) f16
-            v_cache: *const u16, // (KV, S, Dh) f16
+            v_cache: *const u16, // (KV, S, Dh) f16, or int8
             state: *const u32,   // (1) position
             out: *mut f32,       // (H, Dh)
+            $($scales: *const u16,)? // (KV, S) f16
             partials: *mut f32,  // (groups, 8, splits, Dh), then (groups, 8, splits, 4)
             groups: u32,
             heads: u32,
@@ -341,10 +410,15 @@ macro_rules! kernels {
                 context,
                 min_tiles,
             };
-            let caches = [k_cache, v_cache];
+            let scales = [$($scales,)? core::ptr::null()][0];
+            let caches = Caches {
+                keys: k_cache,
+                values: v_cache,
+                scales,
+            };
             // SAFETY: launched as `plan` says.
             unsafe {
-                attend::<$nk, $nv, $ahead>(
+                attend::<$nk, $nv, $tile>(
                     q, caches, state, out, partials, groups, dims, scale_log2,
                 );
             }
@@ -353,8 +427,11 @@ macro_rules! kernels {
 }
 
 kernels! {
-    attention_split_f16_d64: "8 to 64 elements", [2, 1, true];
-    attention_split_f16_d96: "72 to 96 elements", [3, 2, true];
-    attention_split_f16_d128: "104 to 128 elements", [4, 2, true];
-    attention_split_f16_d256: "136 to 256 elements", [8, 4, false];
+    attention_split_f16_d64: "8 to 64 elements", [2, 1, HalvesAhead];
+    attention_split_f16_d96: "72 to 96 elements", [3, 2, HalvesAhead];
+    attention_split_f16_d128: "104 to 128 elements", [4, 2, HalvesAhead];
+    attention_split_f16_d256: "136 to 256 elements", [8, 4, HalvesInTurn];
+    attention_split_v8_d64[v_scales]: "8 to 64 elements, values of 8 bits", [2, 1, BytesAhead];
+    attention_split_v8_d96[v_scales]: "72 to 96 elements, values of 8 bits", [3, 2, BytesAhead];
+    attention_split_v8_d128[v_scales]: "104 to 128 elements, values of 8 bits", [4, 2, BytesAhead];
 }

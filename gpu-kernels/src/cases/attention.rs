@@ -78,11 +78,32 @@ const fn tuning(splits: u32, min_tiles: u32) -> Tuning {
     Tuning { splits, min_tiles }
 }
 
+/// With values of 8 bits.
+const V8: [Geometry; 9] = [
+    (9, 3, 64, 301, 0),
+    (9, 3, 64, 301, 37),
+    (9, 3, 64, 301, 300),
+    (1, 1, 8, 40, 37),
+    (10, 1, 80, 150, 140),
+    (2, 1, 96, 7, 6),
+    (12, 2, 128, 200, 199),
+    (17, 1, 128, 300, 280),
+    (4, 2, 112, 33, 31),
+];
+
+const V8_LARGE: [Geometry; 3] = [
+    (12, 2, 128, 4096, 4000),
+    (14, 2, 64, 9000, 8999),
+    (32, 8, 128, 5001, 5000),
+];
+
 /// How to launch.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum How {
     BlockAHead,
     Split(Option<Tuning>),
+    /// Values of 8 bits.
+    V8,
 }
 
 pub fn cases() -> Vec<Case> {
@@ -90,6 +111,7 @@ pub fn cases() -> Vec<Case> {
         .map(|geometry| case(geometry, How::BlockAHead))
         .into();
     cases.extend(SPLIT.map(|geometry| case(geometry, How::Split(None))));
+    cases.extend(V8.map(|geometry| case(geometry, How::V8)));
     cases.extend(TUNED.map(|(geometry, tuning)| case(geometry, How::Split(Some(tuning)))));
     cases
 }
@@ -98,6 +120,7 @@ pub fn large() -> Vec<Case> {
     let mut cases: Vec<Case> = LARGE
         .map(|geometry| case(geometry, How::Split(None)))
         .into();
+    cases.extend(V8_LARGE.map(|geometry| case(geometry, How::V8)));
     cases.push(case((9, 3, 64, 8192, 8000), How::BlockAHead));
     cases
 }
@@ -114,6 +137,7 @@ fn case(geometry: Geometry, how: How) -> Case {
             }
             split::kernel(head_dim)
         }
+        How::V8 => split::kernel_v8(head_dim),
     };
     Case::new(kernel, shape, move |device| {
         attention(device, geometry, how)
@@ -135,6 +159,15 @@ fn attention(
             head[(position + 1) * head_dim..].fill(f16::NAN);
         }
     }
+    let mut v_levels: Vec<i8> = (0..elems).map(|_| inputs.u64() as i8).collect();
+    let mut v_scales = inputs.halves(kv_heads * context, 0.02);
+    // Any byte is a number, so what is past the position has a scale that is none.
+    for scales in v_scales.chunks_exact_mut(context) {
+        scales[position + 1..].fill(f16::NAN);
+    }
+    for head in v_levels.chunks_exact_mut(context * head_dim) {
+        head[(position + 1) * head_dim..].fill(127);
+    }
     let scale = 1.0 / (head_dim as f32).sqrt();
     let shape = attention::Shape {
         heads,
@@ -147,7 +180,8 @@ fn attention(
     let got = same_twice(device, |device| {
         let tuning = match how {
             How::BlockAHead => None,
-            How::Split(tuning) => Some(tuning.unwrap_or(Tuning::of(&info, &shape))),
+            How::Split(Some(tuning)) => Some(tuning),
+            How::Split(None) | How::V8 => Some(Tuning::of(&info, &shape)),
         };
         let words = tuning.map_or(0, |tuning| tuning.scratch_bytes(&shape) as usize / 4);
         let partials = if words > 0 {
@@ -158,7 +192,14 @@ fn attention(
         let ops = attention::Operands {
             q: device.put_f32(&q)?,
             k_cache: device.put_f16(&k_cache)?,
-            v_cache: device.put_f16(&v_cache)?,
+            v_cache: match how {
+                How::V8 => device.put_i8(&v_levels)?,
+                _ => device.put_f16(&v_cache)?,
+            },
+            v_scales: match how {
+                How::V8 => device.put_f16(&v_scales)?,
+                _ => DeviceSlice::NONE,
+            },
             state: device.put_u32(&[position as u32])?,
             out: device.uninit(q.len() as u64 * 4)?,
             partials,
@@ -186,10 +227,16 @@ fn attention(
         scale,
     };
     let mut want = vec![0.0; q.len()];
-    cpu_kernels::attention::reference(&q, &k_cache, &v_cache, &mut want, &reference);
+    if how == How::V8 {
+        cpu_kernels::attention::reference_int8(
+            &q, &k_cache, &v_levels, &v_scales, &mut want, &reference,
+        );
+    } else {
+        cpu_kernels::attention::reference(&q, &k_cache, &v_cache, &mut want, &reference);
+    }
     let bound = match how {
         How::BlockAHead => SOFTMAX,
-        How::Split(_) => MATRIX_SOFTMAX,
+        How::Split(_) | How::V8 => MATRIX_SOFTMAX,
     };
     within(&got, &want, bound)
 }

@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within};
+use crate::launch::DeviceSlice;
 use crate::{add, embed, kv_append, relu2_glu, rmsnorm, rope, rope_kv_append, round_int8, swiglu};
 
 /// One rounding per element and one approximate instruction.
@@ -68,6 +69,20 @@ pub fn cases() -> Vec<Case> {
         let shape = format!("KV={kv_heads} Dh={head_dim} S={context} position={position}");
         cases.push(Case::new("kv_append_f16", shape, move |device| {
             kv_append(device, kv_heads, head_dim, context, position)
+        }));
+    }
+    for (dims, greatest) in [
+        ([3, 64, 40, 37], 3.0),
+        ([2, 128, 7, 0], 100.0),
+        ([1, 80, 5, 4], 1e-3),
+        ([2, 96, 5, 4], 1e-6),
+        ([1, 8, 3, 1], 1e-9),
+    ] {
+        let [kv_heads, head_dim, context, position] = dims;
+        let shape =
+            format!("KV={kv_heads} Dh={head_dim} S={context} position={position} to {greatest:e}");
+        cases.push(Case::new("kv_append_v8", shape, move |device| {
+            kv_append_v8(device, dims, greatest)
         }));
     }
     for (heads, kv_heads, head_dim, context, position) in [
@@ -219,6 +234,7 @@ fn kv_append(
             v: device.put_f32(&v)?,
             k_cache: device.put_f16(&k_cache)?,
             v_cache: device.put_f16(&v_cache)?,
+            v_scales: DeviceSlice::NONE,
             state: device.put_u32(&[position as u32])?,
         };
         let shape = kv_append::Shape {
@@ -236,6 +252,65 @@ fn kv_append(
     cpu_kernels::kv_append::reference(&v, &mut want_v, kv_heads, context, head_dim, position);
     want.extend(want_v);
     let want: Vec<f32> = want.into_iter().map(f16::to_f32).collect();
+    within(&got, &want, EXACT)
+}
+
+/// As [`kv_append`], values of 8 bits and their scales. The greatest element is `greatest`.
+fn kv_append_v8(
+    device: &mut dyn Device,
+    [kv_heads, head_dim, context, position]: [usize; 4],
+    greatest: f32,
+) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(4);
+    let k = inputs.floats(kv_heads * head_dim, 1.0);
+    let mut v = inputs.floats(kv_heads * head_dim, greatest / 3.0);
+    v[kv_heads * head_dim / 2] = -greatest;
+    let mut k_cache = inputs.halves(kv_heads * context * head_dim, 1.0);
+    let mut v_scales = inputs.halves(kv_heads * context, 1.0);
+    let mut v_cache: Vec<i8> = (0..k_cache.len()).map(|_| inputs.u64() as i8).collect();
+    let shape = kv_append::Shape {
+        kv_heads,
+        head_dim,
+        context,
+    };
+    let got = same_twice(device, |device| {
+        let ops = kv_append::Operands {
+            k: device.put_f32(&k)?,
+            v: device.put_f32(&v)?,
+            k_cache: device.put_f16(&k_cache)?,
+            v_cache: device.put_i8(&v_cache)?,
+            v_scales: device.put_f16(&v_scales)?,
+            state: device.put_u32(&[position as u32])?,
+        };
+        device.run(&kv_append::plan(&device.info(), &shape, &ops)?)?;
+        let mut all: Vec<f32> = [ops.k_cache, ops.v_scales]
+            .into_iter()
+            .map(|slice| device.take_f16(slice))
+            .collect::<Result<Vec<_>, _>>()?
+            .into_iter()
+            .flatten()
+            .map(f16::to_f32)
+            .collect();
+        let levels = device.download(ops.v_cache)?;
+        all.extend(levels.into_iter().map(|byte| f32::from(byte as i8)));
+        Ok(all)
+    })?;
+    cpu_kernels::kv_append::reference(&k, &mut k_cache, kv_heads, context, head_dim, position);
+    cpu_kernels::kv_append::reference_int8(
+        &v,
+        &mut v_cache,
+        &mut v_scales,
+        kv_heads,
+        context,
+        head_dim,
+        position,
+    );
+    let mut want: Vec<f32> = k_cache
+        .iter()
+        .chain(&v_scales)
+        .map(|h| h.to_f32())
+        .collect();
+    want.extend(v_cache.iter().map(|&level| f32::from(level)));
     within(&got, &want, EXACT)
 }
 

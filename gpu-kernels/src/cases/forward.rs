@@ -279,6 +279,7 @@ impl Builder<'_> {
             v,
             k_cache,
             v_cache,
+            v_scales: DeviceSlice::NONE,
             state: self.state,
         };
         self.calls.push(kv_append::plan(&info, &shape, &ops)?);
@@ -295,6 +296,7 @@ impl Builder<'_> {
             q,
             k_cache,
             v_cache,
+            v_scales: DeviceSlice::NONE,
             state: self.state,
             out,
             partials: self.device.put_u32(&vec![attention::UNWRITTEN; words])?,

@@ -1,20 +1,7 @@
-//! Index helpers, launch plans and the byte conversion of the logits kernel.
+//! Index helpers and launch plans of the logits kernels.
 
 use super::*;
 use crate::launch::{DeviceInfo, DeviceSlice, Launch};
-
-#[test]
-fn every_byte_becomes_its_half() {
-    for q in i8::MIN..=i8::MAX {
-        let word = u32::from_le_bytes([q as u8, 1, !q as u8, 255]);
-        let part =
-            |halves: u32, high: bool| ptx::f16_to_f32((halves >> if high { 16 } else { 0 }) as u16);
-        assert_eq!(part(halves(word), false), f32::from(q));
-        assert_eq!(part(halves(word), true), f32::from(!q));
-        assert_eq!(part(halves(word >> 8), false), 1.0);
-        assert_eq!(part(halves(word >> 8), true), -1.0);
-    }
-}
 
 #[test]
 fn places_of_x_are_a_permutation() {

@@ -3,31 +3,26 @@
 use super::layout::Layout;
 use super::{HEADS, MAX_SPLITS, TILE, WARPS};
 use crate::attention::{self, Operands, Shape};
-use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError};
+use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
 
 /// Grid and granularity of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuning {
     /// Blocks a group of heads, at most 128.
     pub splits: u32,
-    /// Tiles of 16 positions that a split has at least, unless there are no more.
+    /// Tiles of 16 positions that a split has at least, unless there are no more: then, and while
+    /// a block has a warp for each, there is one split.
     pub min_tiles: u32,
 }
 
 impl Tuning {
-    /// A block a multiprocessor once the context is long, those of the heads among them where they
-    /// are few.
+    /// A block a multiprocessor once the context is long; those of the heads wait beside them.
     pub fn of(device: &DeviceInfo, shape: &Shape) -> Tuning {
-        let min_tiles = 4;
+        let min_tiles = 2;
         let useful = shape.context.div_ceil((min_tiles * TILE) as usize);
         let most = useful.clamp(1, MAX_SPLITS as usize) as u32;
         let groups = u32::try_from(head_groups(shape)).unwrap_or(u32::MAX);
-        let heads = u32::try_from(shape.heads).unwrap_or(u32::MAX);
-        let mut blocks = device.multiprocessors;
-        if heads <= blocks / 4 {
-            blocks -= heads;
-        }
-        let splits = (blocks / groups.max(1)).clamp(1, most);
+        let splits = (device.multiprocessors / groups.max(1)).clamp(1, most);
         Tuning { splits, min_tiles }
     }
 
@@ -65,7 +60,16 @@ pub fn kernel(head_dim: usize) -> &'static str {
     }
 }
 
-/// The launch of the [`kernel`] for the head width.
+/// The same for values of 8 bits.
+pub fn kernel_v8(head_dim: usize) -> &'static str {
+    match head_dim {
+        0..=64 => "attention_split_v8_d64",
+        65..=96 => "attention_split_v8_d96",
+        _ => "attention_split_v8_d128",
+    }
+}
+
+/// The launch of the [`kernel`] or [`kernel_v8`] for the head width.
 ///
 /// # Errors
 /// Heads that kv heads do not divide, a head width that [`takes`] refuses, a tuning out of range,
@@ -83,13 +87,21 @@ pub fn plan(
         context,
         scale,
     } = shape;
-    let mut call = CallBuilder::new(kernel(head_dim));
+    let of_8_bits = ops.v_scales != DeviceSlice::NONE;
+    let name = if of_8_bits { kernel_v8 } else { kernel };
+    let mut call = CallBuilder::new(name(head_dim));
     attention::require_heads(&call, shape)?;
     call.require(
         takes(shape),
         "head_dim",
         head_dim,
         "it must be a multiple of 8",
+    )?;
+    call.require(
+        head_dim <= 128 || !of_8_bits,
+        "head_dim",
+        head_dim,
+        "with values of 8 bits it must be at most 128",
     )?;
     let splits = tuning.splits;
     call.require(
@@ -106,6 +118,10 @@ pub fn plan(
         "the elements of a head's cache must be below 2^31",
     )?;
     attention::tensors(&mut call, shape, ops, 16)?;
+    if of_8_bits {
+        let scales = tensor_bytes(&[kv_heads, context], 2);
+        call.tensor("v_scales", ops.v_scales, scales, 2)?;
+    }
     let scratch_bytes = tuning.scratch_bytes(shape);
     if scratch_bytes > 0 {
         call.tensor("partials", ops.partials, scratch_bytes, 16)?;
@@ -177,6 +193,7 @@ mod tests {
             q: slice,
             k_cache: slice,
             v_cache: slice,
+            v_scales: DeviceSlice::NONE,
             state: slice,
             out: slice,
             partials: slice,
@@ -186,13 +203,13 @@ mod tests {
     #[test]
     fn splits_fill_the_device_and_leave_no_block_without_a_use() {
         let splits = |shape| Tuning::of(&H200, &shape).splits;
-        assert_eq!(splits(SHAPE), 60);
+        assert_eq!(splits(SHAPE), 66);
         assert_eq!(
             splits(Shape {
                 context: 131_072,
                 ..SHAPE
             }),
-            60
+            66
         );
         assert_eq!(
             splits(Shape {
@@ -207,7 +224,7 @@ mod tests {
             context: 131_072,
             ..SHAPE
         };
-        assert_eq!(splits(llama), 12);
+        assert_eq!(splits(llama), 16);
         let wide = Shape {
             heads: 64,
             kv_heads: 1,
@@ -223,8 +240,8 @@ mod tests {
         let call = planned(SHAPE, operands()).unwrap();
         assert_eq!(call.kernel, "attention_split_f16_d128");
         // Two groups, and a row of blocks that holds the 12 heads.
-        assert_eq!(call.launch.grid, [60, 3, 1]);
-        assert_eq!(call.args[6..12], [2, 12, 6, 128, 4096, 4]);
+        assert_eq!(call.launch.grid, [66, 3, 1]);
+        assert_eq!(call.args[6..12], [2, 12, 6, 128, 4096, 2]);
         let name = |head_dim| {
             planned(Shape { head_dim, ..SHAPE }, operands())
                 .unwrap()
@@ -253,6 +270,18 @@ mod tests {
             )
             .is_err()
         );
+        let of_8_bits = Operands {
+            v_scales: operands().v_cache,
+            ..operands()
+        };
+        let call = planned(SHAPE, of_8_bits).unwrap();
+        assert_eq!(call.kernel, "attention_split_v8_d128");
+        assert_eq!(call.args[7..9], [2, 12]);
+        let wide = Shape {
+            head_dim: 136,
+            ..SHAPE
+        };
+        assert!(planned(wide, of_8_bits).is_err());
         let mut short = operands();
         short.partials.bytes = Tuning::of(&H200, &SHAPE).scratch_bytes(&SHAPE) - 1;
         assert!(planned(SHAPE, short).is_err());

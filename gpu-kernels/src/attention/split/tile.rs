@@ -5,7 +5,7 @@ use cuda_std::{thread, warp};
 
 use super::layout::Layout;
 use super::{Place, TILE, WARPS};
-use crate::product::mma_k16;
+use crate::product::{even_bytes_to_f16x2, mma_k16};
 use crate::ptx;
 use crate::unroll::unroll;
 
@@ -16,8 +16,10 @@ const HIGH_HALVES: u32 = 0x7632;
 /// The rows of one kv head's cache.
 #[derive(Clone, Copy)]
 pub struct Rows {
-    /// Position 0.
+    /// Position 0: halves, or bytes.
     pub base: *const u16,
+    /// A scale a position, for bytes.
+    pub scales: *const u16,
     pub head_dim: u32,
     /// Positions that are filled.
     pub keys: u32,
@@ -40,6 +42,34 @@ impl Rows {
     }
 }
 
+impl Rows {
+    /// As [`Rows::eight`], of rows of bytes.
+    ///
+    /// # Safety
+    /// The cache holds `keys` rows.
+    #[inline(always)]
+    unsafe fn eight_bytes(&self, position: u32, d: u32) -> [u32; 2] {
+        let row = position.min(self.keys - 1) * self.head_dim;
+        let bytes = self.base.cast::<u8>();
+        let from = bytes.wrapping_add((row + d.min(self.head_dim - 8)) as usize);
+        // SAFETY: row and elements are clamped; both are multiples of 8 bytes from the base.
+        unsafe { ptx::ld_global_once_v2_u32(from.cast()) }
+    }
+
+    /// The scale of a position, as it is stored: converting it waits for the load.
+    ///
+    /// # Safety
+    /// The cache holds `keys` rows.
+    #[inline(always)]
+    unsafe fn scale(&self, position: u32) -> u16 {
+        let from = self
+            .scales
+            .wrapping_add(position.min(self.keys - 1) as usize);
+        // SAFETY: the position is clamped.
+        unsafe { ptx::ld_global_u16(from) }
+    }
+}
+
 /// What two halves lack of the floats that they were rounded from, as halves.
 #[inline(always)]
 pub fn pack_rest(low: f32, high: f32, halves: u32) -> u32 {
@@ -51,8 +81,6 @@ pub fn pack_rest(low: f32, high: f32, halves: u32) -> u32 {
 
 /// Keys of a tile: positions g and g + 8, a load of 8 elements for each 32.
 pub type Keys<const NK: usize> = [[[u32; 4]; NK]; 2];
-/// Values of a tile: a load of 8 elements for each 64, of the positions 2t, 2t + 1, 2t + 8, 2t + 9.
-pub type Values<const NV: usize> = [[[u32; 4]; 4]; NV];
 /// Weighted sums: `[b][j]` is a product's result for the elements 64b + 8 (2t) + j and
 /// 64b + 8 (2t + 1) + j, high parts, then low.
 pub type Sums<const NV: usize> = [[[f32; 4]; 8]; NV];
@@ -79,32 +107,6 @@ pub unsafe fn load_keys<const N: usize>(
         }
     });
     keys
-}
-
-/// The loads from block `first` of 64 elements on.
-///
-/// # Safety
-/// As [`Rows::eight`].
-#[inline(always)]
-pub unsafe fn load_values<const NV: usize>(
-    rows: &Rows,
-    tile: u32,
-    first: usize,
-    at: Place,
-) -> Values<NV> {
-    let mut values = [[[0; 4]; 4]; NV];
-    let position = tile * TILE + 2 * at.t;
-    unroll!(B < NV => {
-        let d = 64 * (first + B) as u32 + 8 * at.g;
-        // SAFETY: any position and element will do.
-        unsafe {
-            values[B][0] = rows.eight(position, d);
-            values[B][1] = rows.eight(position + 1, d);
-            values[B][2] = rows.eight(position + 8, d);
-            values[B][3] = rows.eight(position + 9, d);
-        }
-    });
-    values
 }
 
 /// Adds the scores over the elements of the key loads from number `first` on: of head g at the
@@ -135,30 +137,135 @@ pub unsafe fn add_scores<const N: usize>(
     });
 }
 
-/// Adds the weighted values of the blocks of 64 elements from `first`, a constant, on.
-#[inline(always)]
-pub fn add_values<const N: usize, const NV: usize>(
-    sums: &mut Sums<NV>,
-    weights: [u32; 4],
-    values: &Values<N>,
-    first: usize,
-) {
-    unroll!(B < N => {
-        unroll!(W < 4 => {
-            let words = [values[B][0][W], values[B][1][W], values[B][2][W], values[B][3][W]];
-            let low = [
-                ptx::permute_bytes(words[0], words[1], LOW_HALVES),
-                ptx::permute_bytes(words[2], words[3], LOW_HALVES),
-            ];
-            let high = [
-                ptx::permute_bytes(words[0], words[1], HIGH_HALVES),
-                ptx::permute_bytes(words[2], words[3], HIGH_HALVES),
-            ];
-            let block = &mut sums[first + B];
-            block[2 * W] = mma_k16(weights, low, block[2 * W]);
-            block[2 * W + 1] = mma_k16(weights, high, block[2 * W + 1]);
+/// Values of a tile, of `N` blocks of 64 elements.
+pub trait Values<const N: usize>: Copy {
+    /// Nothing fetched yet.
+    const NONE: Self;
+
+    /// Fetches the blocks from `first` on.
+    ///
+    /// # Safety
+    /// The rows are of this kind of values.
+    unsafe fn load(rows: &Rows, tile: u32, first: usize, at: Place) -> Self;
+
+    /// What the values count, from the weights of the positions 2t, 2t + 1, 2t + 8, 2t + 9.
+    fn weigh(&self, weights: [f32; 4]) -> [f32; 4];
+
+    /// Adds the weighted values of the blocks from `first`, a constant, on.
+    fn add<const NV: usize>(&self, sums: &mut Sums<NV>, weights: [u32; 4], first: usize);
+}
+
+/// Halves: a load of 8 elements for each 64, of the positions 2t, 2t + 1, 2t + 8, 2t + 9.
+#[derive(Clone, Copy)]
+pub struct Halves<const N: usize>([[[u32; 4]; 4]; N]);
+
+impl<const N: usize> Values<N> for Halves<N> {
+    const NONE: Self = Halves([[[0; 4]; 4]; N]);
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    unsafe fn load(rows: &Rows, tile: u32, first: usize, at: Place) -> Self {
+        let mut values = Self::NONE;
+        let position = tile * TILE + 2 * at.t;
+        unroll!(B < N => {
+            let d = 64 * (first + B) as u32 + 8 * at.g;
+            unroll!(P < 4 => {
+                // SAFETY: any position and element will do.
+                values.0[B][P] = unsafe { rows.eight(position + near_or_far(P), d) };
+            });
         });
-    });
+        values
+    }
+
+    #[inline(always)]
+    fn weigh(&self, weights: [f32; 4]) -> [f32; 4] {
+        weights
+    }
+
+    #[inline(always)]
+    fn add<const NV: usize>(&self, sums: &mut Sums<NV>, weights: [u32; 4], first: usize) {
+        unroll!(B < N => {
+            let [a, b, c, d] = self.0[B];
+            unroll!(W < 4 => {
+                let pairs = |selector| [
+                    ptx::permute_bytes(a[W], b[W], selector),
+                    ptx::permute_bytes(c[W], d[W], selector),
+                ];
+                let block = &mut sums[first + B];
+                block[2 * W] = mma_k16(weights, pairs(LOW_HALVES), block[2 * W]);
+                block[2 * W + 1] = mma_k16(weights, pairs(HIGH_HALVES), block[2 * W + 1]);
+            });
+        });
+    }
+}
+
+/// Signed bytes with a scale a position, which goes to the weight: a load of 8 elements for each
+/// 64, of the same positions.
+#[derive(Clone, Copy)]
+pub struct Bytes<const N: usize> {
+    words: [[[u32; 2]; 4]; N],
+    scales: [u16; 4],
+}
+
+impl<const N: usize> Values<N> for Bytes<N> {
+    const NONE: Self = Bytes {
+        words: [[[0; 2]; 4]; N],
+        scales: [0; 4],
+    };
+
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    unsafe fn load(rows: &Rows, tile: u32, first: usize, at: Place) -> Self {
+        let mut values = Self::NONE;
+        let position = tile * TILE + 2 * at.t;
+        // SAFETY: any position and element will do.
+        unsafe {
+            unroll!(P < 4 => { values.scales[P] = rows.scale(position + near_or_far(P)); });
+            unroll!(B < N => {
+                let d = 64 * (first + B) as u32 + 8 * at.g;
+                unroll!(P < 4 => {
+                    values.words[B][P] = rows.eight_bytes(position + near_or_far(P), d);
+                });
+            });
+        }
+        values
+    }
+
+    #[inline(always)]
+    fn weigh(&self, weights: [f32; 4]) -> [f32; 4] {
+        let scales = self.scales.map(ptx::f16_to_f32);
+        [
+            weights[0] * scales[0],
+            weights[1] * scales[1],
+            weights[2] * scales[2],
+            weights[3] * scales[3],
+        ]
+    }
+
+    #[inline(always)]
+    fn add<const NV: usize>(&self, sums: &mut Sums<NV>, weights: [u32; 4], first: usize) {
+        unroll!(B < N => {
+            let [a, b, c, d] = self.words[B];
+            unroll!(W < 2 => {
+                unroll!(E < 4 => {
+                    // Byte E of either position, to the even bytes.
+                    let selector = (E | (4 + E) << 8) as u32;
+                    let pairs = [
+                        even_bytes_to_f16x2(ptx::permute_bytes(a[W], b[W], selector)),
+                        even_bytes_to_f16x2(ptx::permute_bytes(c[W], d[W], selector)),
+                    ];
+                    let sum = &mut sums[first + B][4 * W + E];
+                    *sum = mma_k16(weights, pairs, *sum);
+                });
+            });
+        });
+    }
+}
+
+/// Where a lane's four positions are from 2t on.
+#[inline(always)]
+const fn near_or_far(number: usize) -> u32 {
+    (number % 2 + number / 2 * 8) as u32
 }
 
 /// A thread's share of q: what it stages.

@@ -135,6 +135,7 @@ impl Compiler<'_> {
                     v,
                     k_cache,
                     v_cache,
+                    v_scales: DeviceSlice::NONE,
                     state,
                 };
                 kv_append::plan(device, &shape, &operands)
@@ -155,6 +156,7 @@ impl Compiler<'_> {
                     q,
                     k_cache,
                     v_cache,
+                    v_scales: DeviceSlice::NONE,
                     state,
                     out,
                     partials: self.partials,
