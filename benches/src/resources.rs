@@ -3,6 +3,7 @@
 use cust::device::{Device, DeviceAttribute};
 use cust::function::{BlockSize, FunctionAttribute};
 use cust::module::Module;
+use cust::sys;
 use engine::Error;
 use engine::backend::cuda::device::Gpu;
 use gpu_kernels::launch::Call;
@@ -71,6 +72,17 @@ impl Inspector {
                 .map_err(cuda_error("asking for a kernel's resources"))
         };
         let [x, y, z] = call.launch.block;
+        // Until a kernel has asked for its shared memory, no block of it counts as fitting.
+        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let bytes = call.launch.shared_bytes.cast_signed();
+        // SAFETY: the function belongs to the module, which is loaded.
+        let asked = unsafe { sys::cuFuncSetAttribute(function.to_raw(), most, bytes) };
+        if asked != sys::CUresult::CUDA_SUCCESS {
+            return Err(Error::machine(format!(
+                "giving {} its shared memory failed with {asked:?}",
+                call.kernel
+            )));
+        }
         let blocks = function
             .max_active_blocks_per_multiprocessor(
                 BlockSize { x, y, z },

@@ -12,7 +12,7 @@ use crate::{Error, bench, ptx, setup, workspace};
 /// table that the engine reads when it loads a model, gpu-kernels/tuned.toml.
 ///
 /// A kernel is tuned as the engine fuses it: the products of a layer of each model. Where the table
-/// has no row, the kernel's own rule decides; `edgellm run --trace` shows which launch runs and why.
+/// has no row, the kernel's own rule decides; `edgellm bench --trace` shows which launch runs and why.
 /// A row is of one version of its kernel: after a change it is passed over until this runs again.
 #[derive(Debug, ClapArgs)]
 #[command(
