@@ -52,7 +52,7 @@ pub struct QuantizeArgs {
     asymmetric: bool,
 
     /// How weights are rounded.
-    #[arg(long, value_enum, default_value_t = MethodArg::Mse)]
+    #[arg(long, value_enum, default_value_t = MethodArg::Rtn)]
     method: MethodArg,
 
     /// UTF-8 text for `awq` and `gptq`, best of the kind that the model is for. Without it the Jargon

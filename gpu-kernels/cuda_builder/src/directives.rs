@@ -8,6 +8,9 @@ const REMARK: &str = "// .maxntid ";
 
 /// `ptx` with a `.maxntid` between the parameters and the body of each kernel whose body has the
 /// remark. What has its directive already is left as it is.
+///
+/// One such block a multiprocessor is enough: without `.minnctapersm` to say so, the assembler of some
+/// GPU generations makes room for two and spills.
 pub fn apply(ptx: &str) -> Cow<'_, str> {
     if !ptx.contains(REMARK) {
         return Cow::Borrowed(ptx);
@@ -24,7 +27,7 @@ pub fn apply(ptx: &str) -> Cow<'_, str> {
         out.push_str(signature);
         let threads = remark(&entry[body..end]).filter(|_| !signature.contains(".maxntid"));
         if let Some(threads) = threads {
-            out.push_str(&format!(".maxntid {threads}, 1, 1\n"));
+            out.push_str(&format!(".maxntid {threads}, 1, 1\n.minnctapersm 1\n"));
         }
         let (text, after) = rest_of_entry.split_at(end - body);
         out.push_str(text);
@@ -49,7 +52,7 @@ mod tests {
     fn a_remark_becomes_the_kernels_directive() {
         let ptx = ".version 7.4\n\n.visible .entry a(\n\t.param .u64 p\n)\n{\n\t{ // begin\n\t// .maxntid 384;\n\t}\n\tret;\n}\n\
                    .visible .entry b(\n)\n{\n\tret;\n}\n// end\n";
-        let expected = ptx.replacen(")\n{", ")\n.maxntid 384, 1, 1\n{", 1);
+        let expected = ptx.replacen(")\n{", ")\n.maxntid 384, 1, 1\n.minnctapersm 1\n{", 1);
         assert_eq!(apply(ptx), expected);
         assert_eq!(apply(&expected), expected);
     }
