@@ -9,10 +9,12 @@ mod draw;
 mod elementwise;
 mod emulator;
 mod forward;
+mod gemm;
 mod inputs;
 mod linear;
 mod linear_mma;
 mod logits;
+mod prompt;
 mod read;
 mod sample;
 mod top;
@@ -132,6 +134,8 @@ pub fn all() -> Vec<Case> {
     cases.extend(linear::cases());
     cases.extend(logits::cases());
     cases.extend(linear_mma::cases());
+    cases.extend(gemm::cases());
+    cases.extend(prompt::cases());
     cases.extend(attention::cases());
     cases.extend(sample::cases());
     cases.extend(top::cases());
@@ -146,6 +150,8 @@ pub fn large() -> Vec<Case> {
     let mut cases = linear::large();
     cases.extend(logits::large());
     cases.extend(linear_mma::large());
+    cases.extend(gemm::large());
+    cases.extend(prompt::large());
     cases.extend(attention::large());
     cases.extend(top::large());
     cases

@@ -18,6 +18,8 @@ pub enum FaultKind {
     Race,
     /// A shuffle or vote whose lanes do not all take part, or that reads from a lane that does not.
     Shuffle,
+    /// An access of shared memory that an asynchronous copy is still writing.
+    AsyncCopy,
     /// A non-coherent load of what this launch wrote.
     NonCoherentRead,
     /// Nothing that can run makes progress.
@@ -37,6 +39,7 @@ impl fmt::Display for FaultKind {
             FaultKind::Barrier => "barrier not reached by all threads",
             FaultKind::Race => "shared memory race",
             FaultKind::Shuffle => "warp operation with an inactive lane",
+            FaultKind::AsyncCopy => "access during an asynchronous copy",
             FaultKind::NonCoherentRead => "non-coherent read of written data",
             FaultKind::Deadlock => "deadlock",
             FaultKind::Panic => "panic in the kernel",

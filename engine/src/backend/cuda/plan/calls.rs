@@ -27,6 +27,7 @@ impl Compiler<'_> {
                         vocab: rows,
                         width: cols,
                         context,
+                        tokens: 1,
                     };
                     let operands = embed::F16Operands {
                         table: values,
@@ -51,6 +52,7 @@ impl Compiler<'_> {
                     width: cols,
                     group,
                     context,
+                    tokens: 1,
                 };
                 embed::plan(
                     device,
