@@ -197,8 +197,8 @@ pub unsafe fn embed_f16(
     out: *mut f32,      // (T, D)
     width: u32,
 ) {
-    let first = (thread::block_idx_x() * thread::block_dim_x() + thread::thread_idx_x())
-        * ELEMS_PER_THREAD;
+    let first =
+        (thread::block_idx_x() * thread::block_dim_x() + thread::thread_idx_x()) * ELEMS_PER_THREAD;
     if first >= width {
         return;
     }
@@ -245,8 +245,8 @@ pub unsafe fn embed_int8(
     width: u32,
     group_shift: u32,
 ) {
-    let first = (thread::block_idx_x() * thread::block_dim_x() + thread::thread_idx_x())
-        * ELEMS_PER_THREAD;
+    let first =
+        (thread::block_idx_x() * thread::block_dim_x() + thread::thread_idx_x()) * ELEMS_PER_THREAD;
     if first >= width {
         return;
     }

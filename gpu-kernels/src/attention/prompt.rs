@@ -32,7 +32,7 @@ use cuda_std::{kernel, shared, thread, warp};
 use super::Shape;
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
-use crate::product::mma_k16;
+use crate::product::{at_least_sm_80, mma_k16};
 use crate::ptx;
 use crate::unroll::unroll;
 
@@ -192,7 +192,14 @@ unsafe fn bring(args: &Args, width: u32, base: Shared, at: u32, first: u32, end:
     let row = kv_head as usize * args.context as usize + (first + key) as usize;
     let mut from = (row * args.head_dim as usize + (chunk * CHUNK_ELEMS) as usize) / 2;
     let step = (THREADS / chunks * args.head_dim / 2) as usize;
-    while key < KEYS && chunk * CHUNK_ELEMS < width {
+    // Where copies go through registers, a number that the compiler does not know keeps it from having
+    // all of them under way at once.
+    let keys = if at_least_sm_80() {
+        KEYS
+    } else {
+        KEYS * thread::block_dim_y()
+    };
+    while key < keys && chunk * CHUNK_ELEMS < width {
         let there = first + key < end && chunk * CHUNK_ELEMS < args.head_dim;
         // SAFETY: what is not there is not read.
         unsafe {

@@ -61,12 +61,14 @@ pub fn cases() -> Vec<Case> {
             move |device| rope(device, geometry, norms),
         )
     }));
-    cases.extend([(1, 576), (3, 160), (2, 4), (2, 5120)].map(|(tokens, width)| {
-        let shape = format!("T={tokens} D={width}");
-        Case::new("rmsnorm_f16", shape, move |device| {
-            norm(device, tokens, width)
-        })
-    }));
+    cases.extend(
+        [(1, 576), (3, 160), (2, 4), (2, 5120)].map(|(tokens, width)| {
+            let shape = format!("T={tokens} D={width}");
+            Case::new("rmsnorm_f16", shape, move |device| {
+                norm(device, tokens, width)
+            })
+        }),
+    );
     cases
 }
 

@@ -135,8 +135,7 @@ pub fn transpose(row: [u32; 4]) -> [u32; 4] {
         location: Location::caller(),
     };
     with_run(|run, current| {
-        run.warp(current)
-            .give_row(current.rank as usize % 32, row);
+        run.warp(current).give_row(current.rank as usize % 32, row);
         run.reach_warp_operation(current, request)
     });
     suspend();

@@ -42,7 +42,9 @@ mod plan;
 use cuda_std::{kernel, thread};
 
 #[cfg(not(target_arch = "nvptx64"))]
-pub use plan::{ENTRIES, Operands, Shape, Tiling, candidates, entry, plan, rule, scratch_bytes};
+pub use plan::{
+    ENTRIES, Operands, Shape, Tiling, candidates, entry, most_scratch_bytes, plan, rule,
+};
 
 /// Rows of the matrix a block.
 const BLOCK_ROWS: u32 = 128;

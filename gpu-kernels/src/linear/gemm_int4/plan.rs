@@ -68,8 +68,7 @@ impl Shape {
     }
 
     fn row_blocks(&self) -> usize {
-        self.row_tiles()
-            .div_ceil((BLOCK_ROWS / TILE_ROWS) as usize)
+        self.row_tiles().div_ceil((BLOCK_ROWS / TILE_ROWS) as usize)
     }
 
     fn depth_tiles(&self) -> usize {
@@ -173,10 +172,7 @@ pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
     let whole = Tiling { tokens, parts: 1 };
     let tiles = whole.tiles(shape).clamp(1, u32::MAX as usize) as u32;
     let depth = shape.depth_tiles().min(u32::MAX as usize) as u32;
-    // Narrow tiles wait for memory: two blocks a multiprocessor have more in flight.
-    let per_multiprocessor = if tokens <= 64 { 2 } else { 1 };
-    let places = device.multiprocessors * per_multiprocessor;
-    let parts = (places / tiles).clamp(1, depth.clamp(1, MAX_PARTS));
+    let parts = (places(device, tokens) / tiles).clamp(1, depth.clamp(1, MAX_PARTS));
     Tiling { tokens, parts }
 }
 
@@ -198,9 +194,20 @@ pub fn candidates(device: &DeviceInfo, shape: &Shape) -> Vec<Tiling> {
     found
 }
 
-/// Bytes of [`Operands::scratch`] for the rule's tiling of a shape.
-pub fn scratch_bytes(device: &DeviceInfo, shape: &Shape) -> u64 {
-    rule(device, shape).scratch_bytes(shape)
+/// As many bytes of [`Operands::scratch`] as the rule's tiling of any shape needs.
+pub fn most_scratch_bytes(device: &DeviceInfo) -> u64 {
+    // The rule splits K only as far as there are places for blocks.
+    let sums = |tokens: u32| {
+        let block = u64::from(BLOCK_ROWS * tokens) * 4;
+        u64::from(places(device, tokens)) * block
+    };
+    COUNTER_BYTES + widths(device).map(sums).max().unwrap_or(0)
+}
+
+/// Blocks of this width that the rule wants at a time. Narrow ones wait for memory: two a
+/// multiprocessor have more in flight.
+fn places(device: &DeviceInfo, tokens: u32) -> u32 {
+    device.multiprocessors * if tokens <= 64 { 2 } else { 1 }
 }
 
 /// The launch of `linear_gemm_int4_*`, with the tiling of [`rule`] or another.

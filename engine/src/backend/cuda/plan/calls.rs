@@ -6,11 +6,10 @@ use gpu_kernels::{
     add, attention, embed, kv_append, linear, logits, relu2_glu, rmsnorm, rope, rope_kv_append,
     round_int8, sample, swiglu,
 };
-use models::quant::Int4Tiled;
 use models::recipe::{Buffer, Step, WeightId};
 
 use super::fuse::{Op, Product, Then};
-use super::place::Placed;
+use super::place::{Placed, PlacedProduct};
 use super::{Cache, Compiler, attention_shape, unsupported};
 use crate::Error;
 
@@ -241,6 +240,20 @@ impl Compiler<'_> {
         linear::gemv_f16::plan(self.device, &shape, &operands).map_err(unsupported)
     }
 
+    /// The logits without a choice, by the steps' own call or one like it.
+    pub(super) fn plain_logits(
+        &mut self,
+        table: WeightId,
+        [src, dst]: [Buffer; 2],
+    ) -> Result<Call, Error> {
+        if let Placed::F16 { rows, cols, values } = self.weight(table)? {
+            let (x, y) = (self.buffer(src), self.buffer(dst));
+            return self.float_product([rows, cols], [values, DeviceSlice::NONE, x, y]);
+        }
+        let (shape, operands) = self.logits(table, [src, dst])?;
+        logits::plan(self.device, &shape, &operands, None).map_err(unsupported)
+    }
+
     /// The calls that choose the next token and advance the position, where the logits' own call does not.
     pub(super) fn choice(&mut self, step: &Step) -> Result<Vec<(Call, &'static str)>, Error> {
         let Step::Logits { table, dst, .. } = *step else {
@@ -331,16 +344,11 @@ impl Compiler<'_> {
 
     /// The call of INT4 matrices behind one input, and how it is launched.
     pub(super) fn product(
-        &mut self,
+        &self,
         product: &Product,
-        packed: Option<&Int4Tiled>,
+        placed: &PlacedProduct,
     ) -> Result<(Call, String), Error> {
-        let tiles = self.tiles(product, packed)?;
-        let bias = self.biases(product)?;
-        let gain = match product.norm {
-            Some(norm) => self.vector(norm.weight)?,
-            None => DeviceSlice::NONE,
-        };
+        let &PlacedProduct { tiles, bias, gain } = placed;
         // The destinations lie one after the other.
         let first = self.buffer(product.dsts[0]);
         let y = DeviceSlice {
