@@ -696,6 +696,10 @@ arithmetic! {
     permute_bytes(a: u32, reg32; b: u32, reg32; selector: u32, reg32) -> u32, reg32
         = "prmt.b32 {}, {}, {}, {};", twin::permute_bytes(a, b, selector);
 
+    /// `add.rn.f16x2`: each half of `a` plus that of `b`, rounded to the nearest half.
+    add_f16x2(a: u32, reg32; b: u32, reg32) -> u32, reg32
+        = "add.rn.f16x2 {}, {}, {};", twin::sub_f16x2(a, b ^ 0x8000_8000);
+
     /// `sub.rn.f16x2`: each half of `a` minus that of `b`, rounded to the nearest half.
     sub_f16x2(a: u32, reg32; b: u32, reg32) -> u32, reg32
         = "sub.rn.f16x2 {}, {}, {};", twin::sub_f16x2(a, b);

@@ -20,6 +20,7 @@ const TYPICAL: f64 = 1.0;
 struct Product {
     shape: Shape,
     mins: bool,
+    zeros: bool,
     bias: bool,
     tiling: Tiling,
 }
@@ -29,6 +30,7 @@ impl Product {
         Product {
             shape,
             mins,
+            zeros: false,
             bias: false,
             tiling: Tiling { tokens, parts },
         }
@@ -36,6 +38,15 @@ impl Product {
 
     fn with_bias(self) -> Product {
         Product { bias: true, ..self }
+    }
+
+    /// Zeros in the place of minima.
+    fn with_zeros(self) -> Product {
+        Product {
+            mins: true,
+            zeros: true,
+            ..self
+        }
     }
 
     fn then(mut self, epilogue: Epilogue) -> Product {
@@ -59,7 +70,8 @@ impl Product {
         } = self.shape;
         let mut shape = format!("T={tokens} N={rows} K={cols} group {group}");
         for (text, on) in [
-            ("min", self.mins),
+            ("min", self.mins && !self.zeros),
+            ("zeros", self.zeros),
             ("half y", half_y),
             ("bias", self.bias),
             ("add", epilogue == Epilogue::Add),
@@ -92,6 +104,9 @@ pub fn cases() -> Vec<Case> {
         }
     }
     products.extend([
+        Product::new(of(33, 288, 32, 7), true, 8, 1).with_zeros(),
+        Product::new(of(48, 160, 128, 20), true, 32, 1).with_zeros(),
+        Product::new(of(20, 160, 64, 70), true, 128, 1).with_zeros(),
         // A token, a row; blocks without a full tile; all the parts that there are.
         Product::new(of(1, 32, 32, 1), true, 8, 1),
         Product::new(of(150, 1120, 128, 8), false, 8, 9),
@@ -163,7 +178,10 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
     let mut inputs = Inputs::new(23);
     let matrices = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
     let w: Vec<Int4Matrix> = (0..matrices)
-        .map(|_| inputs.int4(rows, cols, group, product.mins))
+        .map(|_| match product.zeros {
+            true => inputs.int4_zeros(rows, cols, group),
+            false => inputs.int4(rows, cols, group, product.mins),
+        })
         .collect();
     let tiled = match &w[..] {
         [gate, up] => Int4Tiled::pack_gate_up(gate, up),
@@ -182,6 +200,7 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
                 Some(mins) => device.put_f16(mins)?,
                 None => DeviceSlice::NONE,
             },
+            zeros: product.zeros,
             bias: match &bias {
                 Some(bias) => device.put_f32(bias)?,
                 None => DeviceSlice::NONE,

@@ -135,7 +135,8 @@ pub struct Plan {
     /// Calls of `full` before the logits.
     pub body_calls: usize,
     /// In the place of what `full` has after its body: logits, penalised where `seen` says so, and a
-    /// token drawn among the best of them. None where the output table is F16: then the host draws.
+    /// token drawn among the best of them. None where the output table is F16 or INT4: then the host
+    /// draws.
     pub draw: Vec<Call>,
     /// What each call of `full` is for.
     pub notes: Vec<Note>,
@@ -242,7 +243,7 @@ pub fn compile(
     let settings = compiler.memory.upload(bytemuck::cast_slice(&settings))?;
     let seen = compiler.memory.upload(&vec![0; 4 * vocab.div_ceil(32)])?;
     let draw = compiler.draw(*table, [*src, *dst], settings, seen)?;
-    let plain_logits = compiler.plain_logits(*table, [*src, *dst])?;
+    let plain_logits = compiler.plain_logits(*table, [*src, *dst], &calls[body_calls])?;
     let many = many.and_then(|many| many.finish(device, compiler.buffer(*src)));
     let Compiler { state, tokens, .. } = compiler;
     let logits = compiler.buffer(*dst);

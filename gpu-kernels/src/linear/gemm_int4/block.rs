@@ -4,9 +4,9 @@ use cuda_std::shared::Shared;
 use cuda_std::{shared, thread, warp};
 
 use super::super::gemv_int4_mma::tile::{HALVES_1024, fragments};
-use super::{BLOCK_ROWS, BLOCK_THREADS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU};
+use super::{BLOCK_ROWS, BLOCK_THREADS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS};
 use crate::arrive::last_to_arrive;
-use crate::product::mma_k16;
+use crate::product::{at_least_sm_80, mma_k16};
 use crate::unroll::unroll;
 use crate::{ptx, swiglu};
 
@@ -198,13 +198,7 @@ unsafe fn bring(
 struct Group {
     scales: [u32; 2],
     mins: [u32; 2],
-}
-
-impl Group {
-    const EMPTY: Group = Group {
-        scales: [0; 2],
-        mins: [0; 2],
-    };
+    zeros: [Zero; 2],
 }
 
 /// The half 1/16, twice.
@@ -228,17 +222,27 @@ impl Zero {
         low: 0x6400_6400,
         minus_high: 0xd400_d400,
     };
+
+    /// A whole number from 0 to 16, a half, twice: sums with 1024 and 64 are exact.
+    #[inline(always)]
+    fn of(zero: u32) -> Zero {
+        Zero {
+            low: ptx::add_f16x2(zero, Zero::NONE.low),
+            minus_high: ptx::sub_f16x2(Zero::NONE.minus_high, zero),
+        }
+    }
 }
 
 /// Operand A of a product: eight weights of rows g and g + 8.
 #[inline(always)]
-fn weights(word: u32, halves: u32, zero: Zero, group: &Group) -> [u32; 4] {
+fn weights(word: u32, halves: u32, group: &Group) -> [u32; 4] {
     let [a, b, c, d] = fragments(word, halves);
     let low = |q: u32, i: usize| {
-        ptx::fma_f16x2(ptx::sub_f16x2(q, zero.low), group.scales[i], group.mins[i])
+        let q = ptx::sub_f16x2(q, group.zeros[i].low);
+        ptx::fma_f16x2(q, group.scales[i], group.mins[i])
     };
     let high = |q: u32, i: usize| {
-        let q = ptx::fma_f16x2(q, SIXTEENTHS, zero.minus_high);
+        let q = ptx::fma_f16x2(q, SIXTEENTHS, group.zeros[i].minus_high);
         ptx::fma_f16x2(q, group.scales[i], group.mins[i])
     };
     [low(a, 0), low(b, 1), high(c, 0), high(d, 1)]
@@ -255,7 +259,7 @@ unsafe fn multiply<const MT: usize, const NT: usize>(
     place: &Place,
     base: Shared,
     at: u32,
-    (halves, zero): (u32, Zero),
+    halves: u32,
     sums: &mut [[[f32; 4]; NT]; MT],
 ) {
     let tiles = at + place.row_tile * TILE_BYTES + place.lane * 16;
@@ -267,7 +271,16 @@ unsafe fn multiply<const MT: usize, const NT: usize>(
     let x = at + X + (place.eight * 8 + place.g) * X_BYTES;
     let odd = (place.g & 1) << 2;
     let mut words = [[0u32; 4]; MT];
-    let mut groups = [Group::EMPTY; MT];
+    let none = Group {
+        scales: [0; 2],
+        mins: [0; 2],
+        zeros: [if args.mins.is_null() {
+            Zero::EIGHT
+        } else {
+            Zero::NONE
+        }; 2],
+    };
+    let mut groups = [none; MT];
     // SAFETY: by the caller's promise.
     unsafe {
         unroll!(Q < 4 => {
@@ -281,7 +294,12 @@ unsafe fn multiply<const MT: usize, const NT: usize>(
                     group.scales = [twice(pair, 0), twice(pair, 1)];
                     if !args.mins.is_null() {
                         let pair = ptx::ld_shared_u32(base, mins + tile);
-                        group.mins = [twice(pair, 0), twice(pair, 1)];
+                        let pair = [twice(pair, 0), twice(pair, 1)];
+                        if args.flags & FLAG_ZEROS != 0 {
+                            group.zeros = [Zero::of(pair[0]), Zero::of(pair[1])];
+                        } else {
+                            group.mins = pair;
+                        }
                     }
                 });
             }
@@ -293,8 +311,8 @@ unsafe fn multiply<const MT: usize, const NT: usize>(
                 }
                 let (words, group) = (&words[M % MT], &groups[M % MT]);
                 a[M % MT] = [
-                    weights(words[Q % 2 * 2], halves, zero, group),
-                    weights(words[Q % 2 * 2 + 1], halves, zero, group),
+                    weights(words[Q % 2 * 2], halves, group),
+                    weights(words[Q % 2 * 2 + 1], halves, group),
                 ];
             });
             let eight = ((quarter * 4 + place.q) ^ odd) * COPY_BYTES;
@@ -493,11 +511,11 @@ pub(super) unsafe fn gemm<
     let base = shared::dynamic_shared_mem();
     let has_mins = !args.mins.is_null();
     let stage = Stage::new(tokens, args.group_shift, has_mins);
-    let zero = if has_mins { Zero::NONE } else { Zero::EIGHT };
     let (part, parts) = (thread::block_idx_z(), thread::grid_dim_z());
     let first = args.depth_tiles * part / parts;
     let end = args.depth_tiles * (part + 1) / parts;
-    let ring = (UNDER_WAY + 2) * stage.bytes;
+    let under_way = if at_least_sm_80() { UNDER_WAY } else { 0 };
+    let ring = (under_way + 2) * stage.bytes;
     let next = |at: u32| {
         let next = at + stage.bytes;
         if next == ring { 0 } else { next }
@@ -511,7 +529,7 @@ pub(super) unsafe fn gemm<
     unsafe {
         let mut into = 0;
         let mut ahead = first;
-        while ahead < first + UNDER_WAY + 1 {
+        while ahead < first + under_way + 1 {
             if ahead < end {
                 bring(args, &stage, &place, tokens, base, into, ahead);
             }
@@ -523,14 +541,18 @@ pub(super) unsafe fn gemm<
         let mut at = 0;
         let mut tile = first;
         while tile < end {
-            ptx::cp_async_wait::<UNDER_WAY>();
+            if at_least_sm_80() {
+                ptx::cp_async_wait::<UNDER_WAY>();
+            } else {
+                ptx::cp_async_wait::<0>();
+            }
             thread::sync_threads();
             if ahead < end {
                 bring(args, &stage, &place, tokens, base, into, ahead);
             }
             ptx::cp_async_commit();
             (into, ahead) = (next(into), ahead + 1);
-            multiply(args, &stage, &place, base, at, (halves, zero), &mut sums);
+            multiply(args, &stage, &place, base, at, halves, &mut sums);
             (at, tile) = (next(at), tile + 1);
         }
         if parts > 1 {

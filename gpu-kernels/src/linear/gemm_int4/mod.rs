@@ -3,7 +3,7 @@
 //!
 //! Shapes: quants, scales and mins as `models::quant::int4_tiled` lays them out, the bytes that
 //! [`gemv_int4_mma`](super::gemv_int4_mma) reads; x `(T, K)` f16, y `(T, N)` f32 or f16, with
-//! `w = scale q + min`, or `scale (q - 8)` without mins.
+//! `w = scale q + min`, `scale (q - 8)` without mins, or `scale (q - zero)` where they are zeros.
 //!
 //! ```text
 //! block (i, j, s)   tokens TILE i .. + TILE, 128 rows of the matrix from 128 j on,
@@ -57,6 +57,8 @@ const FLAG_ACCUMULATE: u32 = 1;
 const FLAG_SWIGLU: u32 = 2;
 /// y is halves.
 const FLAG_HALF_Y: u32 = 4;
+/// Minima are zeros.
+const FLAG_ZEROS: u32 = 8;
 
 macro_rules! entries {
     ($($name:ident: $tokens:literal, $form:expr, $under_way:literal;)*) => {

@@ -2,7 +2,9 @@
 
 use super::super::gemv_int4_mma::Epilogue;
 use super::block::{Form, Stage, TILE_COLS, TILE_ROWS};
-use super::{BLOCK_ROWS, BLOCK_THREADS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FORMS};
+use super::{
+    BLOCK_ROWS, BLOCK_THREADS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS, FORMS,
+};
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
 use crate::tuned::Launches;
 
@@ -85,6 +87,8 @@ pub struct Operands {
     pub scales: DeviceSlice,
     /// Minima of the tiles, f16, or none: symmetric.
     pub mins: DeviceSlice,
+    /// The minima are zeros: `w = scale (q - zero)`.
+    pub zeros: bool,
     /// `(N,)` f32, or none. Not with [`Epilogue::SwiGlu`].
     pub bias: DeviceSlice,
     /// `(T, K)` f16.
@@ -137,9 +141,14 @@ impl Tiling {
     }
 }
 
-/// Shared memory of a block.
-fn shared_bytes(tokens: u32, under_way: u32, group: usize, mins: bool) -> u32 {
+/// Shared memory of a block. Where copies are not asynchronous, none is under way.
+fn shared_bytes(device: &DeviceInfo, tokens: u32, under_way: u32, group: usize, mins: bool) -> u32 {
     let shift = group.max(1).trailing_zeros();
+    let under_way = if device.compute_capability >= 80 {
+        under_way
+    } else {
+        0
+    };
     (under_way + 2) * Stage::new(tokens, shift, mins).bytes
 }
 
@@ -157,7 +166,7 @@ fn widths(device: &DeviceInfo) -> impl Iterator<Item = u32> {
     let most = device.shared_bytes_per_block;
     FORMS
         .iter()
-        .filter(move |form| shared_bytes(form.0, form.3, 32, true) <= most)
+        .filter(move |form| shared_bytes(device, form.0, form.3, 32, true) <= most)
         .map(|form| form.0)
 }
 
@@ -282,6 +291,12 @@ pub fn plan(
     )?;
 
     let mins = ops.mins != DeviceSlice::NONE;
+    call.require(
+        mins || !ops.zeros,
+        "zeros",
+        group,
+        "they are in the place of minima, and there are none",
+    )?;
     let tiles = shape.row_tiles().saturating_mul(depth_tiles);
     let per_tile = 2 * (TILE_ROWS * TILE_COLS) as usize / group;
     let scale_bytes = tensor_bytes(&[tiles, per_tile], 1);
@@ -323,7 +338,7 @@ pub fn plan(
         Epilogue::Store => 0,
         Epilogue::Add => FLAG_ACCUMULATE,
         Epilogue::SwiGlu => FLAG_SWIGLU,
-    };
+    } | if ops.zeros { FLAG_ZEROS } else { 0 };
     call.u32(flags | if shape.half_y { FLAG_HALF_Y } else { 0 });
     let launch = Launch {
         grid: [
@@ -332,7 +347,7 @@ pub fn plan(
             tiling.parts,
         ],
         block: [BLOCK_THREADS, 1, 1],
-        shared_bytes: shared_bytes(tiling.tokens, *under_way, group, mins),
+        shared_bytes: shared_bytes(device, tiling.tokens, *under_way, group, mins),
     };
     call.build(device, launch)
 }

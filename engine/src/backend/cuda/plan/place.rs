@@ -41,6 +41,8 @@ pub(super) struct PlacedTiles {
     pub quants: DeviceSlice,
     pub scales: DeviceSlice,
     pub mins: DeviceSlice,
+    /// The minima are zeros.
+    pub zeros: bool,
 }
 
 /// A product's operands in device memory.
@@ -55,9 +57,6 @@ pub(super) struct PlacedProduct {
 
 fn int4(model: &LoadedModel, id: WeightId) -> Result<&Int4Matrix, Error> {
     match model.weights.get(id) {
-        Some(Weight::Int4(matrix)) if matrix.zeros => {
-            Err(wrong_kind(model, id, "a 4-bit matrix without zeros"))
-        }
         Some(Weight::Int4(matrix)) => Ok(matrix),
         _ => Err(wrong_kind(model, id, "a 4-bit matrix")),
     }
@@ -210,6 +209,7 @@ impl Compiler<'_> {
                 true => place(scales, packed.and_then(|p| p.mins.as_deref()).map(halves))?,
                 false => DeviceSlice::NONE,
             },
+            zeros: first.zeros,
         })
     }
 }

@@ -392,6 +392,7 @@ impl Builder {
             quants: tiles.quants,
             scales: tiles.scales,
             mins: tiles.mins,
+            zeros: tiles.zeros,
             bias: placed.bias,
             x: match product.src {
                 Buffer::Attended => self.attended,
