@@ -50,6 +50,7 @@ fn heads_int4(
                     true => halves(memory, scales)?,
                     false => DeviceSlice::NONE,
                 },
+                zeros: false,
                 bias: floats(memory, rows)?,
                 x: floats(memory, cols)?,
                 gain: floats(memory, cols)?,

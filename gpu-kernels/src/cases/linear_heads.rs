@@ -133,6 +133,7 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
                 Some(mins) => device.put_f16(mins)?,
                 None => DeviceSlice::NONE,
             },
+            zeros: tiled.zeros,
             bias: optional(device, bias.as_deref())?,
             x: device.put_f32(&x)?,
             gain: optional(device, gain.as_deref())?,

@@ -11,7 +11,8 @@
 //!        | g+8,c+3 | g+8,c+1 | g,c+3 | g,c+1 | g+8,c+2 | g+8,c | g,c+2 | g,c |
 //!
 //! scales  (ceil(n/16), ceil(k/128), 8, 128/group, 2) f16    of rows g and g + 8 side by side
-//! mins    as the scales, or none
+//! mins    as the scales, or none; zero points where `zeros` is set: `w = scale * (q - zero)`, and
+//!         `-scale * zero`, exact in f32, stands where a minimum would
 //! ```
 //!
 //! Weights are those of [`Int4Matrix`], nibble for nibble: the rearrangement loses nothing. Rows and
@@ -56,6 +57,8 @@ pub struct Int4Tiled {
     pub scales: Vec<f16>,
     /// As the scales, absent for the symmetric form.
     pub mins: Option<Vec<f16>>,
+    /// The minima are zeros, levels that stand for 0: [`Int4Matrix::zeros`].
+    pub zeros: bool,
 }
 
 /// Row of a matrix, or none where a tile is filled up.
@@ -133,6 +136,8 @@ impl Int4Tiled {
             check_len(FORMAT, "groups", other.group, first.group)?;
             let (mins, need) = (other.mins.is_some(), first.mins.is_some());
             check_len(FORMAT, "forms with minima", mins.into(), need.into())?;
+            let (zeros, need) = (other.zeros, first.zeros);
+            check_len(FORMAT, "forms with zeros", zeros.into(), need.into())?;
         }
         let column_tiles = first.cols.div_ceil(TILE_COLS);
         let tiles = rows.len().div_ceil(TILE_ROWS) * column_tiles;
@@ -156,6 +161,7 @@ impl Int4Tiled {
             quants,
             scales,
             mins,
+            zeros: first.zeros,
         })
     }
 
@@ -163,7 +169,7 @@ impl Int4Tiled {
     /// fills them up.
     ///
     /// # Errors
-    /// Parts of the wrong length, or a scale or minimum that is not finite.
+    /// Parts of the wrong length, a scale or minimum that is not finite, a zero that is no level.
     pub fn unpack(&self) -> Result<Int4Matrix, Error> {
         let column_tiles = self.cols.div_ceil(TILE_COLS);
         let row_tiles = self.rows.div_ceil(TILE_ROWS);
@@ -198,14 +204,18 @@ impl Int4Tiled {
                 })
                 .collect()
         };
-        Int4Matrix::new(
+        let matrix = Int4Matrix::new(
             self.rows,
             self.cols,
             self.group,
             quants,
             by_row(&self.scales),
             self.mins.as_deref().map(by_row),
-        )
+        )?;
+        match self.zeros {
+            true => matrix.with_zeros(),
+            false => Ok(matrix),
+        }
     }
 
     /// The 4 bits of one weight.
@@ -323,6 +333,19 @@ mod tests {
                 assert_eq!(tiled.unpack().unwrap(), matrix, "{rows} x {cols} / {group}");
             }
         }
+    }
+
+    #[test]
+    fn zeros_stay_zeros() {
+        let mut matrix = matrix(17, 160, 32, true);
+        let zeros = (0..matrix.scales.len()).map(|i| f16::from_f32((i % 17) as f32));
+        matrix.mins = Some(zeros.collect());
+        let plain = Int4Tiled::pack(&[&matrix]).unwrap();
+        let matrix = matrix.with_zeros().unwrap();
+        let tiled = Int4Tiled::pack(&[&matrix]).unwrap();
+        assert_eq!(tiled.unpack().unwrap(), matrix);
+        assert_eq!(tiled.bytes(), plain.bytes());
+        assert!(Int4Tiled::pack(&[&matrix, &plain.unpack().unwrap()]).is_err());
     }
 
     #[test]

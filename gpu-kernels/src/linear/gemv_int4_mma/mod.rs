@@ -2,7 +2,9 @@
 //! `y[t, n] = sum_k w[n, k] x[t, k]`, with what comes before and after it in a decoder layer.
 //!
 //! Shapes: quants, scales and mins as `models::quant::int4_tiled` lays them out, in tiles of 16 rows
-//! by 128 columns; x `(T, K)`, y `(T, N)`, with `w = scale q + min`, or `scale (q - 8)` without mins.
+//! by 128 columns; x `(T, K)`, y `(T, N)`, with `w = scale q + min`, or `scale (q - 8)` without mins. With
+//! [`Operands::zeros`] mins hold zeros, `w = scale (q - zero)`: the minimum is `-scale zero`, made in single
+//! precision, which holds it exactly.
 //!
 //! ```text
 //! block b of B   teams of warps; team t -> row tiles b + B (t + teams r), r = 0, 1, ...
@@ -83,6 +85,8 @@ const FLAG_ACCUMULATE: u32 = 1;
 const FLAG_SWIGLU: u32 = 2;
 /// y is halves.
 const FLAG_HALF_Y: u32 = 4;
+/// Minima are zeros.
+const FLAG_ZEROS: u32 = 8;
 
 macro_rules! one_token {
     ($($name:ident: $group:literal, $mins:literal, $half_x:literal;)*) => {$(

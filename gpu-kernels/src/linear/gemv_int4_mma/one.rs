@@ -7,7 +7,7 @@ mod stage;
 use cuda_std::{shared, thread};
 
 use super::tile::{HALVES_1024, Place, Slot, Weights, fragments, two_floats};
-use super::{FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, TILE_COLS, TILE_ROWS};
+use super::{FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS, TILE_COLS, TILE_ROWS};
 use crate::product::{at_least_sm_80, mma_k16};
 use crate::unroll::unroll;
 use crate::{ptx, swiglu};
@@ -105,6 +105,7 @@ unsafe fn run<const GROUP: u32, const MINS: bool, const HALF_X: bool, F: Feed<GR
         base: shared::dynamic_shared_mem(),
         regions: Regions::new(args.depth_tiles, GROUP, MINS, place.warps()),
     };
+    let zeros = args.flags & FLAG_ZEROS != 0;
     let grid = thread::grid_dim_x();
     let job = Job {
         weights: args.weights,
@@ -148,7 +149,7 @@ unsafe fn run<const GROUP: u32, const MINS: bool, const HALF_X: bool, F: Feed<GR
             let held = outputs.ask(args, &place, start, row_tile);
             let mut sums = [0.0f32; 2];
             feed.row_tile(&job, row_tile, |slot, tile| {
-                multiply::<GROUP, MINS>(slot, &stage, &place, tile, halves, &mut sums);
+                multiply::<GROUP, MINS>(slot, &stage, &place, tile, (halves, zeros), &mut sums);
             });
             if place.split > 1 {
                 sums = combine(&stage, &place, parity, sums);
@@ -175,7 +176,7 @@ unsafe fn multiply<const GROUP: u32, const MINS: bool>(
     stage: &Stage,
     place: &Place,
     tile: u32,
-    halves: u32,
+    (halves, zeros): (u32, bool),
     sums: &mut [f32; 2],
 ) {
     let x = tile * TILE_COLS * 2 + place.q * 16;
@@ -207,7 +208,7 @@ unsafe fn multiply<const GROUP: u32, const MINS: bool>(
             sums[0] = ptx::fma(upper, of(0), sums[0]);
             sums[1] = ptx::fma(lower, of(2), sums[1]);
             if MINS {
-                let [upper, lower] = two_floats(slot.mins[I % 4]);
+                let [upper, lower] = slot.minima(I % 4, [upper, lower], zeros);
                 let x = ptx::ld_shared_f32(stage.base, stage.sum(group));
                 sums[0] = ptx::fma(upper, x, sums[0]);
                 sums[1] = ptx::fma(lower, x, sums[1]);

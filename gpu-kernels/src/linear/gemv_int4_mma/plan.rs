@@ -3,7 +3,8 @@
 mod heads;
 
 use super::{
-    FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, TILE_COLS, TILE_ROWS, max_block_threads, one, tokens,
+    FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS, TILE_COLS, TILE_ROWS, max_block_threads,
+    one, tokens,
 };
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
 use crate::tuned::Launches;
@@ -102,6 +103,8 @@ pub struct Operands {
     pub scales: DeviceSlice,
     /// Minima of the tiles, f16, or none: symmetric.
     pub mins: DeviceSlice,
+    /// The minima are zeros: `w = scale (q - zero)`.
+    pub zeros: bool,
     /// `(N,)` f32, or none. Not with [`Epilogue::SwiGlu`].
     pub bias: DeviceSlice,
     /// `(T, K)` f32, or f16 with [`Shape::half_x`].
@@ -269,6 +272,12 @@ fn planned(
         tokens,
         "it must be in 1..=8",
     )?;
+    call.require(
+        mins || !ops.zeros,
+        "zeros",
+        group,
+        "they are in the place of minima, and there are none",
+    )?;
     let swiglu = shape.epilogue == Epilogue::SwiGlu;
     call.require(
         !swiglu || ops.bias == DeviceSlice::NONE,
@@ -342,7 +351,7 @@ fn planned(
         Epilogue::Store => 0,
         Epilogue::Add => FLAG_ACCUMULATE,
         Epilogue::SwiGlu => FLAG_SWIGLU,
-    };
+    } | if ops.zeros { FLAG_ZEROS } else { 0 };
     let mut launch = Launch {
         grid: [tiling.blocks, 1, 1],
         block: [32, tiling.split, tiling.teams],
@@ -452,6 +461,7 @@ mod tests {
             quants: slice,
             scales: slice,
             mins: DeviceSlice::NONE,
+            zeros: false,
             bias: DeviceSlice::NONE,
             x: slice,
             gain: DeviceSlice::NONE,
@@ -490,6 +500,13 @@ mod tests {
         };
         assert!(plan(gated, operands()).is_ok());
         assert!(plan(gated, with_bias).is_err());
+        let zeros = |mins| Operands {
+            zeros: true,
+            mins,
+            ..operands()
+        };
+        assert!(plan(good, zeros(operands().scales)).is_ok());
+        assert!(plan(good, zeros(DeviceSlice::NONE)).is_err());
         // 1024 x 1024 of INT4 with padding is half a mebibyte; a row tile more is too long.
         assert!(plan(Shape::plain(2048, 1024, 64), operands()).is_ok());
         assert!(plan(Shape::plain(2064, 1024, 64), operands()).is_err());

@@ -6,11 +6,11 @@ use gpu_kernels::{
     add, attention, embed, kv_append, linear, logits, relu2_glu, rmsnorm, rope, rope_kv_append,
     round_int8, sample, swiglu,
 };
-use models::quant::Int4Tiled;
+use models::quant::{Int4Tiled, Weight};
 use models::recipe::{Buffer, Step, WeightId};
 
 use super::fuse::{Op, Product, Then};
-use super::place::Placed;
+use super::place::{Placed, pack};
 use super::{Cache, Compiler, attention_shape, unsupported};
 use crate::Error;
 
@@ -206,9 +206,22 @@ impl Compiler<'_> {
                 add::plan(device, &shape, &add::Operands { x, y })
             }
             Step::Logits { table, src, dst } => {
+                // The choice is a call of its own: [`Compiler::choice`].
+                if let Some(Weight::Int4(_)) = self.model.weights.get(table) {
+                    let product = Product {
+                        norm: None,
+                        src,
+                        matrices: vec![table],
+                        biases: vec![None],
+                        dsts: vec![dst],
+                        then: Then::Store,
+                    };
+                    let packed = self.memory.keeps().then(|| pack(self.model, &product));
+                    let (call, _) = self.product(&product, packed.transpose()?.as_ref())?;
+                    return Ok(call);
+                }
                 if let Placed::F16 { rows, cols, values } = self.weight(table)? {
                     let (x, y) = (self.buffer(src), self.buffer(dst));
-                    // The choice is a call of its own: [`Compiler::choice`].
                     return self.float_product([rows, cols], [values, DeviceSlice::NONE, x, y]);
                 }
                 let (shape, operands) = self.logits(table, [src, dst])?;
@@ -239,16 +252,24 @@ impl Compiler<'_> {
         linear::gemv_f16::plan(self.device, &shape, &operands).map_err(unsupported)
     }
 
+    /// Whether the logits' own call chooses the next token: that of an 8-bit table does.
+    fn chooses(&self, table: WeightId) -> bool {
+        !matches!(
+            self.model.weights.get(table),
+            Some(Weight::F16(_) | Weight::Int4(_))
+        )
+    }
+
     /// The calls that choose the next token and advance the position, where the logits' own call does not.
     pub(super) fn choice(&mut self, step: &Step) -> Result<Vec<(Call, &'static str)>, Error> {
         let Step::Logits { table, dst, .. } = *step else {
             return Ok(Vec::new());
         };
-        let Placed::F16 { rows, .. } = self.weight(table)? else {
+        if self.chooses(table) {
             return Ok(Vec::new());
-        };
+        }
         let shape = sample::ArgmaxShape {
-            vocab: rows,
+            vocab: self.model.recipe.elems(dst),
             context: self.context,
         };
         let operands = sample::ArgmaxOperands {
@@ -300,7 +321,7 @@ impl Compiler<'_> {
         settings: DeviceSlice,
         seen: DeviceSlice,
     ) -> Result<Vec<Call>, Error> {
-        if let Placed::F16 { .. } = self.weight(table)? {
+        if !self.chooses(table) {
             return Ok(Vec::new());
         }
         let (shape, operands) = self.logits(table, buffers)?;
@@ -363,6 +384,7 @@ impl Compiler<'_> {
             quants: tiles.quants,
             scales: tiles.scales,
             mins: tiles.mins,
+            zeros: tiles.zeros,
             bias,
             x: self.buffer(product.src),
             gain,
@@ -468,7 +490,10 @@ impl Compiler<'_> {
             Op::Step(Step::SwiGlu { .. }) => "swiglu".to_owned(),
             Op::Step(Step::ReluSquaredGlu { .. }) => "relu2".to_owned(),
             Op::Step(Step::Add { .. }) => "add".to_owned(),
-            Op::Step(Step::Logits { .. }) => "logits, choice".to_owned(),
+            Op::Step(Step::Logits { table, .. }) if self.chooses(*table) => {
+                "logits, choice".to_owned()
+            }
+            Op::Step(Step::Logits { .. }) => "logits".to_owned(),
         }
     }
 }

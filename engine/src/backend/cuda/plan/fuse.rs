@@ -141,7 +141,7 @@ fn linear(model: &LoadedModel, at: usize) -> Option<Linear<'_>> {
     let Some(Weight::Int4(matrix)) = model.weights.get(weight) else {
         return None;
     };
-    (src != dst && !matrix.zeros).then_some(Linear {
+    (src != dst).then_some(Linear {
         weight,
         matrix,
         bias,
@@ -264,7 +264,7 @@ fn run(model: &LoadedModel, at: usize) -> Vec<Linear<'_>> {
     let mut run: Vec<Linear<'_>> = Vec::new();
     while let Some(next) = linear(model, at + run.len()) {
         let fits = run.first().is_none_or(|first: &Linear<'_>| {
-            let form = |m: &Int4Matrix| (m.cols, m.group, m.mins.is_some());
+            let form = |m: &Int4Matrix| (m.cols, m.group, m.mins.is_some(), m.zeros);
             first.src == next.src && form(first.matrix) == form(next.matrix)
         });
         let new = run.iter().all(|l| l.dst != next.dst && l.src != next.dst);

@@ -41,13 +41,12 @@ pub(super) struct PlacedTiles {
     pub quants: DeviceSlice,
     pub scales: DeviceSlice,
     pub mins: DeviceSlice,
+    /// The minima are zeros.
+    pub zeros: bool,
 }
 
 fn int4(model: &LoadedModel, id: WeightId) -> Result<&Int4Matrix, Error> {
     match model.weights.get(id) {
-        Some(Weight::Int4(matrix)) if matrix.zeros => {
-            Err(wrong_kind(model, id, "a 4-bit matrix without zeros"))
-        }
         Some(Weight::Int4(matrix)) => Ok(matrix),
         _ => Err(wrong_kind(model, id, "a 4-bit matrix")),
     }
@@ -187,6 +186,7 @@ impl Compiler<'_> {
                 true => place(scales, packed.and_then(|p| p.mins.as_deref()).map(halves))?,
                 false => DeviceSlice::NONE,
             },
+            zeros: first.zeros,
         })
     }
 }

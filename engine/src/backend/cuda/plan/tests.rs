@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cuda_std::emulator::{self, Buffer as Emulated};
 use models::arch::recipe;
 use models::file::gguf::{DType, Gguf};
-use models::quant::Weight;
+use models::quant::{Int4Form, Int4Matrix, Weight};
 use models::recipe::{RowOrder, WeightKind, WeightRef};
 use models::synthetic::{self, Options};
 
@@ -326,7 +326,10 @@ fn checkpoints_of_other_programs_on_the_emulator() {
             "qwen3-f32",
             &["q_proj", "norm q_norm", "choice", "advance"][..],
         ),
-        ("llama-awq-32", &["q_proj", "logits, choice"]),
+        (
+            "llama-awq-32",
+            &["norm gate_proj up_proj swiglu", "logits, choice"],
+        ),
         ("llama-gptq-128", &["norm q_proj k_proj v_proj rope append"]),
         ("bitnet-autobitlinear", &["round", "relu2", "down_proj add"]),
     ] {
@@ -351,6 +354,26 @@ fn checkpoints_of_other_programs_on_the_emulator() {
             );
         }
     }
+}
+
+#[test]
+fn an_output_table_of_4_bits_on_the_emulator() {
+    let mut model = model("tiny-qwen2", DType::Q4_1);
+    let Some(Step::Logits { table, .. }) = model.recipe.steps.last().cloned() else {
+        panic!("no logits");
+    };
+    let (rows, cols) = model.weights[table].shape();
+    let mut floats = vec![0.0; rows * cols];
+    for (i, row) in floats.chunks_exact_mut(cols).enumerate() {
+        model.weights[table].dequantize_row(i, row);
+    }
+    let int4 = Int4Matrix::encode(rows, cols, 64, Int4Form::Symmetric, &floats);
+    model.weights[table] = Weight::Int4(int4.expect("encoded"));
+    let steps = emulated_logits_are_close(model, 2e-3);
+    assert!(
+        steps.ends_with(&["logits", "choice", "advance"].map(str::to_owned)),
+        "{steps:?}"
+    );
 }
 
 #[test]

@@ -130,6 +130,7 @@ mod tests {
             quants: slice,
             scales: slice,
             mins: DeviceSlice::NONE,
+            zeros: false,
             bias: slice,
             x: slice,
             gain: slice,
