@@ -12,6 +12,7 @@ mod forward;
 mod gemm;
 mod inputs;
 mod linear;
+mod linear_heads;
 mod linear_mma;
 mod logits;
 mod prompt;
@@ -136,6 +137,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(linear_mma::cases());
     cases.extend(gemm::cases());
     cases.extend(prompt::cases());
+    cases.extend(linear_heads::cases());
     cases.extend(attention::cases());
     cases.extend(sample::cases());
     cases.extend(top::cases());
@@ -152,6 +154,7 @@ pub fn large() -> Vec<Case> {
     cases.extend(linear_mma::large());
     cases.extend(gemm::large());
     cases.extend(prompt::large());
+    cases.extend(linear_heads::large());
     cases.extend(attention::large());
     cases.extend(top::large());
     cases

@@ -43,23 +43,25 @@ const LARGE: [Geometry; 5] = [
     (16, 2, 128, 9000, 8000, 900),
 ];
 
-const ROPE: [(Geometry, bool); 5] = [
-    ((9, 3, 64, 40, 7, 5), false),
-    ((3, 1, 80, 9, 0, 9), true),
-    ((2, 2, 34, 6, 5, 1), false),
-    ((4, 2, 128, 30, 3, 2), true),
-    ((1, 1, 256, 8, 1, 3), true),
+/// With norms of heads, with heads packed in tiles and biases.
+const ROPE: [(Geometry, bool, bool); 6] = [
+    ((9, 3, 64, 40, 7, 5), false, false),
+    ((3, 1, 80, 9, 0, 9), true, true),
+    ((2, 2, 34, 6, 5, 1), false, false),
+    ((4, 2, 128, 30, 3, 2), true, false),
+    ((5, 1, 64, 8, 3, 2), false, true),
+    ((1, 1, 256, 8, 1, 3), true, true),
 ];
 
 pub fn cases() -> Vec<Case> {
     let mut cases: Vec<Case> = ATTENTION.into_iter().map(attention_case).collect();
-    cases.extend(ROPE.map(|(geometry, norms)| {
-        let norm = if norms { " norms" } else { "" };
-        Case::new(
-            "rope_kv_append_tokens_f16",
-            format!("{}{norm}", name(geometry)),
-            move |device| rope(device, geometry, norms),
-        )
+    cases.extend(ROPE.map(|(geometry, norms, in_tiles)| {
+        let mut shape = name(geometry);
+        shape.push_str(if norms { " norms" } else { "" });
+        shape.push_str(if in_tiles { " tiles, bias" } else { "" });
+        Case::new("rope_kv_append_tokens_f16", shape, move |device| {
+            rope(device, geometry, norms, in_tiles)
+        })
     }));
     cases.extend(
         [(1, 576), (3, 160), (2, 4), (2, 5120)].map(|(tokens, width)| {
@@ -144,12 +146,14 @@ fn rope(
     device: &mut dyn Device,
     (heads, kv_heads, head_dim, context, position, tokens): Geometry,
     norms: bool,
+    in_tiles: bool,
 ) -> Result<f64, CaseError> {
     const GAP: usize = 3;
     let mut inputs = Inputs::new(32);
     let widths = [heads, kv_heads, kv_heads].map(|heads| heads * head_dim);
     let stride = widths.iter().sum::<usize>() + GAP;
     let product = inputs.floats(tokens * stride, 1.0);
+    let bias = in_tiles.then(|| inputs.floats(stride - GAP, 1.0));
     let gains = norms.then(|| [0, 1].map(|_| inputs.floats(head_dim, 1.0)));
     let elems = kv_heads * context * head_dim;
     let (k_before, v_before) = (inputs.halves(elems, 1.0), inputs.halves(elems, 1.0));
@@ -178,6 +182,11 @@ fn rope(
             q: part(0),
             k: part(widths[0]),
             v: part(widths[0] + widths[1]),
+            in_tiles,
+            bias: match &bias {
+                Some(bias) => device.put_f32(bias)?,
+                None => DeviceSlice::NONE,
+            },
             q_gain,
             k_gain,
             eps: EPS,
@@ -207,7 +216,16 @@ fn rope(
     for token in product.chunks_exact(stride) {
         let mut first = 0;
         for (part, width) in parts.iter_mut().zip(widths) {
-            part.extend(&token[first..first + width]);
+            part.extend((first..first + width).map(|row| {
+                let (head, i) = (row / head_dim, row % head_dim);
+                let (second, i) = (i / (head_dim / 2), i % (head_dim / 2));
+                match &bias {
+                    Some(bias) => {
+                        token[head * head_dim + i / 8 * 16 + second * 8 + i % 8] + bias[row]
+                    }
+                    None => token[row],
+                }
+            }));
             first += width;
         }
     }

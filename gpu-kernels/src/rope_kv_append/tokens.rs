@@ -9,6 +9,9 @@
 //! warp (t, H + h)   kv head h: the same pairs of k turned, of v as they are, to the caches
 //! ```
 //!
+//! In a product whose heads are packed in tiles (`models::quant::Int4Tiled::pack_heads`) both elements of
+//! a pair lie in the same 16: element i of the first half at `16 (i / 8) + i % 8`, its partner 8 further.
+//!
 //! Bytes moved: `4 T (H + 2 KV) Dh` read, half as many written, the tables once a token. Neighbouring
 //! lanes touch neighbouring elements of both halves: coalesced, no shared memory. A head's norm reads
 //! it twice, the second time from L1.
@@ -44,6 +47,10 @@ pub struct Operands {
     pub k: Strided,
     /// KV heads.
     pub v: Strided,
+    /// Heads are packed in tiles; their width is a multiple of 16.
+    pub in_tiles: bool,
+    /// `((H + 2 KV) Dh,)` f32 in natural order, added first, or none.
+    pub bias: DeviceSlice,
     /// `(Dh,)` f32: weights of an RMSNorm of each query head, or none.
     pub q_gain: DeviceSlice,
     /// `(Dh,)` f32: the same of the keys.
@@ -109,6 +116,15 @@ pub fn plan(
         let need = before.saturating_add(tensor_bytes(&[heads, head_dim], 4));
         call.tensor(name, from.slice, need, 4)?;
     }
+    call.require(
+        !ops.in_tiles || head_dim.is_multiple_of(16),
+        "head_dim",
+        head_dim,
+        "it must be a multiple of 16 where heads are packed in tiles",
+    )?;
+    let all_heads = heads.saturating_add(kv_heads.saturating_mul(2));
+    let biases = tensor_bytes(&[all_heads, head_dim], 4);
+    call.optional("bias", ops.bias, biases, 4)?;
     call.optional("q_gain", ops.q_gain, gain, 4)?;
     call.optional("k_gain", ops.k_gain, gain, 4)?;
     call.tensor("cos", ops.cos, table, 4)?;
@@ -127,6 +143,7 @@ pub fn plan(
     call.dim("head_dim / 2", head_dim / 2)?;
     call.dim("context", context)?;
     call.f32(ops.eps);
+    call.u32(u32::from(ops.in_tiles));
     let warps = u64::from(tokens) * (u64::from(heads) + u64::from(kv_heads));
     call.require(
         warps < 1 << 31,
@@ -138,41 +155,61 @@ pub fn plan(
     call.build(device, Launch::linear(blocks, WARPS * 32, 0))
 }
 
-/// What a head is multiplied by for its norm: 1 without one.
-///
-/// # Safety
-/// All lanes of the warp call it; `from` has `2 half` elements.
-#[inline(always)]
-unsafe fn norm_factor(from: *const f32, gain: *const f32, half: u32, eps: f32) -> f32 {
-    if gain.is_null() {
-        return 1.0;
-    }
-    let mut squares = 0.0;
-    let mut i = warp::lane_id();
-    while i < 2 * half {
-        // SAFETY: by the caller's promise.
-        let x = unsafe { ptx::ld_global_f32(from.wrapping_add(i as usize)) };
-        squares = ptx::fma(x, x, squares);
-        i += 32;
-    }
-    let mean = warp::reduce_sum_f32(squares) * ptx::rcp(2.0 * half as f32);
-    ptx::rsqrt(mean + eps)
+/// A head of a token.
+#[derive(Clone, Copy)]
+struct Head {
+    from: *const f32,
+    /// Of the head, or null.
+    bias: *const f32,
+    /// Dh / 2.
+    half: usize,
+    in_tiles: bool,
 }
 
-/// Element `i` of a head, normed.
-///
-/// # Safety
-/// It is there, and in `gain` unless that is null.
-#[inline(always)]
-unsafe fn normed(from: *const f32, gain: *const f32, i: usize, factor: f32) -> f32 {
-    // SAFETY: by the caller's promise.
-    unsafe {
-        let x = ptx::ld_global_f32(from.wrapping_add(i));
-        if gain.is_null() {
-            x
+impl Head {
+    /// Elements i and `i + Dh/2`, with their biases.
+    ///
+    /// # Safety
+    /// `i` is below `half`.
+    #[inline(always)]
+    unsafe fn pair(&self, i: usize) -> [f32; 2] {
+        let (low, high) = if self.in_tiles {
+            let low = i / 8 * 16 + i % 8;
+            (low, low + 8)
         } else {
-            x * factor * ptx::ld_global_nc_f32(gain.wrapping_add(i))
+            (i, i + self.half)
+        };
+        // SAFETY: both elements are there.
+        unsafe {
+            let mut pair = [
+                ptx::ld_global_f32(self.from.wrapping_add(low)),
+                ptx::ld_global_f32(self.from.wrapping_add(high)),
+            ];
+            if !self.bias.is_null() {
+                let bias = self.bias.wrapping_add(i);
+                pair[0] += ptx::ld_global_nc_f32(bias);
+                pair[1] += ptx::ld_global_nc_f32(bias.wrapping_add(self.half));
+            }
+            pair
         }
+    }
+
+    /// What the head is multiplied by for its norm.
+    ///
+    /// # Safety
+    /// All lanes of the warp call it.
+    #[inline(always)]
+    unsafe fn norm_factor(&self, eps: f32) -> f32 {
+        let mut squares = 0.0;
+        let mut i = warp::lane_id() as usize;
+        while i < self.half {
+            // SAFETY: below `half`.
+            let [a, b] = unsafe { self.pair(i) };
+            squares = ptx::fma(a, a, ptx::fma(b, b, squares));
+            i += 32;
+        }
+        let mean = warp::reduce_sum_f32(squares) * ptx::rcp(2.0 * self.half as f32);
+        ptx::rsqrt(mean + eps)
     }
 }
 
@@ -185,6 +222,7 @@ pub unsafe fn rope_kv_append_tokens_f16(
     q: *const f32,      // (T, H, Dh), strided
     k: *const f32,      // (T, KV, Dh), strided
     v: *const f32,      // (T, KV, Dh), strided
+    bias: *const f32,   // ((H + 2 KV) Dh), or null
     q_gain: *const f32, // (Dh), or null
     k_gain: *const f32, // (Dh), or null
     cos: *const f32,    // (S, Dh/2)
@@ -202,6 +240,7 @@ pub unsafe fn rope_kv_append_tokens_f16(
     half: u32,
     context: u32,
     eps: f32,
+    in_tiles: u32,
 ) {
     ptx::griddep_launch();
     ptx::griddep_wait();
@@ -212,41 +251,68 @@ pub unsafe fn rope_kv_append_tokens_f16(
         return;
     }
     let is_query = head < heads;
-    let head = if is_query { head } else { head - heads } as usize;
-    let width = 2 * half as usize;
+    let (row, head) = (
+        head as usize,
+        if is_query { head } else { head - heads } as usize,
+    );
+    let half = half as usize;
+    let width = 2 * half;
+    let bias_of = |row: usize| {
+        if bias.is_null() {
+            bias
+        } else {
+            bias.wrapping_add(row * width)
+        }
+    };
+    let in_tiles = in_tiles != 0;
     // SAFETY: a warp a head of a token, and `i` below half the head, so both elements of a pair lie in
     // the head; the plan checked buffers, tables and caches for S positions, and the caller promises
     // that the tokens end below S.
     unsafe {
         let position = ptx::ld_global_u32(state) as usize + token;
+        let cached = (head * context as usize + position) * width;
         let (from, gain, to) = if is_query {
             let to = turned.wrapping_add((token * heads as usize + head) * width);
             (q.wrapping_add(token * q_stride as usize), q_gain, to)
         } else {
-            let to = (head * context as usize + position) * width;
             let from = k.wrapping_add(token * k_stride as usize);
-            (from, k_gain, k_cache.wrapping_add(to))
+            (from, k_gain, k_cache.wrapping_add(cached))
         };
-        let from = from.wrapping_add(head * width);
-        let values = v.wrapping_add(token * v_stride as usize + head * width);
-        let values_to = v_cache.wrapping_add((head * context as usize + position) * width);
-        let factor = norm_factor(from, gain, half, eps);
-        let half = half as usize;
+        let turns = Head {
+            from: from.wrapping_add(head * width),
+            bias: bias_of(row),
+            half,
+            in_tiles,
+        };
+        let values = Head {
+            from: v.wrapping_add(token * v_stride as usize + head * width),
+            bias: bias_of(row + kv_heads as usize),
+            half,
+            in_tiles,
+        };
+        let factor = if gain.is_null() {
+            1.0
+        } else {
+            turns.norm_factor(eps)
+        };
         let mut i = warp::lane_id() as usize;
         while i < half {
             let c = ptx::ld_global_nc_f32(cos.wrapping_add(position * half + i));
             let s = ptx::ld_global_nc_f32(sin.wrapping_add(position * half + i));
-            let a = normed(from, gain, i, factor);
-            let b = normed(from, gain, i + half, factor);
+            let [mut a, mut b] = turns.pair(i);
+            if !gain.is_null() {
+                a *= factor * ptx::ld_global_nc_f32(gain.wrapping_add(i));
+                b *= factor * ptx::ld_global_nc_f32(gain.wrapping_add(i + half));
+            }
             let low = ptx::f32_to_f16(ptx::fma(a, c, -(b * s)));
             let high = ptx::f32_to_f16(ptx::fma(b, c, a * s));
             ptx::st_global_u16(to.wrapping_add(i), low);
             ptx::st_global_u16(to.wrapping_add(i + half), high);
             if !is_query {
-                let low = ptx::ld_global_f32(values.wrapping_add(i));
-                let high = ptx::ld_global_f32(values.wrapping_add(i + half));
-                ptx::st_global_u16(values_to.wrapping_add(i), ptx::f32_to_f16(low));
-                ptx::st_global_u16(values_to.wrapping_add(i + half), ptx::f32_to_f16(high));
+                let [low, high] = values.pair(i);
+                let to = v_cache.wrapping_add(cached + i);
+                ptx::st_global_u16(to, ptx::f32_to_f16(low));
+                ptx::st_global_u16(to.wrapping_add(half), ptx::f32_to_f16(high));
             }
             i += 32;
         }

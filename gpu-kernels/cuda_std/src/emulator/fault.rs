@@ -22,6 +22,9 @@ pub enum FaultKind {
     AsyncCopy,
     /// A non-coherent load of what this launch wrote.
     NonCoherentRead,
+    /// Two blocks of a cooperative launch touch a global word, at least one writing, and neither has
+    /// waited for the other.
+    MissingWait,
     /// Nothing that can run makes progress.
     Deadlock,
     /// The kernel panicked.
@@ -41,6 +44,7 @@ impl fmt::Display for FaultKind {
             FaultKind::Shuffle => "warp operation with an inactive lane",
             FaultKind::AsyncCopy => "access during an asynchronous copy",
             FaultKind::NonCoherentRead => "non-coherent read of written data",
+            FaultKind::MissingWait => "missing wait between blocks",
             FaultKind::Deadlock => "deadlock",
             FaultKind::Panic => "panic in the kernel",
             FaultKind::InvalidLaunch => "invalid launch",

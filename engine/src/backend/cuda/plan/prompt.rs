@@ -138,11 +138,19 @@ fn takes(model: &LoadedModel, ops: &[Op<'_>]) -> bool {
                     .all(|dst| matches!(dst, Buffer::Query | Buffer::Key | Buffer::Value)),
                 Then::Add => product.dsts == [Buffer::Residual],
                 Then::SwiGlu => product.dsts == [Buffer::Gated],
+                Then::RopeKvAppend { .. } => product.dsts == [Buffer::Query],
             }
         }
         Op::RopeKvAppend {
-            query, key, value, ..
-        } => (*query, *key, *value) == (Buffer::Query, Buffer::Key, Buffer::Value),
+            query,
+            heads,
+            key,
+            value,
+            ..
+        } => {
+            (*query, *key, *value) == (Buffer::Query, Buffer::Key, Buffer::Value)
+                && *heads == model.recipe.config.heads
+        }
         Op::Step(Step::Embed { dst, .. }) => *dst == Buffer::Residual,
         Op::Step(Step::RmsNorm { src, dst, .. }) => {
             (*src, *dst) == (Buffer::Residual, Buffer::Normed)
@@ -246,7 +254,6 @@ impl Builder {
 
     /// Adds what `op`, other than a product, becomes.
     pub fn op(&mut self, compiler: &mut Compiler<'_>, op: &Op<'_>) -> Result<(), Error> {
-        let config = &compiler.model.recipe.config;
         let context = compiler.context;
         match *op {
             Op::Step(&Step::Embed { table, .. }) => {
@@ -304,31 +311,13 @@ impl Builder {
                 self.head_norms.0 = eps;
                 self.head_norms.1[usize::from(buffer == Buffer::Key)] = compiler.vector(weight)?;
             }
-            Op::RopeKvAppend { layer, heads, .. } => {
-                let Cache { keys, values } = compiler.cache(layer)?;
-                let shape = rope_kv_append::Shape {
-                    heads,
-                    kv_heads: config.kv_heads,
-                    head_dim: config.head_dim,
-                    context,
-                };
-                let (eps, [q_gain, k_gain]) =
-                    std::mem::replace(&mut self.head_norms, (0.0, [DeviceSlice::NONE; 2]));
-                let operands = rope_kv_append::tokens::Operands {
-                    q: self.result(compiler.model, Buffer::Query)?,
-                    k: self.result(compiler.model, Buffer::Key)?,
-                    v: self.result(compiler.model, Buffer::Value)?,
-                    q_gain,
-                    k_gain,
-                    eps,
-                    cos: compiler.cos,
-                    sin: compiler.sin,
-                    turned: self.turned,
-                    k_cache: keys,
-                    v_cache: values,
-                    state: compiler.state,
-                };
-                self.calls.push(Many::Rope(shape, operands));
+            Op::RopeKvAppend { layer, .. } => {
+                let results = [
+                    self.result(compiler.model, Buffer::Query)?,
+                    self.result(compiler.model, Buffer::Key)?,
+                    self.result(compiler.model, Buffer::Value)?,
+                ];
+                self.rope(compiler, layer, results, None)?;
             }
             Op::Step(&Step::Attention { layer, scale, .. }) => {
                 let Cache { keys, values } = compiler.cache(layer)?;
@@ -344,6 +333,45 @@ impl Builder {
             }
             Op::Step(_) | Op::Product(_) => {}
         }
+        Ok(())
+    }
+
+    /// Turns and appends what `results` hold: queries, keys and values; of a product whose heads are
+    /// packed in tiles with its biases.
+    fn rope(
+        &mut self,
+        compiler: &Compiler<'_>,
+        layer: usize,
+        [q, k, v]: [Strided; 3],
+        tiles_bias: Option<DeviceSlice>,
+    ) -> Result<(), Error> {
+        let config = &compiler.model.recipe.config;
+        let Cache { keys, values } = compiler.cache(layer)?;
+        let shape = rope_kv_append::Shape {
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            context: compiler.context,
+        };
+        let (eps, [q_gain, k_gain]) =
+            std::mem::replace(&mut self.head_norms, (0.0, [DeviceSlice::NONE; 2]));
+        let operands = rope_kv_append::tokens::Operands {
+            q,
+            k,
+            v,
+            in_tiles: tiles_bias.is_some(),
+            bias: tiles_bias.unwrap_or(DeviceSlice::NONE),
+            q_gain,
+            k_gain,
+            eps,
+            cos: compiler.cos,
+            sin: compiler.sin,
+            turned: self.turned,
+            k_cache: keys,
+            v_cache: values,
+            state: compiler.state,
+        };
+        self.calls.push(Many::Rope(shape, operands));
         Ok(())
     }
 
@@ -373,7 +401,7 @@ impl Builder {
         }
         let tiles = &placed.tiles;
         let (y, epilogue) = match product.then {
-            Then::Store => {
+            Then::Store | Then::RopeKvAppend { .. } => {
                 let y = self.place(compiler, product, tiles.rows)?;
                 (y, Epilogue::Store)
             }
@@ -393,7 +421,11 @@ impl Builder {
             scales: tiles.scales,
             mins: tiles.mins,
             zeros: tiles.zeros,
-            bias: placed.bias,
+            // What turns the heads adds it where their order is not that of the bias.
+            bias: match product.then {
+                Then::RopeKvAppend { .. } => DeviceSlice::NONE,
+                _ => placed.bias,
+            },
             x: match product.src {
                 Buffer::Attended => self.attended,
                 Buffer::Gated => self.gated,
@@ -403,6 +435,15 @@ impl Builder {
             scratch: self.scratch,
         };
         self.calls.push(Many::Product(shape, operands));
+        if let Then::RopeKvAppend { layer } = product.then {
+            let recipe = &compiler.model.recipe;
+            let [q, k] = [Buffer::Query, Buffer::Key].map(|buffer| recipe.elems(buffer));
+            let results = [0, q, q + k].map(|first| Strided {
+                slice: rest(y, 4 * first as u64),
+                stride: tiles.rows,
+            });
+            self.rope(compiler, layer, results, Some(placed.bias))?;
+        }
         Ok(())
     }
 
