@@ -8,7 +8,7 @@
 //! ```text
 //! block (h, i)   query head h, 64 queries; the last ones, with the most keys, in the first blocks
 //! warp w         queries 16w .. 16w + 16, all keys: its own softmax, kept in registers
-//! a step         64 keys and values, copied to shared memory while the step before is worked on
+//! a step         64 keys and values (32 before capability 8.0), copied to shared memory while the step before is worked on
 //! lane 4g + q    scores: queries g and g + 8, keys 2q and 2q + 1 of each eight
 //! ```
 //!
@@ -43,8 +43,9 @@ const WARPS: u32 = 4;
 /// Queries a block.
 const QUERIES: u32 = WARP_QUERIES * WARPS;
 const THREADS: u32 = WARPS * 32;
-/// Keys a step.
-const KEYS: u32 = 64;
+/// Eights of keys a step, and where products take more registers.
+const WIDE: usize = 8;
+const NARROW: usize = 4;
 /// Halves of a 16-byte chunk.
 const CHUNK_ELEMS: u32 = 8;
 const CHUNK_BYTES: u32 = 16;
@@ -133,10 +134,16 @@ pub fn plan(
         ..=64 => 64,
         _ => 128,
     };
+    let eights = if device.compute_capability >= 80 {
+        WIDE
+    } else {
+        NARROW
+    };
+    let keys = eights as u32 * 8;
     let launch = Launch {
         grid: [heads as u32, tokens.div_ceil(QUERIES), 1],
         block: [THREADS, 1, 1],
-        shared_bytes: STAGES * 2 * KEYS * width * 2,
+        shared_bytes: STAGES * 2 * keys * width * 2,
     };
     call.build(device, launch)
 }
@@ -170,19 +177,19 @@ fn key_chunk(width: u32, key: u32, chunk: u32) -> u32 {
     key * row_bytes(width) + (chunk ^ ((key & 1) << 2)) * CHUNK_BYTES
 }
 
-/// Offset of a chunk of a value, behind the keys.
+/// Offset of a chunk of a value, from the end of the keys on.
 #[inline(always)]
 fn value_chunk(width: u32, key: u32, chunk: u32) -> u32 {
-    (KEYS + key) * row_bytes(width) + (chunk ^ (key & 7)) * CHUNK_BYTES
+    key * row_bytes(width) + (chunk ^ (key & 7)) * CHUNK_BYTES
 }
 
-/// Starts the copies of the keys and values from `first` on; zeros from `end` on, and in columns that
-/// fill up the head.
+/// Starts the copies of `keys` keys and values from `first` on; zeros from `end` on, and in columns
+/// that fill up the head.
 ///
 /// # Safety
 /// All threads of the block call it; nobody reads what was at `at`. `end` is at most the context.
 #[inline(always)]
-unsafe fn bring(args: &Args, width: u32, base: Shared, at: u32, first: u32, end: u32) {
+unsafe fn bring(args: &Args, [width, keys]: [u32; 2], base: Shared, at: u32, first: u32, end: u32) {
     let chunks = row_bytes(width) / CHUNK_BYTES;
     let (chunk, mut key) = (
         thread::thread_idx_x() % chunks,
@@ -192,13 +199,7 @@ unsafe fn bring(args: &Args, width: u32, base: Shared, at: u32, first: u32, end:
     let row = kv_head as usize * args.context as usize + (first + key) as usize;
     let mut from = (row * args.head_dim as usize + (chunk * CHUNK_ELEMS) as usize) / 2;
     let step = (THREADS / chunks * args.head_dim / 2) as usize;
-    // Where copies go through registers, a number that the compiler does not know keeps it from having
-    // all of them under way at once.
-    let keys = if at_least_sm_80() {
-        KEYS
-    } else {
-        KEYS * thread::block_dim_y()
-    };
+    let values = at + keys * row_bytes(width);
     while key < keys && chunk * CHUNK_ELEMS < width {
         let there = first + key < end && chunk * CHUNK_ELEMS < args.head_dim;
         // SAFETY: what is not there is not read.
@@ -206,7 +207,7 @@ unsafe fn bring(args: &Args, width: u32, base: Shared, at: u32, first: u32, end:
             let k = args.k_cache.wrapping_add(from);
             ptx::cp_async_16_or_zero(there, base, at + key_chunk(width, key, chunk), k);
             let v = args.v_cache.wrapping_add(from);
-            ptx::cp_async_16_or_zero(there, base, at + value_chunk(width, key, chunk), v);
+            ptx::cp_async_16_or_zero(there, base, values + value_chunk(width, key, chunk), v);
         }
         key += THREADS / chunks;
         from += step;
@@ -226,13 +227,14 @@ fn quad_sum(value: f32) -> f32 {
     value + warp::shuffle_xor_f32(warp::FULL_MASK, value, 2)
 }
 
-/// The body of every entry: heads of up to `32 D32` columns, `DT` eights of them.
+/// The body of every entry: heads of up to `32 D32` columns, `DT` eights of them, `KT` eights of keys
+/// a step.
 ///
 /// # Safety
 /// Launched as [`plan`] says.
 #[inline(always)]
-unsafe fn attention<const D32: usize, const DT: usize>(args: &Args) {
-    let width = D32 as u32 * 32;
+unsafe fn attention<const D32: usize, const DT: usize, const KT: usize>(args: &Args) {
+    let (width, keys) = (D32 as u32 * 32, KT as u32 * 8);
     let thread = thread::thread_idx_x();
     let (lane, number) = (thread % 32, thread / 32);
     let (g, q) = (lane / 4, lane % 4);
@@ -242,13 +244,13 @@ unsafe fn attention<const D32: usize, const DT: usize>(args: &Args) {
     let tile = thread::grid_dim_y() - 1 - thread::block_idx_y();
     let query = tile * QUERIES + number * WARP_QUERIES + g;
     let end = args.position + args.tokens.min((tile + 1) * QUERIES);
-    let steps = end.div_ceil(KEYS);
-    let stage = 2 * KEYS * row_bytes(width);
+    let steps = end.div_ceil(keys);
+    let stage = 2 * keys * row_bytes(width);
 
     // SAFETY: the plan checked q, out and the caches for the tokens; a barrier stands between the
     // arrival of a step and its use, and between its use and the next copies to its place.
     unsafe {
-        bring(args, width, base, 0, 0, end);
+        bring(args, [width, keys], base, 0, 0, end);
         ptx::cp_async_commit();
 
         // Operand A of the scores: of rows g and g + 8 columns 32 j + 8q .. + 8.
@@ -274,30 +276,37 @@ unsafe fn attention<const D32: usize, const DT: usize>(args: &Args) {
             thread::sync_threads();
             let at = step % STAGES * stage;
             if step + 1 < steps {
-                bring(args, width, base, stage - at, (step + 1) * KEYS, end);
+                bring(
+                    args,
+                    [width, keys],
+                    base,
+                    stage - at,
+                    (step + 1) * keys,
+                    end,
+                );
             }
             ptx::cp_async_commit();
 
-            let mut scores = [[0.0f32; 4]; 8];
-            unroll!(N < 8 => {
+            let mut scores = [[0.0f32; 4]; KT];
+            unroll!(N < (KT) => {
                 unroll!(J < (D32) => {
                     let key = N as u32 * 8 + g;
                     let chunk = key_chunk(width, key, J as u32 * 4 + q);
                     let b = ptx::ld_shared_v4_u32(base, at + chunk);
                     let [upper, lower] = queries[J % D32];
                     let a = [upper[0], lower[0], upper[1], lower[1]];
-                    scores[N] = mma_k16(a, [b[0], b[1]], scores[N]);
+                    scores[N % KT] = mma_k16(a, [b[0], b[1]], scores[N % KT]);
                     let a = [upper[2], lower[2], upper[3], lower[3]];
-                    scores[N] = mma_k16(a, [b[2], b[3]], scores[N]);
+                    scores[N % KT] = mma_k16(a, [b[2], b[3]], scores[N % KT]);
                 });
             });
             // Keys that come after a query: only where the last of them meet the first of the warp.
-            if step * KEYS + KEYS - 1 > args.position + query - g {
-                unroll!(N < 8 => {
+            if (step + 1) * keys > args.position + query - g + 1 {
+                unroll!(N < (KT) => {
                     unroll!(I < 4 => {
-                        let key = step * KEYS + N as u32 * 8 + 2 * q + I as u32 % 2;
+                        let key = step * keys + N as u32 * 8 + 2 * q + I as u32 % 2;
                         if key > args.position + query + I as u32 / 2 * 8 {
-                            scores[N][I] = f32::NEG_INFINITY;
+                            scores[N % KT][I] = f32::NEG_INFINITY;
                         }
                     });
                 });
@@ -306,17 +315,17 @@ unsafe fn attention<const D32: usize, const DT: usize>(args: &Args) {
             // The first key is there for every query, so the maxima are finite from the first step on.
             unroll!(R < 2 => {
                 let mut max = maxima[R];
-                unroll!(N < 8 => {
-                    max = max.max(scores[N][2 * R]).max(scores[N][2 * R + 1]);
+                unroll!(N < (KT) => {
+                    max = max.max(scores[N % KT][2 * R]).max(scores[N % KT][2 * R + 1]);
                 });
                 let max = quad_max(max);
                 let shrink = ptx::exp2((maxima[R] - max) * args.scale);
                 maxima[R] = max;
                 let offset = -max * args.scale;
                 let mut sum = weights[R] * shrink;
-                unroll!(N < 8 => {
+                unroll!(N < (KT) => {
                     unroll!(I < 2 => {
-                        let score = &mut scores[N][2 * R + I];
+                        let score = &mut scores[N % KT][2 * R + I];
                         *score = ptx::exp2(ptx::fma(*score, args.scale, offset));
                         sum += *score;
                     });
@@ -332,8 +341,8 @@ unsafe fn attention<const D32: usize, const DT: usize>(args: &Args) {
                 });
             });
 
-            unroll!(J < 4 => {
-                let (left, right) = (scores[2 * J], scores[2 * J + 1]);
+            unroll!(J < (KT / 2) => {
+                let (left, right) = (scores[(2 * J) % KT], scores[(2 * J + 1) % KT]);
                 let a = [
                     ptx::f32x2_to_f16x2(left[0], left[1]),
                     ptx::f32x2_to_f16x2(left[2], left[3]),
@@ -345,7 +354,7 @@ unsafe fn attention<const D32: usize, const DT: usize>(args: &Args) {
                 unroll!(N < 8 => {
                     if 2 * N < DT {
                         let chunk = value_chunk(width, key, 2 * N as u32 + lane / 16);
-                        let b = ptx::ldmatrix_x4_trans(base, at + chunk);
+                        let b = ptx::ldmatrix_x4_trans(base, at + stage / 2 + chunk);
                         let sum = &mut sums[(2 * N) % DT];
                         *sum = mma_k16(a, [b[0], b[1]], *sum);
                         let sum = &mut sums[(2 * N + 1) % DT];
@@ -406,7 +415,13 @@ macro_rules! entries {
                 q, k_cache, v_cache, out, position, group, head_dim, context, tokens, scale,
             };
             // SAFETY: launched as `plan` says.
-            unsafe { attention::<$d32, { $d32 * 4 }>(&args) }
+            unsafe {
+                if at_least_sm_80() {
+                    attention::<$d32, { $d32 * 4 }, WIDE>(&args);
+                } else {
+                    attention::<$d32, { $d32 * 4 }, NARROW>(&args);
+                }
+            }
         }
     )*};
 }

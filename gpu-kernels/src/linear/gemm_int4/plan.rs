@@ -130,6 +130,11 @@ impl Tiling {
         shape.row_blocks().saturating_mul(token_tiles)
     }
 
+    /// Whether a block of the device has room for the tile, whatever the format.
+    pub fn fits(&self, device: &DeviceInfo) -> bool {
+        widths(device).any(|tokens| tokens == self.tokens)
+    }
+
     /// Bytes of [`Operands::scratch`].
     pub fn scratch_bytes(&self, shape: &Shape) -> u64 {
         if self.parts < 2 {
