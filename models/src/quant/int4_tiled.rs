@@ -20,7 +20,8 @@
 //!
 //! Several matrices that read the same input become one by putting their rows one after the other
 //! ([`Int4Tiled::pack`]). A gate and an up projection are interleaved by eights, so that both
-//! halves of a pair meet in one tile ([`Int4Tiled::pack_gate_up`]).
+//! halves of a pair meet in one tile ([`Int4Tiled::pack_gate_up`]); so are the halves of heads whose
+//! pairs are turned together ([`Int4Tiled::pack_heads`]).
 
 use half::f16;
 
@@ -92,6 +93,35 @@ impl Int4Tiled {
             })
             .collect();
         Self::from_rows(&[gate, up], &rows)
+    }
+
+    /// The matrices one after the other, head by head: eight rows of the head's first half, the same
+    /// eight of its second, and so on. Row `r` of tile `t` of a head is row `8t + r` of the head for
+    /// `r < 8` and row `head_dim / 2 + 8t + r - 8` from there on.
+    ///
+    /// # Errors
+    /// No matrix, matrices that differ in columns, group or form, a `head_dim` that is no multiple of
+    /// 16 or does not divide their rows.
+    pub fn pack_heads(matrices: &[&Int4Matrix], head_dim: usize) -> Result<Self, Error> {
+        let whole = |m: &&Int4Matrix| head_dim > 0 && m.rows.is_multiple_of(head_dim);
+        if !head_dim.is_multiple_of(TILE_ROWS) || !matrices.iter().all(whole) {
+            return Err(Error::Matrix {
+                format: FORMAT,
+                reason: format!("heads of {head_dim} rows do not fill tiles of {TILE_ROWS}"),
+            });
+        }
+        let rows: Vec<Source<'_>> = matrices
+            .iter()
+            .flat_map(|m| {
+                (0..m.rows).map(move |i| {
+                    let (head, of_head) = (i / head_dim, i % head_dim);
+                    let (tile, r) = (of_head / TILE_ROWS, of_head % TILE_ROWS);
+                    let second = if r < HALF { 0 } else { head_dim / 2 };
+                    Some((*m, head * head_dim + second + tile * HALF + r % HALF))
+                })
+            })
+            .collect();
+        Self::from_rows(matrices, &rows)
     }
 
     fn from_rows(matrices: &[&Int4Matrix], rows: &[Source<'_>]) -> Result<Self, Error> {
@@ -378,6 +408,32 @@ mod tests {
                 assert!(both.row_quants(row).iter().all(|&byte| byte == 0));
             }
         }
+    }
+
+    #[test]
+    fn halves_of_a_head_meet_in_a_tile() {
+        let (q, k) = (matrix(96, 160, 64, true), matrix(48, 160, 64, true));
+        let both = Int4Tiled::pack_heads(&[&q, &k], 48).unwrap();
+        let both = both.unpack().unwrap();
+        assert_eq!(both.rows, 144);
+        let mut seen = [false; 144];
+        for row in 0..144 {
+            let (head, tile, r) = (row / 48, row % 48 / 16, row % 16);
+            let natural = 48 * head + 24 * (r / 8) + 8 * tile + r % 8;
+            let (of, i) = if natural < 96 {
+                (&q, natural)
+            } else {
+                (&k, natural - 96)
+            };
+            assert_eq!(both.row_quants(row), of.row_quants(i));
+            assert_eq!(both.row_scales(row), of.row_scales(i));
+            assert_eq!(both.row_mins(row), of.row_mins(i));
+            seen[natural] = true;
+        }
+        assert!(seen.iter().all(|&seen| seen));
+        assert!(Int4Tiled::pack_heads(&[&q], 40).is_err());
+        assert!(Int4Tiled::pack_heads(&[&q, &k], 32).is_err());
+        assert!(Int4Tiled::pack_heads(&[&q], 0).is_err());
     }
 
     #[test]

@@ -372,7 +372,7 @@ impl Compiler<'_> {
             group: tiles.group,
             tokens: 1,
             epilogue: match product.then {
-                Then::Store => gemv_int4_mma::Epilogue::Store,
+                Then::Store | Then::RopeKvAppend { .. } => gemv_int4_mma::Epilogue::Store,
                 Then::Add => gemv_int4_mma::Epilogue::Add,
                 Then::SwiGlu => gemv_int4_mma::Epilogue::SwiGlu,
             },
@@ -390,14 +390,40 @@ impl Compiler<'_> {
             gain,
             y,
         };
-        let entry = gemv_int4_mma::entry(
-            shape.group,
-            tiles.mins != DeviceSlice::NONE,
-            1,
-            shape.half_x,
-        );
-        let name = shape.name(product.norm.is_some());
+        let mut name = shape.name(product.norm.is_some());
         let rule = || gemv_int4_mma::rule(self.device, &shape);
+        let mins = tiles.mins != DeviceSlice::NONE;
+        if let Then::RopeKvAppend { layer } = product.then {
+            let config = &self.model.recipe.config;
+            let Cache { keys, values } = self.cache(layer)?;
+            let heads = gemv_int4_mma::Heads {
+                heads: config.heads,
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
+                context: self.context,
+            };
+            let of_heads = gemv_int4_mma::HeadsOperands {
+                cos: self.cos,
+                sin: self.sin,
+                k_cache: keys,
+                v_cache: values,
+                state: self.state,
+            };
+            let entry = gemv_int4_mma::entry_heads(shape.group, mins);
+            name.push_str(" heads");
+            let chosen = self.tuned.choose(entry, &name, rule);
+            let tiling = Some(chosen.launch);
+            let call = gemv_int4_mma::plan_heads(
+                self.device,
+                &shape,
+                &heads,
+                &operands,
+                &of_heads,
+                tiling,
+            );
+            return Ok((call.map_err(unsupported)?, format!("{name}: {chosen}")));
+        }
+        let entry = gemv_int4_mma::entry(shape.group, mins, 1, shape.half_x);
         let chosen = self.tuned.choose(entry, &name, rule);
         let call = gemv_int4_mma::plan(self.device, &shape, &operands, Some(chosen.launch))
             .map_err(unsupported)?;
@@ -449,6 +475,7 @@ impl Compiler<'_> {
                     Then::Store => {}
                     Then::Add => parts.push("add".to_owned()),
                     Then::SwiGlu => parts.push("swiglu".to_owned()),
+                    Then::RopeKvAppend { .. } => parts.push("rope append".to_owned()),
                 }
                 parts.join(" ")
             }

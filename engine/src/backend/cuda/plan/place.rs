@@ -70,6 +70,9 @@ pub(super) fn pack(model: &LoadedModel, product: &Product) -> Result<Int4Tiled, 
         .collect::<Result<Vec<_>, _>>()?;
     let tiled = match (product.then, &matrices[..]) {
         (Then::SwiGlu, [gate, up]) => Int4Tiled::pack_gate_up(gate, up),
+        (Then::RopeKvAppend { .. }, _) => {
+            Int4Tiled::pack_heads(&matrices, model.recipe.config.head_dim)
+        }
         _ => Int4Tiled::pack(&matrices),
     };
     tiled.map_err(Error::input)
