@@ -118,7 +118,7 @@ fn twice(word: u32, half: u32) -> u32 {
     ptx::permute_bytes(word, word, if half == 0 { 0x1010 } else { 0x3232 })
 }
 
-/// What a warp brings and where it stands.
+/// Where a warp stands.
 #[derive(Clone, Copy)]
 struct Place {
     thread: u32,
@@ -133,63 +133,115 @@ struct Place {
     eight: u32,
 }
 
-/// Starts the copies of stage `tile` (along K) of `tokens` tokens to `at`.
-///
-/// # Safety
-/// All threads of the block call it; nobody reads what was there.
-#[inline(always)]
-unsafe fn bring(
-    args: &Args,
-    stage: &Stage,
-    place: &Place,
-    tokens: u32,
-    base: Shared,
-    at: u32,
+/// What a thread copies to each stage, and how far it has come.
+#[derive(Clone, Copy)]
+struct Feed {
+    /// 16 bytes of a tile of the block's first four row tiles; the other four are `second` words on.
+    words: *const u32,
+    second: usize,
+    words_there: [bool; 2],
+    /// 16 bytes of a token's activations; other tokens are `x_step` words apart.
+    x: *const u32,
+    x_step: usize,
+    /// The first of the thread's tokens, of its block.
+    token: u32,
+    /// Eight columns of 16 in a stage.
+    eight: u32,
+    /// 16 bytes of the scales, and their distance from tile to tile.
+    pair: usize,
+    pair_step: usize,
+    pairs_there: bool,
+    /// Tile along K.
     tile: u32,
-) {
-    let thread = place.thread;
-    let first_tile = thread::block_idx_y() * BLOCK_TILES;
-    // SAFETY: what is outside of the matrix or of x is not read.
-    unsafe {
-        unroll!(I < 2 => {
-            let copy = thread + I as u32 * BLOCK_THREADS;
-            let row_tile = first_tile + copy / (TILE_WORDS / 4);
-            let from = (row_tile * args.depth_tiles + tile) as usize * TILE_WORDS as usize
-                + (copy % (TILE_WORDS / 4) * 4) as usize;
-            let there = row_tile < args.row_tiles;
-            let words = args.quants.wrapping_add(from);
-            ptx::cp_async_16_or_zero(there, base, at + copy * COPY_BYTES, words);
-        });
+}
+
+/// Tokens that a block's threads copy 16 bytes of at a time.
+const COPY_TOKENS: u32 = BLOCK_THREADS / 16;
+
+impl Feed {
+    #[inline(always)]
+    fn new(args: &Args, thread: u32, tokens: u32, tile: u32) -> Feed {
+        let first_tile = thread::block_idx_y() * BLOCK_TILES;
+        let row_tile = first_tile + thread / (TILE_WORDS / 4);
+        let at = |row_tile: u32| (row_tile * args.depth_tiles + tile) as usize;
+        let within = (thread % (TILE_WORDS / 4) * 4) as usize;
         let (eight, first) = (thread % 16, thread / 16);
+        let token = thread::block_idx_x() * tokens + first;
         let column = tile * TILE_COLS + eight * 8;
-        let token_0 = thread::block_idx_x() * tokens;
-        unroll!(I < 8 => {
-            let token = first + I as u32 * 16;
-            // Known when the kernel is compiled, but for eight tokens.
-            if (I as u32 + 1) * 16 <= tokens || token < tokens && I == 0 {
-                let there = token_0 + token < args.tokens && column < args.cols;
-                let from = (token_0 + token) as usize * args.cols as usize + column as usize;
-                let halves = args.x.wrapping_add(from / 2);
-                ptx::cp_async_16_or_zero(there, base, at + X + x_offset(token, eight), halves);
-            }
-        });
-        let bytes = scale_bytes(args.group_shift);
-        let copies = bytes / COPY_BYTES;
-        // A power of two, 2 to 8.
+        let pair_words = (scale_bytes(args.group_shift) / 4) as usize;
+        // 16-byte copies of a tile's scales: a power of two, 2 to 8.
         let shift = 8 - args.group_shift;
-        let row_tile = first_tile + (thread >> shift);
-        if thread < BLOCK_TILES * copies {
-            let there = row_tile < args.row_tiles;
-            let from = (row_tile * args.depth_tiles + tile) as usize * (bytes / 4) as usize
-                + ((thread & (copies - 1)) * 4) as usize;
-            let to = at + thread * COPY_BYTES;
-            let scales = args.scales.wrapping_add(from);
-            ptx::cp_async_16_or_zero(there, base, to + stage.scales, scales);
-            if !args.mins.is_null() {
-                let mins = args.mins.wrapping_add(from);
-                ptx::cp_async_16_or_zero(there, base, to + stage.mins, mins);
+        let pair_tile = first_tile + (thread >> shift);
+        let pair_within = ((thread & ((1 << shift) - 1)) * 4) as usize;
+        Feed {
+            words: args
+                .quants
+                .wrapping_add(at(row_tile) * TILE_WORDS as usize + within),
+            second: 4 * args.depth_tiles as usize * TILE_WORDS as usize,
+            words_there: [row_tile < args.row_tiles, row_tile + 4 < args.row_tiles],
+            x: args
+                .x
+                .wrapping_add((token as usize * args.cols as usize + column as usize) / 2),
+            x_step: (COPY_TOKENS / 2) as usize * args.cols as usize,
+            token,
+            eight,
+            pair: at(pair_tile) * pair_words + pair_within,
+            pair_step: pair_words,
+            pairs_there: pair_tile < args.row_tiles,
+            tile,
+        }
+    }
+
+    /// Starts the copies of the next stage, of `tokens` tokens, to `at`.
+    ///
+    /// # Safety
+    /// All threads of the block call it; nobody reads what was there.
+    #[inline(always)]
+    unsafe fn bring(
+        &mut self,
+        args: &Args,
+        stage: &Stage,
+        tokens: u32,
+        thread: u32,
+        base: Shared,
+        at: u32,
+    ) {
+        let own = at + thread * COPY_BYTES;
+        // SAFETY: what is outside of the matrix or of x is not read.
+        unsafe {
+            ptx::cp_async_16_or_zero(self.words_there[0], base, own, self.words);
+            let second = self.words.wrapping_add(self.second);
+            let to = own + BLOCK_THREADS * COPY_BYTES;
+            ptx::cp_async_16_or_zero(self.words_there[1], base, to, second);
+
+            let in_row = self.tile * TILE_COLS + self.eight * 8 < args.cols;
+            let first = thread / 16;
+            // Tokens 16 apart: their rows are exchanged alike.
+            let to = at + X + x_offset(first, self.eight);
+            let mut x = self.x;
+            unroll!(I < 8 => {
+                let skip = I as u32 * COPY_TOKENS;
+                // Known when the kernel is compiled, but for eight tokens.
+                if skip + COPY_TOKENS <= tokens || first < tokens && I == 0 {
+                    let there = in_row && self.token + skip < args.tokens;
+                    ptx::cp_async_16_or_zero(there, base, to + skip * X_BYTES, x);
+                    x = x.wrapping_add(self.x_step);
+                }
+            });
+
+            if thread < BLOCK_TILES << (8 - args.group_shift) {
+                let scales = args.scales.wrapping_add(self.pair);
+                ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.scales, scales);
+                if !args.mins.is_null() {
+                    let mins = args.mins.wrapping_add(self.pair);
+                    ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.mins, mins);
+                }
             }
         }
+        self.words = self.words.wrapping_add(TILE_WORDS as usize);
+        self.x = self.x.wrapping_add((TILE_COLS / 2) as usize);
+        self.pair += self.pair_step;
+        self.tile += 1;
     }
 }
 
@@ -199,6 +251,14 @@ struct Group {
     scales: [u32; 2],
     mins: [u32; 2],
     zeros: [Zero; 2],
+}
+
+impl Group {
+    const SYMMETRIC: Group = Group {
+        scales: [0; 2],
+        mins: [0; 2],
+        zeros: [Zero::EIGHT; 2],
+    };
 }
 
 /// The half 1/16, twice.
@@ -248,12 +308,14 @@ fn weights(word: u32, halves: u32, group: &Group) -> [u32; 4] {
     [low(a, 0), low(b, 1), high(c, 0), high(d, 1)]
 }
 
-/// Adds the products of a stage to the warp's sums.
+/// Adds the products of a stage to the warp's sums. `ONCE`: a group is as long as a tile; `MINS`: there
+/// are minima or zeros. Forms of their own, because a condition in between would keep the compiler from
+/// moving loads and the making of weights between products.
 ///
 /// # Safety
 /// All lanes of the warp call it; the stage is there.
 #[inline(always)]
-unsafe fn multiply<const MT: usize, const NT: usize>(
+unsafe fn multiply<const MT: usize, const NT: usize, const ONCE: bool, const MINS: bool>(
     args: &Args,
     stage: &Stage,
     place: &Place,
@@ -264,42 +326,40 @@ unsafe fn multiply<const MT: usize, const NT: usize>(
 ) {
     let tiles = at + place.row_tile * TILE_BYTES + place.lane * 16;
     // The pairs of scales of a row lie side by side: one to four.
-    let pair = place.g << (9 - args.group_shift);
-    let bytes = scale_bytes(args.group_shift);
-    let scales = at + stage.scales + place.row_tile * bytes + pair;
-    let mins = at + stage.mins + place.row_tile * bytes + pair;
+    let shift = if ONCE {
+        TILE_COLS.trailing_zeros()
+    } else {
+        args.group_shift
+    };
+    let bytes = scale_bytes(shift);
+    let scales = at + stage.scales + place.row_tile * bytes + (place.g << (9 - shift));
+    let mins = scales + (stage.mins - stage.scales);
     let x = at + X + (place.eight * 8 + place.g) * X_BYTES;
     let odd = (place.g & 1) << 2;
-    let mut words = [[0u32; 4]; MT];
-    let none = Group {
-        scales: [0; 2],
-        mins: [0; 2],
-        zeros: [if args.mins.is_null() {
-            Zero::EIGHT
-        } else {
-            Zero::NONE
-        }; 2],
+    // All or nothing of what lies in the place of minima is a zero.
+    let zeros = if args.flags & FLAG_ZEROS != 0 {
+        u32::MAX
+    } else {
+        0
     };
-    let mut groups = [none; MT];
+    let mut words = [[0u32; 4]; MT];
+    let mut groups = [Group::SYMMETRIC; MT];
     // SAFETY: by the caller's promise.
     unsafe {
         unroll!(Q < 4 => {
             let quarter = Q as u32;
-            if (quarter * 32) & ((1 << args.group_shift) - 1) == 0 {
-                let group = (quarter * 32) >> args.group_shift << 2;
+            if !ONCE || Q == 0 {
+                let group = (quarter * 32) >> shift << 2;
                 unroll!(M < (MT) => {
                     let tile = M as u32 * bytes + group;
                     let pair = ptx::ld_shared_u32(base, scales + tile);
                     let group = &mut groups[M % MT];
                     group.scales = [twice(pair, 0), twice(pair, 1)];
-                    if !args.mins.is_null() {
+                    if MINS {
                         let pair = ptx::ld_shared_u32(base, mins + tile);
                         let pair = [twice(pair, 0), twice(pair, 1)];
-                        if args.flags & FLAG_ZEROS != 0 {
-                            group.zeros = [Zero::of(pair[0]), Zero::of(pair[1])];
-                        } else {
-                            group.mins = pair;
-                        }
+                        group.mins = [pair[0] & !zeros, pair[1] & !zeros];
+                        group.zeros = [Zero::of(pair[0] & zeros), Zero::of(pair[1] & zeros)];
                     }
                 });
             }
@@ -318,10 +378,11 @@ unsafe fn multiply<const MT: usize, const NT: usize>(
             let eight = ((quarter * 4 + place.q) ^ odd) * COPY_BYTES;
             unroll!(N < (NT) => {
                 let b = ptx::ld_shared_v4_u32(base, x + N as u32 * 8 * X_BYTES + eight);
-                unroll!(M < (MT) => {
-                    let sum = &mut sums[M % MT][N % NT];
-                    *sum = mma_k16(a[M % MT][0], [b[0], b[1]], *sum);
-                    *sum = mma_k16(a[M % MT][1], [b[2], b[3]], *sum);
+                unroll!(S < 2 => {
+                    unroll!(M < (MT) => {
+                        let sum = &mut sums[M % MT][N % NT];
+                        *sum = mma_k16(a[M % MT][S], [b[2 * S], b[2 * S + 1]], *sum);
+                    });
                 });
             });
         });
@@ -527,11 +588,12 @@ pub(super) unsafe fn gemm<
     // SAFETY: the plan checked the buffers and gave the stages; a barrier stands between the arrival
     // of a stage and its use, and between its use and the next copies to its place.
     unsafe {
+        let mut feed = Feed::new(args, thread, tokens, first);
         let mut into = 0;
         let mut ahead = first;
         while ahead < first + under_way + 1 {
             if ahead < end {
-                bring(args, &stage, &place, tokens, base, into, ahead);
+                feed.bring(args, &stage, tokens, thread, base, into);
             }
             // Also an empty group counts.
             ptx::cp_async_commit();
@@ -548,11 +610,26 @@ pub(super) unsafe fn gemm<
             }
             thread::sync_threads();
             if ahead < end {
-                bring(args, &stage, &place, tokens, base, into, ahead);
+                feed.bring(args, &stage, tokens, thread, base, into);
             }
             ptx::cp_async_commit();
             (into, ahead) = (next(into), ahead + 1);
-            multiply(args, &stage, &place, base, at, halves, &mut sums);
+            let sums = &mut sums;
+            let once = args.group_shift == TILE_COLS.trailing_zeros();
+            match (once, has_mins) {
+                (true, false) => {
+                    multiply::<MT, NT, true, false>(args, &stage, &place, base, at, halves, sums);
+                }
+                (true, true) => {
+                    multiply::<MT, NT, true, true>(args, &stage, &place, base, at, halves, sums);
+                }
+                (false, false) => {
+                    multiply::<MT, NT, false, false>(args, &stage, &place, base, at, halves, sums);
+                }
+                (false, true) => {
+                    multiply::<MT, NT, false, true>(args, &stage, &place, base, at, halves, sums);
+                }
+            }
             (at, tile) = (next(at), tile + 1);
         }
         if parts > 1 {
