@@ -1,27 +1,29 @@
-//! What the entries run: a block's stages, its products, and what becomes of them.
+//! What the entries run: a block's stages and its products.
 
 use cuda_std::shared::Shared;
 use cuda_std::{shared, thread, warp};
 
 use super::super::gemv_int4_mma::tile::{HALVES_1024, fragments};
-use super::{BLOCK_ROWS, BLOCK_THREADS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS};
+use super::feed::Feed;
+use super::store::{add, leave, store};
+use super::{BLOCK_ROWS, BLOCK_THREADS, FLAG_ZEROS};
 use crate::arrive::last_to_arrive;
 use crate::product::{at_least_sm_80, mma_k16};
+use crate::ptx;
 use crate::unroll::unroll;
-use crate::{ptx, swiglu};
 
 /// Rows a tile of the matrix.
 pub(super) const TILE_ROWS: u32 = 16;
 /// Columns a tile: those of a stage.
 pub(super) const TILE_COLS: u32 = 128;
 const TILE_BYTES: u32 = TILE_ROWS * TILE_COLS / 2;
-const TILE_WORDS: u32 = TILE_BYTES / 4;
+pub(super) const TILE_WORDS: u32 = TILE_BYTES / 4;
 /// Row tiles a block.
-const BLOCK_TILES: u32 = BLOCK_ROWS / TILE_ROWS;
+pub(super) const BLOCK_TILES: u32 = BLOCK_ROWS / TILE_ROWS;
 /// Bytes of a token's activations in a stage.
-const X_BYTES: u32 = TILE_COLS * 2;
+pub(super) const X_BYTES: u32 = TILE_COLS * 2;
 /// Bytes that a copy moves.
-const COPY_BYTES: u32 = 16;
+pub(super) const COPY_BYTES: u32 = 16;
 
 /// How a block's warps share its tile.
 #[derive(Debug, Clone, Copy)]
@@ -85,7 +87,7 @@ pub(super) struct Stage {
 }
 
 /// Offset of x in a stage, behind the tiles.
-const X: u32 = BLOCK_TILES * TILE_BYTES;
+pub(super) const X: u32 = BLOCK_TILES * TILE_BYTES;
 
 impl Stage {
     #[inline(always)]
@@ -102,13 +104,13 @@ impl Stage {
 
 /// Bytes of a tile's scales.
 #[inline(always)]
-const fn scale_bytes(group_shift: u32) -> u32 {
+pub(super) const fn scale_bytes(group_shift: u32) -> u32 {
     (TILE_ROWS * TILE_COLS * 2) >> group_shift
 }
 
 /// Offset of eight columns of a token's activations in a stage's x; `eight` of 16.
 #[inline(always)]
-fn x_offset(token: u32, eight: u32) -> u32 {
+pub(super) fn x_offset(token: u32, eight: u32) -> u32 {
     token * X_BYTES + ((eight ^ ((token & 1) << 2)) * COPY_BYTES)
 }
 
@@ -120,129 +122,17 @@ fn twice(word: u32, half: u32) -> u32 {
 
 /// Where a warp stands.
 #[derive(Clone, Copy)]
-struct Place {
-    thread: u32,
+pub(super) struct Place {
+    pub thread: u32,
     lane: u32,
     /// Row of a tile, and that plus 8; token of an eight as operand B.
-    g: u32,
+    pub g: u32,
     /// Quarter of each 32 columns; pair of tokens of an eight in the result.
-    q: u32,
+    pub q: u32,
     /// First row tile of the warp in the block.
-    row_tile: u32,
+    pub row_tile: u32,
     /// First eight of tokens of the warp in the block.
-    eight: u32,
-}
-
-/// What a thread copies to each stage, and how far it has come.
-#[derive(Clone, Copy)]
-struct Feed {
-    /// 16 bytes of a tile of the block's first four row tiles; the other four are `second` words on.
-    words: *const u32,
-    second: usize,
-    words_there: [bool; 2],
-    /// 16 bytes of a token's activations; other tokens are `x_step` words apart.
-    x: *const u32,
-    x_step: usize,
-    /// The first of the thread's tokens, of its block.
-    token: u32,
-    /// Eight columns of 16 in a stage.
-    eight: u32,
-    /// 16 bytes of the scales, and their distance from tile to tile.
-    pair: usize,
-    pair_step: usize,
-    pairs_there: bool,
-    /// Tile along K.
-    tile: u32,
-}
-
-/// Tokens that a block's threads copy 16 bytes of at a time.
-const COPY_TOKENS: u32 = BLOCK_THREADS / 16;
-
-impl Feed {
-    #[inline(always)]
-    fn new(args: &Args, thread: u32, tokens: u32, tile: u32) -> Feed {
-        let first_tile = thread::block_idx_y() * BLOCK_TILES;
-        let row_tile = first_tile + thread / (TILE_WORDS / 4);
-        let at = |row_tile: u32| (row_tile * args.depth_tiles + tile) as usize;
-        let within = (thread % (TILE_WORDS / 4) * 4) as usize;
-        let (eight, first) = (thread % 16, thread / 16);
-        let token = thread::block_idx_x() * tokens + first;
-        let column = tile * TILE_COLS + eight * 8;
-        let pair_words = (scale_bytes(args.group_shift) / 4) as usize;
-        // 16-byte copies of a tile's scales: a power of two, 2 to 8.
-        let shift = 8 - args.group_shift;
-        let pair_tile = first_tile + (thread >> shift);
-        let pair_within = ((thread & ((1 << shift) - 1)) * 4) as usize;
-        Feed {
-            words: args
-                .quants
-                .wrapping_add(at(row_tile) * TILE_WORDS as usize + within),
-            second: 4 * args.depth_tiles as usize * TILE_WORDS as usize,
-            words_there: [row_tile < args.row_tiles, row_tile + 4 < args.row_tiles],
-            x: args
-                .x
-                .wrapping_add((token as usize * args.cols as usize + column as usize) / 2),
-            x_step: (COPY_TOKENS / 2) as usize * args.cols as usize,
-            token,
-            eight,
-            pair: at(pair_tile) * pair_words + pair_within,
-            pair_step: pair_words,
-            pairs_there: pair_tile < args.row_tiles,
-            tile,
-        }
-    }
-
-    /// Starts the copies of the next stage, of `tokens` tokens, to `at`.
-    ///
-    /// # Safety
-    /// All threads of the block call it; nobody reads what was there.
-    #[inline(always)]
-    unsafe fn bring(
-        &mut self,
-        args: &Args,
-        stage: &Stage,
-        tokens: u32,
-        thread: u32,
-        base: Shared,
-        at: u32,
-    ) {
-        let own = at + thread * COPY_BYTES;
-        // SAFETY: what is outside of the matrix or of x is not read.
-        unsafe {
-            ptx::cp_async_16_or_zero(self.words_there[0], base, own, self.words);
-            let second = self.words.wrapping_add(self.second);
-            let to = own + BLOCK_THREADS * COPY_BYTES;
-            ptx::cp_async_16_or_zero(self.words_there[1], base, to, second);
-
-            let in_row = self.tile * TILE_COLS + self.eight * 8 < args.cols;
-            let first = thread / 16;
-            // Tokens 16 apart: their rows are exchanged alike.
-            let to = at + X + x_offset(first, self.eight);
-            let mut x = self.x;
-            unroll!(I < 8 => {
-                let skip = I as u32 * COPY_TOKENS;
-                // Known when the kernel is compiled, but for eight tokens.
-                if skip + COPY_TOKENS <= tokens || first < tokens && I == 0 {
-                    let there = in_row && self.token + skip < args.tokens;
-                    ptx::cp_async_16_or_zero(there, base, to + skip * X_BYTES, x);
-                    x = x.wrapping_add(self.x_step);
-                }
-            });
-
-            if thread < BLOCK_TILES << (8 - args.group_shift) {
-                let scales = args.scales.wrapping_add(self.pair);
-                ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.scales, scales);
-                if !args.mins.is_null() {
-                    let mins = args.mins.wrapping_add(self.pair);
-                    ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.mins, mins);
-                }
-            }
-        }
-        self.words = self.words.wrapping_add(TILE_WORDS as usize);
-        self.x = self.x.wrapping_add((TILE_COLS / 2) as usize);
-        self.pair += self.pair_step;
-        self.tile += 1;
-    }
+    pub eight: u32,
 }
 
 /// What turns the words of a row tile into weights: of rows g and g + 8, twice each.
@@ -389,156 +279,6 @@ unsafe fn multiply<const MT: usize, const NT: usize, const ONCE: bool, const MIN
     }
 }
 
-/// Leaves a thread's sums: four of each product, next to those of the other threads.
-///
-/// # Safety
-/// `to` has room for the block's sums.
-#[inline(always)]
-unsafe fn leave<const MT: usize, const NT: usize>(
-    to: *mut f32,
-    place: &Place,
-    sums: &[[[f32; 4]; NT]; MT],
-) {
-    unroll!(M < (MT) => {
-        unroll!(N < (NT) => {
-            let at = ((M * NT + N) as u32 * BLOCK_THREADS + place.thread) * 4;
-            // SAFETY: by the caller's promise.
-            unsafe { ptx::st_global_v4_f32(to.wrapping_add(at as usize), sums[M % MT][N % NT]) };
-        });
-    });
-}
-
-/// Adds what a part has left to the sums.
-///
-/// # Safety
-/// All blocks of the tile have left theirs.
-#[inline(always)]
-unsafe fn add<const MT: usize, const NT: usize>(
-    from: *const f32,
-    place: &Place,
-    sums: &mut [[[f32; 4]; NT]; MT],
-) {
-    unroll!(M < (MT) => {
-        unroll!(N < (NT) => {
-            let at = ((M * NT + N) as u32 * BLOCK_THREADS + place.thread) * 4;
-            // SAFETY: by the caller's promise.
-            let part = unsafe { ptx::ld_global_v4_f32(from.wrapping_add(at as usize)) };
-            let sum = &mut sums[M % MT][N % NT];
-            *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
-        });
-    });
-}
-
-/// Where an element of y lies.
-#[derive(Clone, Copy)]
-struct Output {
-    /// Whether it is one.
-    there: bool,
-    row: u32,
-    token: u32,
-}
-
-impl Output {
-    /// Element I (a row and a token of two each) of a lane's part of a product.
-    #[inline(always)]
-    fn of(args: &Args, [row, token]: [u32; 2], i: usize) -> Output {
-        let (row, token) = (row + i as u32 / 2 * 8, token + i as u32 % 2);
-        Output {
-            there: row < args.rows && token < args.tokens,
-            row,
-            token,
-        }
-    }
-
-    #[inline(always)]
-    fn index(&self, args: &Args) -> usize {
-        self.token as usize * args.rows as usize + self.row as usize
-    }
-
-    /// What is added to the product: the bias, and what y was.
-    ///
-    /// # Safety
-    /// Launched as the plan says.
-    #[inline(always)]
-    unsafe fn addend(&self, args: &Args) -> f32 {
-        let mut sum = 0.0;
-        // SAFETY: loads are made only where the element is there.
-        unsafe {
-            if !args.bias.is_null() {
-                let bias = args.bias.wrapping_add(self.row as usize);
-                sum += ptx::ld_global_f32_if(self.there, bias, 0.0);
-            }
-            if args.flags & FLAG_ACCUMULATE != 0 {
-                let y = args.y.wrapping_add(self.index(args)).cast_const();
-                sum += ptx::ld_global_f32_if(self.there, y, 0.0);
-            }
-        }
-        sum
-    }
-
-    /// # Safety
-    /// Launched as the plan says.
-    #[inline(always)]
-    unsafe fn store(&self, args: &Args, value: f32) {
-        if self.there {
-            let at = self.index(args);
-            // SAFETY: the element is there.
-            unsafe {
-                if args.flags & FLAG_HALF_Y != 0 {
-                    let y = args.y.cast::<u16>().wrapping_add(at);
-                    ptx::st_global_u16(y, ptx::f32_to_f16(value));
-                } else {
-                    ptx::st_global_f32(args.y.wrapping_add(at), value);
-                }
-            }
-        }
-    }
-}
-
-/// Writes the block's part of y, or what its pairs of gate and up come to.
-///
-/// # Safety
-/// Launched as the plan says.
-#[inline(always)]
-unsafe fn store<const MT: usize, const NT: usize>(
-    args: &Args,
-    place: &Place,
-    token_0: u32,
-    sums: &mut [[[f32; 4]; NT]; MT],
-) {
-    let first_tile = thread::block_idx_y() * BLOCK_TILES + place.row_tile;
-    let first_token = token_0 + place.eight * 8 + 2 * place.q;
-    let swiglu = args.flags & FLAG_SWIGLU != 0;
-    let outputs = if swiglu { TILE_ROWS / 2 } else { TILE_ROWS };
-    unroll!(M < (MT) => {
-        let row = (first_tile + M as u32) * outputs + place.g;
-        // All loads of a row tile, then all its stores: no load waits for a store.
-        if !swiglu {
-            unroll!(N < (NT) => {
-                unroll!(I < 4 => {
-                    let output = Output::of(args, [row, first_token + N as u32 * 8], I);
-                    // SAFETY: passed on.
-                    sums[M % MT][N % NT][I] += unsafe { output.addend(args) };
-                });
-            });
-        }
-        unroll!(N < (NT) => {
-            let sum = sums[M % MT][N % NT];
-            unroll!(I < 4 => {
-                let output = Output::of(args, [row, first_token + N as u32 * 8], I);
-                // SAFETY: passed on.
-                unsafe {
-                    if !swiglu {
-                        output.store(args, sum[I]);
-                    } else if I < 2 {
-                        output.store(args, swiglu::gated(sum[I], sum[I % 2 + 2]));
-                    }
-                }
-            });
-        });
-    });
-}
-
 /// The body of every entry: a warp of MT row tiles by NT eights of tokens, `TOKEN_WARPS` of them side
 /// by side, and `UNDER_WAY` stages that may be under way while one is worked on, and one more that is
 /// asked for.
@@ -575,8 +315,7 @@ pub(super) unsafe fn gemm<
     let (part, parts) = (thread::block_idx_z(), thread::grid_dim_z());
     let first = args.depth_tiles * part / parts;
     let end = args.depth_tiles * (part + 1) / parts;
-    let under_way = if at_least_sm_80() { UNDER_WAY } else { 0 };
-    let ring = (under_way + 2) * stage.bytes;
+    let ring = (UNDER_WAY + 2) * stage.bytes;
     let next = |at: u32| {
         let next = at + stage.bytes;
         if next == ring { 0 } else { next }
@@ -591,7 +330,7 @@ pub(super) unsafe fn gemm<
         let mut feed = Feed::new(args, thread, tokens, first);
         let mut into = 0;
         let mut ahead = first;
-        while ahead < first + under_way + 1 {
+        while at_least_sm_80() && ahead < first + UNDER_WAY + 1 {
             if ahead < end {
                 feed.bring(args, &stage, tokens, thread, base, into);
             }
@@ -605,15 +344,20 @@ pub(super) unsafe fn gemm<
         while tile < end {
             if at_least_sm_80() {
                 ptx::cp_async_wait::<UNDER_WAY>();
+                thread::sync_threads();
+                if ahead < end {
+                    feed.bring(args, &stage, tokens, thread, base, into);
+                }
+                ptx::cp_async_commit();
+                (into, ahead) = (next(into), ahead + 1);
             } else {
+                // Copies are not asynchronous: one place, between barriers.
+                thread::sync_threads();
+                feed.bring(args, &stage, tokens, thread, base, at);
+                ptx::cp_async_commit();
                 ptx::cp_async_wait::<0>();
+                thread::sync_threads();
             }
-            thread::sync_threads();
-            if ahead < end {
-                feed.bring(args, &stage, tokens, thread, base, into);
-            }
-            ptx::cp_async_commit();
-            (into, ahead) = (next(into), ahead + 1);
             let sums = &mut sums;
             let once = args.group_shift == TILE_COLS.trailing_zeros();
             match (once, has_mins) {
@@ -630,7 +374,8 @@ pub(super) unsafe fn gemm<
                     multiply::<MT, NT, false, true>(args, &stage, &place, base, at, halves, sums);
                 }
             }
-            (at, tile) = (next(at), tile + 1);
+            at = if at_least_sm_80() { next(at) } else { 0 };
+            tile += 1;
         }
         if parts > 1 {
             let tile = thread::block_idx_y() * thread::grid_dim_x() + thread::block_idx_x();
