@@ -29,7 +29,7 @@ pub struct Outcome {
     pub text: String,
     /// Generated ids, the one that ended the answer included.
     pub ids: Vec<u32>,
-    /// Prompt tokens that were appended.
+    /// Prompt tokens that were appended: those that were not in the cache.
     pub prompt_tokens: usize,
     /// Why it ended.
     pub stop: Stop,
@@ -78,7 +78,7 @@ pub struct Limits<'a> {
     pub interrupt: &'a AtomicBool,
 }
 
-/// Appends `prompt` to the backend's cache and generates up to `limits.max_tokens` tokens. `emit`
+/// Makes `prompt` what the backend's cache holds, keeping what it has of it, and generates up to `limits.max_tokens` tokens. `emit`
 /// gets every token as soon as it is chosen, and once at the end the text of a cut-off character.
 ///
 /// # Errors
@@ -105,7 +105,12 @@ pub fn generate(
     };
 
     let start = Instant::now();
-    for chunk in prompt.chunks(backend.prompt_run_tokens()) {
+    // The last token at least, which the first choice follows.
+    let shared = backend.tokens().iter().zip(prompt);
+    let shared = shared.take_while(|(have, want)| have == want).count();
+    let known = shared.min(prompt.len() - 1);
+    backend.rewind(known);
+    for chunk in prompt[known..].chunks(backend.prompt_run_tokens()) {
         if interrupted() {
             outcome.stop = Stop::Interrupted;
             break;

@@ -67,8 +67,8 @@ impl Backend for Scripted {
         Err(Error::Machine("a script has no logits".into()))
     }
 
-    fn position(&self) -> usize {
-        self.appended.len()
+    fn tokens(&self) -> &[u32] {
+        &self.appended
     }
 
     fn rewind(&mut self, tokens: usize) {
@@ -111,6 +111,25 @@ fn limits(max_tokens: usize, context: usize) -> Limits<'static> {
 
 fn ids(text: &str) -> Vec<u32> {
     text.bytes().map(u32::from).collect()
+}
+
+#[test]
+fn a_prompt_that_begins_like_the_cache_starts_from_it() {
+    let mut backend = Scripted::new(&[65, END, 66, END, 67, END]);
+    let run = |backend: &mut Scripted, prompt: &[u32]| {
+        backend.calls.clear();
+        let (outcome, _) = play(backend, Sampling::GREEDY, prompt, limits(9, 64)).expect("run");
+        outcome.prompt_tokens
+    };
+    assert_eq!(run(&mut backend, &ids("first question")), 14);
+    // The conversation so far and more: what was said is in the cache.
+    assert_eq!(backend.tokens(), ids("first questionA"));
+    assert_eq!(run(&mut backend, &ids("first questionA second")), 7);
+    assert_eq!(backend.calls[0], 7);
+    assert_eq!(backend.tokens(), ids("first questionA secondB"));
+    // Another second half; then the same again, of which one token has to be computed.
+    assert_eq!(run(&mut backend, &ids("first quest")), 1);
+    assert_eq!(backend.tokens(), ids("first questC"));
 }
 
 #[test]

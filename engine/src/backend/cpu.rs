@@ -265,8 +265,8 @@ impl Backend for CpuBackend {
         Ok(self.last_logits()?.to_vec())
     }
 
-    fn position(&self) -> usize {
-        self.tokens.len()
+    fn tokens(&self) -> &[u32] {
+        &self.tokens
     }
 
     fn rewind(&mut self, tokens: usize) {

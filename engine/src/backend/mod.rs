@@ -169,8 +169,13 @@ pub trait Backend {
         256
     }
 
-    /// Tokens in the cache.
-    fn position(&self) -> usize;
+    /// The tokens in the cache.
+    fn tokens(&self) -> &[u32];
+
+    /// How many they are.
+    fn position(&self) -> usize {
+        self.tokens().len()
+    }
 
     /// Empties the cache but for the first `tokens`, if it has more. There are no logits then until
     /// a token is appended.

@@ -426,8 +426,8 @@ impl Backend for CudaBackend {
         self.plan.many.as_ref().map_or(256, |many| many.tokens)
     }
 
-    fn position(&self) -> usize {
-        self.tokens.len()
+    fn tokens(&self) -> &[u32] {
+        &self.tokens
     }
 
     fn rewind(&mut self, tokens: usize) {
