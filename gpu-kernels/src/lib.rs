@@ -76,7 +76,6 @@ pub static ENTRIES: &[&cuda_std::emulator::Entry] = &[
     &linear::gemm_int4::LINEAR_GEMM_INT4_T16_ENTRY,
     &linear::gemm_int4::LINEAR_GEMM_INT4_T32_ENTRY,
     &linear::gemm_int4::LINEAR_GEMM_INT4_T64_ENTRY,
-    &linear::gemm_int4::LINEAR_GEMM_INT4_T128_ENTRY,
     &linear::gemv_int8::LINEAR_GEMV_INT8_MULTIROW_ENTRY,
     &linear::gemv_f16::LINEAR_GEMV_F16_ENTRY,
     &rope::ROPE_F32_ENTRY,

@@ -106,7 +106,7 @@ pub fn cases() -> Vec<Case> {
     products.extend([
         Product::new(of(33, 288, 32, 7), true, 8, 1).with_zeros(),
         Product::new(of(48, 160, 128, 20), true, 32, 1).with_zeros(),
-        Product::new(of(20, 160, 64, 70), true, 128, 1).with_zeros(),
+        Product::new(of(20, 160, 64, 70), true, 64, 1).with_zeros(),
         // A token, a row; blocks without a full tile; all the parts that there are.
         Product::new(of(1, 32, 32, 1), true, 8, 1),
         Product::new(of(150, 1120, 128, 8), false, 8, 9),
@@ -118,11 +118,11 @@ pub fn cases() -> Vec<Case> {
         Product::new(of(70, 96, 32, 65), false, 64, 1).then(Epilogue::SwiGlu),
         Product::new(of(41, 576, 64, 40), true, 64, 4).then(Epilogue::Add),
         Product::new(of(20, 288, 128, 64), false, 64, 1).with_bias(),
-        Product::new(of(30, 416, 64, 130), true, 128, 1).then(Epilogue::SwiGlu),
-        Product::new(of(40, 288, 128, 120), false, 128, 2)
+        Product::new(of(30, 416, 64, 130), true, 64, 1).then(Epilogue::SwiGlu),
+        Product::new(of(40, 288, 128, 120), false, 64, 2)
             .then(Epilogue::Add)
             .with_bias(),
-        Product::new(of(17, 160, 32, 100), true, 128, 1).to_halves(),
+        Product::new(of(17, 160, 32, 100), true, 64, 1).to_halves(),
         Product::new(of(13, 288, 128, 6), true, 8, 2)
             .then(Epilogue::SwiGlu)
             .to_halves(),
@@ -139,9 +139,9 @@ pub fn large() -> Vec<Case> {
         of(2048, 1536, 16, 16, 6).with_bias(),
         of(8960, 1536, 30, 32, 1).then(Epilogue::SwiGlu).to_halves(),
         of(1536, 8960, 64, 64, 10).then(Epilogue::Add),
-        of(4096, 4096, 128, 128, 4),
-        of(2048, 1536, 513, 128, 1).with_bias(),
-        of(1536, 1536, 300, 128, 2).then(Epilogue::Add),
+        of(4096, 4096, 128, 64, 4),
+        of(2048, 1536, 513, 64, 1).with_bias(),
+        of(1536, 1536, 300, 64, 2).then(Epilogue::Add),
     ]
     .into_iter()
     .map(Product::case)

@@ -21,9 +21,12 @@
 //!
 //! | entry | tokens a block | wins |
 //! |---|---|---|
-//! | `linear_gemm_int4_t8` | 8 | limited by memory: many stages in flight, little x |
-//! | `linear_gemm_int4_t16`, `t32`, `t64` | 16, 32, 64 | in between |
-//! | `linear_gemm_int4_t128` | 128 | limited by the matrix units: 8 products for each load of x |
+//! | `linear_gemm_int4_t8`, `t16` | 8, 16 | limited by memory: little x |
+//! | `linear_gemm_int4_t32` | 32 | up to 64 tokens: two tiles of 32 keep more multiprocessors busy than one of 64 |
+//! | `linear_gemm_int4_t64` | 64 | weights are made once for 64 tokens, and two blocks a multiprocessor hide each other's waits |
+//!
+//! Two warps side by side along the tokens, or 128 tokens a block, make the same weights twice or leave
+//! room for one block: 5 to 30% slower (H100, 2026-11-24).
 //!
 //! Bytes moved: the matrix once a tile of tokens (from L2 but for the first), x once 128 rows.
 //! Shared memory holds x a token a row, 256 bytes, odd tokens with the upper and lower half of each 128
@@ -52,6 +55,15 @@ pub use plan::{
 const BLOCK_ROWS: u32 = 128;
 /// Threads a block: eight warps.
 const BLOCK_THREADS: u32 = 256;
+
+/// Tells the assembler to take so few registers that two blocks fit a multiprocessor; not on sm_75, whose
+/// products of half the depth need more.
+const TWO_BLOCKS_THREADS: u32 = if cfg!(all(target_arch = "nvptx64", not(target_feature = "sm_80")))
+{
+    BLOCK_THREADS
+} else {
+    2 * BLOCK_THREADS
+};
 
 /// y is added to instead of written.
 const FLAG_ACCUMULATE: u32 = 1;
@@ -87,7 +99,7 @@ macro_rules! entries {
                 group_shift: u32,
                 flags: u32,
             ) {
-                thread::max_block_threads::<BLOCK_THREADS>();
+                thread::max_block_threads::<TWO_BLOCKS_THREADS>();
                 let args = block::Args {
                     quants, scales, mins, bias, x, y, partials, arrived,
                     rows, cols, tokens, row_tiles, depth_tiles, group_shift, flags,
@@ -113,9 +125,8 @@ macro_rules! entries {
 }
 
 entries! {
-    linear_gemm_int4_t8: 8, block::Form::new(1, 1, 1), 4;
-    linear_gemm_int4_t16: 16, block::Form::new(2, 1, 2), 4;
-    linear_gemm_int4_t32: 32, block::Form::new(2, 2, 2), 2;
-    linear_gemm_int4_t64: 64, block::Form::new(2, 4, 2), 2;
-    linear_gemm_int4_t128: 128, block::Form::new(2, 8, 2), 0;
+    linear_gemm_int4_t8: 8, block::Form::new(1, 1, 1), 2;
+    linear_gemm_int4_t16: 16, block::Form::new(1, 2, 1), 2;
+    linear_gemm_int4_t32: 32, block::Form::new(1, 4, 1), 2;
+    linear_gemm_int4_t64: 64, block::Form::new(1, 8, 1), 2;
 }

@@ -23,8 +23,8 @@ pub const ENTRIES: [&str; FORMS.len()] = {
 const MAX_SPLIT_TILES: usize = 1024;
 /// Bytes of the counters, before the partial sums.
 const COUNTER_BYTES: u64 = 4 * MAX_SPLIT_TILES as u64;
-/// Most parts of K.
-const MAX_PARTS: u32 = 64;
+/// Most parts of K: what the last block adds up grows with them.
+const MAX_PARTS: u32 = 12;
 
 /// Dimensions of the product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +103,7 @@ pub struct Operands {
 /// How y is cut into tiles, and K into parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tiling {
-    /// Tokens a tile: 8, 16, 32, 64 or 128.
+    /// Tokens a tile: 8, 16, 32 or 64.
     pub tokens: u32,
     /// Blocks that share the work along K.
     pub parts: u32,
@@ -170,19 +170,38 @@ fn widths(device: &DeviceInfo) -> impl Iterator<Item = u32> {
         .map(|form| form.0)
 }
 
-/// The tiling for a shape: the narrowest tile that takes all tokens, or the widest; parts where tiles
-/// leave multiprocessors idle.
+/// The tiling for a shape: the narrowest tile that takes all tokens, or the widest; parts by what the
+/// busiest multiprocessor then has to do.
 pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
-    let fits = |tokens: &u32| *tokens as usize >= shape.tokens;
+    // Two tiles of 32 rather than one of 64.
+    let fits =
+        |tokens: &u32| *tokens as usize >= shape.tokens || *tokens == 32 && shape.tokens <= 64;
     let tokens = widths(device)
         .find(fits)
         .or_else(|| widths(device).last())
         .unwrap_or(FORMS[0].0);
     let whole = Tiling { tokens, parts: 1 };
-    let tiles = whole.tiles(shape).clamp(1, u32::MAX as usize) as u32;
-    let depth = shape.depth_tiles().min(u32::MAX as usize) as u32;
-    let parts = (places(device, tokens) / tiles).clamp(1, depth.clamp(1, MAX_PARTS));
-    Tiling { tokens, parts }
+    let tiles = whole.tiles(shape).min(u32::MAX as usize) as u64;
+    let depth = shape.depth_tiles().min(u32::MAX as usize) as u64;
+    let multiprocessors = u64::from(device.multiprocessors.max(1));
+    let cost = |parts: u64| {
+        // Stages of a block, and about two for its start and its sums.
+        let block = 10 * depth / parts + 20;
+        // A block by itself takes as long as 1.4 that share a multiprocessor.
+        match (tiles * parts).div_ceil(multiprocessors) {
+            0 | 1 => 14 * block,
+            blocks => blocks * 10 * block,
+        }
+    };
+    let few = |parts: &u64| *parts == 1 || tiles * parts <= u64::from(most_blocks(device));
+    let parts = (1..=depth.clamp(1, u64::from(MAX_PARTS)))
+        .filter(few)
+        .min_by_key(|parts| cost(*parts))
+        .unwrap_or(1);
+    Tiling {
+        tokens,
+        parts: parts as u32,
+    }
 }
 
 /// The rule's tiling, then every other that is worth a try.
@@ -205,18 +224,13 @@ pub fn candidates(device: &DeviceInfo, shape: &Shape) -> Vec<Tiling> {
 
 /// As many bytes of [`Operands::scratch`] as the rule's tiling of any shape needs.
 pub fn most_scratch_bytes(device: &DeviceInfo) -> u64 {
-    // The rule splits K only as far as there are places for blocks.
-    let sums = |tokens: u32| {
-        let block = u64::from(BLOCK_ROWS * tokens) * 4;
-        u64::from(places(device, tokens)) * block
-    };
-    COUNTER_BYTES + widths(device).map(sums).max().unwrap_or(0)
+    let widest = widths(device).last().unwrap_or(0);
+    COUNTER_BYTES + u64::from(most_blocks(device)) * u64::from(BLOCK_ROWS * widest) * 4
 }
 
-/// Blocks of this width that the rule wants at a time. Narrow ones wait for memory: two a
-/// multiprocessor have more in flight.
-fn places(device: &DeviceInfo, tokens: u32) -> u32 {
-    device.multiprocessors * if tokens <= 64 { 2 } else { 1 }
+/// Blocks that the rule splits K into at most, in all.
+fn most_blocks(device: &DeviceInfo) -> u32 {
+    4 * device.multiprocessors
 }
 
 /// The launch of `linear_gemm_int4_*`, with the tiling of [`rule`] or another.
@@ -271,7 +285,7 @@ pub fn plan(
             false,
             "tile",
             tiling.tokens as usize,
-            "it must be 8, 16, 32, 64 or 128 tokens",
+            "it must be 8, 16, 32 or 64 tokens",
         )?;
         unreachable!("refused above");
     };
@@ -281,7 +295,7 @@ pub fn plan(
         (1..=depth_tiles.min(MAX_PARTS as usize)).contains(&parts),
         "parts",
         parts,
-        "there must be a tile along K for each, and at most 64",
+        "there must be a tile along K for each, and at most 12",
     )?;
     call.require(
         parts == 1 || tiling.tiles(shape) <= MAX_SPLIT_TILES,
@@ -350,4 +364,115 @@ pub fn plan(
         shared_bytes: shared_bytes(device, tiling.tokens, *under_way, group, mins),
     };
     call.build(device, launch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOPPER: DeviceInfo = DeviceInfo {
+        multiprocessors: 132,
+        shared_bytes_per_block: 227 * 1024,
+        compute_capability: 90,
+    };
+
+    #[test]
+    fn the_rule_takes_what_was_fastest() {
+        let of = |rows, cols, tokens| {
+            let Tiling { tokens, parts } = rule(&HOPPER, &Shape::plain(rows, cols, 128, tokens));
+            [tokens, parts]
+        };
+        assert_eq!(of(1536, 8960, 8), [8, 11]);
+        assert_eq!(of(4096, 4096, 16), [16, 8]);
+        assert_eq!(of(4096, 4096, 64), [32, 4]);
+        assert_eq!(of(1536, 8960, 64), [32, 11]);
+        assert_eq!(of(4096, 4096, 128), [64, 4]);
+        assert_eq!(of(1536, 8960, 512), [64, 4]);
+        assert_eq!(of(2048, 1536, 512), [64, 2]);
+        assert_eq!(of(17_920, 1536, 512), [64, 1]);
+        assert_eq!(of(1, 32, 1), [8, 1]);
+    }
+
+    #[test]
+    fn every_tiling_of_the_rule_can_be_planned_with_the_scratch_of_all() {
+        for device in [HOPPER, DeviceInfo::T4] {
+            let slice = |bytes| DeviceSlice {
+                address: 0x1000,
+                bytes,
+            };
+            let huge = slice(1 << 40);
+            for (rows, cols) in [(1536, 8960), (17, 32), (4096, 14_336), (151_936, 896)] {
+                for tokens in [1, 8, 33, 64, 65, 512, 4096] {
+                    let ops = Operands {
+                        quants: huge,
+                        scales: huge,
+                        mins: huge,
+                        zeros: false,
+                        bias: DeviceSlice::NONE,
+                        x: huge,
+                        y: huge,
+                        scratch: slice(most_scratch_bytes(&device)),
+                    };
+                    let shape = Shape::plain(rows, cols, 32, tokens);
+                    let call = plan(&device, &shape, &ops, None);
+                    assert!(call.is_ok(), "{shape:?}: {call:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn shapes_that_the_kernels_cannot_take_are_refused() {
+        let slice = DeviceSlice {
+            address: 0x1000,
+            bytes: 1 << 20,
+        };
+        let ops = Operands {
+            quants: slice,
+            scales: slice,
+            mins: DeviceSlice::NONE,
+            zeros: false,
+            bias: DeviceSlice::NONE,
+            x: slice,
+            y: slice,
+            scratch: DeviceSlice::NONE,
+        };
+        let good = Shape::plain(64, 1024, 64, 9);
+        let whole = Tiling {
+            tokens: 16,
+            parts: 1,
+        };
+        let plan = |shape: Shape, ops: Operands, tiling| plan(&HOPPER, &shape, &ops, Some(tiling));
+        assert_eq!(
+            plan(good, ops, whole).unwrap().kernel,
+            "linear_gemm_int4_t16"
+        );
+        let refused = |shape: Shape| assert!(plan(shape, ops, whole).is_err(), "{shape:?}");
+        refused(Shape { cols: 1000, ..good });
+        refused(Shape { group: 16, ..good });
+        refused(Shape { tokens: 0, ..good });
+        refused(Shape {
+            tokens: 1 << 20,
+            ..good
+        });
+        let adds = Shape {
+            epilogue: Epilogue::Add,
+            half_y: true,
+            ..good
+        };
+        refused(adds);
+        // No scratch for the parts, more parts than tiles along K, a tile that is not there.
+        let parts = |parts| Tiling { parts, ..whole };
+        assert!(plan(good, ops, parts(2)).is_err());
+        let with_scratch = Operands {
+            scratch: slice,
+            ..ops
+        };
+        assert!(plan(good, with_scratch, parts(2)).is_ok());
+        assert!(plan(good, with_scratch, parts(9)).is_err());
+        let tokens = |tokens| Tiling { tokens, ..whole };
+        assert!(plan(good, ops, tokens(12)).is_err());
+        let zeros = Operands { zeros: true, ..ops };
+        assert!(plan(good, zeros, whole).is_err());
+    }
 }
