@@ -3,7 +3,8 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-/// Environment variable that forces an instruction set: `scalar`, `avx2`, `avx512` or `neon`.
+/// Environment variable that forces an instruction set: one of the names in
+/// [`Isa::available`].
 pub const OVERRIDE: &str = "EDGELLM_CPU";
 
 /// An instruction set that this CPU has. There is no other way to get one than to ask for those
@@ -18,8 +19,12 @@ pub(crate) enum Kind {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
     #[cfg(target_arch = "aarch64")]
     Neon,
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod,
 }
 
 impl Isa {
@@ -39,10 +44,18 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl")
             {
                 found.push(Isa(Kind::Avx512));
+                if is_x86_feature_detected!("avx512vnni") {
+                    found.push(Isa(Kind::Avx512Vnni));
+                }
             }
         }
         #[cfg(target_arch = "aarch64")]
-        found.push(Isa(Kind::Neon));
+        {
+            found.push(Isa(Kind::Neon));
+            if std::arch::is_aarch64_feature_detected!("dotprod") {
+                found.push(Isa(Kind::NeonDotprod));
+            }
+        }
         found
     }
 
@@ -93,8 +106,12 @@ impl Isa {
             Kind::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Vnni => "avx512-vnni",
             #[cfg(target_arch = "aarch64")]
             Kind::Neon => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonDotprod => "neon-dotprod",
         }
     }
 }
@@ -128,9 +145,11 @@ macro_rules! per_isa {
                 $crate::isa::Kind::Avx2 => unsafe { avx2($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                $crate::isa::Kind::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::isa::Kind::Avx512 | $crate::isa::Kind::Avx512Vnni => unsafe {
+                    avx512($($arg),*)
+                },
                 #[cfg(target_arch = "aarch64")]
-                $crate::isa::Kind::Neon => $body::<true>($($arg),*),
+                $crate::isa::Kind::Neon | $crate::isa::Kind::NeonDotprod => $body::<true>($($arg),*),
             }
         }
     };
