@@ -3,15 +3,16 @@
 //! `cargo xtask bench --cpu` runs it and keeps the figures.
 //!
 //! Weights rotate through more memory than most last caches hold; of many calls the median and the least
-//! count. Arguments: `--results FILE` appends JSON lines, `--revision REV` goes into them, `--isa NAME` takes
-//! another instruction set than the fastest, a word selects matrices by name or shape.
+//! count. Arguments: `--results FOLDER` appends JSON lines to the file of this CPU there, `--date` and
+//! `--revision` go into them, `--isa NAME` takes another instruction set than the fastest, a word selects
+//! matrices by name or shape.
 
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::process::exit;
 use std::sync::Barrier;
 use std::thread;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use cpu_kernels::isa::Isa;
 use cpu_kernels::levels::{self, Levels, Precision, token_words};
@@ -72,7 +73,9 @@ fn int8(rows: usize, cols: usize) -> Weight {
 
 fn ternary(rows: usize, cols: usize) -> Weight {
     // Three codes of four: 3 is no ternary weight.
-    let quants = bytes(rows * cols / 4).into_iter().map(|b| b & !(b >> 1 & b & 0x55));
+    let quants = bytes(rows * cols / 4)
+        .into_iter()
+        .map(|b| b & !(b >> 1 & b & 0x55));
     Weight::Ternary(TernaryMatrix {
         rows,
         cols,
@@ -102,7 +105,10 @@ impl Activations {
     fn new(isa: Isa, tokens: usize, cols: usize, precision: Precision) -> Activations {
         let x: Vec<f32> = (0..tokens * cols).map(|i| 2.0 * float(i)).collect();
         let mut words = vec![0.0; tokens * token_words(cols)];
-        for (x, words) in x.chunks_exact(cols).zip(words.chunks_exact_mut(token_words(cols))) {
+        for (x, words) in x
+            .chunks_exact(cols)
+            .zip(words.chunks_exact_mut(token_words(cols)))
+        {
             // SAFETY: one thread.
             unsafe { levels::part(isa, precision, x, SharedSlice::new(words), 0..cols) };
         }
@@ -128,7 +134,16 @@ fn check(isa: Isa, name: &str, weight: &Weight, packed: &Packed) {
     let x = Activations::new(isa, 1, k, Precision::Word);
     let (mut y, mut expected) = (vec![0.0; n], vec![0.0; n]);
     // SAFETY: one thread.
-    unsafe { linear::part(isa, packed, None, x.input(packed), SharedSlice::new(&mut y), 0..n) };
+    unsafe {
+        linear::part(
+            isa,
+            packed,
+            None,
+            x.input(packed),
+            SharedSlice::new(&mut y),
+            0..n,
+        )
+    };
     match weight {
         Weight::Int4(w) => linear::int4::reference(w, None, &x.x, &mut expected),
         Weight::Int8(w) => linear::int8::reference(w, None, &x.x, &mut expected),
@@ -166,7 +181,9 @@ fn time(isa: Isa, copies: &[Packed], x: &Activations, tokens: usize, threads: us
         seconds
     };
     thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|thread| scope.spawn(move || work(thread))).collect();
+        let others: Vec<_> = (1..threads)
+            .map(|thread| scope.spawn(move || work(thread)))
+            .collect();
         let seconds = work(0);
         for other in others {
             other.join().expect("a kernel does not panic");
@@ -182,13 +199,26 @@ fn peak(isa: Isa) -> f64 {
     let x = Activations::new(isa, tokens, cols, Precision::Byte);
     let mut y = vec![0.0; tokens * rows];
     let mut best = 0.0f64;
-    for w in [int8(rows, cols), int4(rows, cols, 32, false), ternary(rows, cols)] {
+    for w in [
+        int8(rows, cols),
+        int4(rows, cols, 32, false),
+        ternary(rows, cols),
+    ] {
         let w = Packed::new(&w).expect("a matrix");
         for _ in 0..ROUNDS {
             let start = Instant::now();
             for _ in 0..CALLS {
                 // SAFETY: one thread.
-                unsafe { linear::part(isa, &w, None, x.input(&w), SharedSlice::new(&mut y), 0..rows) };
+                unsafe {
+                    linear::part(
+                        isa,
+                        &w,
+                        None,
+                        x.input(&w),
+                        SharedSlice::new(&mut y),
+                        0..rows,
+                    )
+                };
             }
             let products = (CALLS * rows * cols * tokens) as f64;
             best = best.max(products / start.elapsed().as_secs_f64());
@@ -201,6 +231,7 @@ fn peak(isa: Isa) -> f64 {
 #[derive(Default)]
 struct Options {
     results: Option<String>,
+    date: String,
     revision: String,
     isa: Option<String>,
     filter: String,
@@ -212,6 +243,7 @@ fn options() -> Options {
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--results" => options.results = arguments.next(),
+            "--date" => options.date = arguments.next().unwrap_or_default(),
             "--revision" => options.revision = arguments.next().unwrap_or_default(),
             "--isa" => options.isa = arguments.next(),
             // What cargo adds.
@@ -222,35 +254,50 @@ fn options() -> Options {
     options
 }
 
-/// Today in UTC, `YYYY-MM-DD`: the civil date of a day count.
-fn today() -> String {
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH);
-    let days = seconds.map_or(0, |since| since.as_secs() / 86_400) as i64 + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let shifted = (5 * day + 2) / 153;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year + era * 400 + i64::from(month <= 2);
-    format!("{year:04}-{month:02}-{:02}", day - (153 * shifted + 2) / 5 + 1)
-}
-
 fn cpu_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    name.map_or(std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+    let name = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or(std::env::consts::ARCH.to_owned(), |(_, name)| {
+        name.trim().to_owned()
+    })
 }
 
 /// A kernel, its matrix, and how its activations are rounded.
 type Row = (&'static str, fn() -> Weight, Precision);
 
 const ROWS: [Row; 12] = [
-    ("linear_int4_g32_mins", || int4(576, 576, 32, true), Precision::Word),
-    ("linear_int4_g32_mins", || int4(1536, 576, 32, true), Precision::Word),
-    ("linear_int4_g32_mins", || int4(576, 1536, 32, true), Precision::Word),
-    ("linear_int4_g32", || int4(8960, 1536, 32, false), Precision::Word),
-    ("linear_int4_g32", || int4(1536, 8960, 32, false), Precision::Word),
-    ("linear_int4_g128", || int4(8960, 1536, 128, false), Precision::Word),
+    (
+        "linear_int4_g32_mins",
+        || int4(576, 576, 32, true),
+        Precision::Word,
+    ),
+    (
+        "linear_int4_g32_mins",
+        || int4(1536, 576, 32, true),
+        Precision::Word,
+    ),
+    (
+        "linear_int4_g32_mins",
+        || int4(576, 1536, 32, true),
+        Precision::Word,
+    ),
+    (
+        "linear_int4_g32",
+        || int4(8960, 1536, 32, false),
+        Precision::Word,
+    ),
+    (
+        "linear_int4_g32",
+        || int4(1536, 8960, 32, false),
+        Precision::Word,
+    ),
+    (
+        "linear_int4_g128",
+        || int4(8960, 1536, 128, false),
+        Precision::Word,
+    ),
     ("linear_int8_g32", || int8(49_152, 576), Precision::Word),
     ("linear_int8_g32", || int8(32_000, 1536), Precision::Word),
     ("linear_ternary", || ternary(2560, 2560), Precision::Byte),
@@ -279,7 +326,11 @@ fn main() {
         .iter()
         .map(|&threads| read::bytes_per_second(threads).expect("memory to read"))
         .collect();
-    println!("{}, {isa}; products from the first cache {:.0} G/s a thread", cpu_name(), peak / 1e9);
+    println!(
+        "{}, {isa}; products from the first cache {:.0} G/s a thread",
+        cpu_name(),
+        peak / 1e9
+    );
     for (threads, rate) in counts.iter().zip(&rates) {
         println!("{threads} threads read {:.1} GB/s", rate / 1e9);
     }
@@ -302,7 +353,11 @@ fn main() {
         let copies = vec![packed; ROTATED_BYTES.div_ceil(size)];
         for tokens in [1, 48] {
             let x = Activations::new(isa, tokens, k, precision);
-            let copies = if tokens == 1 { &copies[..] } else { &copies[..PROMPT_COPIES.min(copies.len())] };
+            let copies = if tokens == 1 {
+                &copies[..]
+            } else {
+                &copies[..PROMPT_COPIES.min(copies.len())]
+            };
             for (&threads, rate) in counts.iter().zip(&rates) {
                 let mut seconds = time(isa, copies, &x, tokens, threads);
                 seconds.sort_by(f64::total_cmp);
@@ -319,7 +374,7 @@ fn main() {
                     100.0 * products / (peak * threads as f64),
                 );
                 let row = json!({
-                    "date": today(), "revision": options.revision, "cpu": cpu_name(), "tier": isa.name(),
+                    "date": options.date, "revision": options.revision, "cpu": cpu_name(), "tier": isa.name(),
                     "kernel": name, "shape": shape, "tokens": tokens, "threads": threads, "bytes": size,
                     "us_median": median * 1e6, "us_least": least * 1e6,
                     "gb_per_second": bytes_per_second / 1e9, "read_gb_per_second": rate / 1e9,
@@ -329,11 +384,16 @@ fn main() {
             }
         }
     }
-    if let Some(path) = options.results {
+    if let Some(folder) = options.results {
+        let name = cpu_name().to_ascii_lowercase();
+        let parts = name.split(|c: char| !c.is_ascii_alphanumeric());
+        let parts: Vec<&str> = parts.filter(|part| !part.is_empty()).collect();
+        let path = format!("{folder}/{}.jsonl", parts.join("-"));
         let file = OpenOptions::new().create(true).append(true).open(&path);
         if let Err(why) = file.and_then(|mut file| file.write_all(lines.as_bytes())) {
             eprintln!("cannot append to {path}: {why}");
             exit(1);
         }
+        println!("appended to {path}");
     }
 }

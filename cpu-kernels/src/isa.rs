@@ -98,6 +98,31 @@ impl Isa {
         *SELECTED.get_or_init(|| Isa::from_environment().unwrap_or_else(|e| panic!("{e}")))
     }
 
+    /// The instructions that each operation uses.
+    pub fn operations(self) -> [(&'static str, &'static str); 5] {
+        let name = self.name();
+        let (products, attention, floats) = match self.0 {
+            Kind::Scalar => ("i32", "plain loops", "scalar"),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => ("vpmaddubsw", name, name),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => ("vpmaddubsw, 512 bits", name, name),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Vnni => ("vpdpbusd, 512 bits", "avx512", "avx512"),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => ("smlal", "compiled for neon", "compiled for neon"),
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonDotprod => ("sdot", "compiled for neon", "compiled for neon"),
+        };
+        [
+            ("linear int4, int8, ternary", products),
+            ("linear f16", floats),
+            ("attention", attention),
+            ("softmax, rmsnorm, rope, swiglu, relu2_glu, add", floats),
+            ("rounding to levels", floats),
+        ]
+    }
+
     /// Name as in [`OVERRIDE`].
     pub fn name(self) -> &'static str {
         match self.0 {
@@ -166,6 +191,11 @@ mod tests {
         assert_eq!(available[0].name(), "scalar");
         for isa in available {
             assert_eq!(Isa::named(isa.name()), Ok(isa));
+            assert!(
+                isa.operations()
+                    .iter()
+                    .all(|(op, how)| !op.is_empty() && !how.is_empty())
+            );
         }
         let error = Isa::named("sse9").unwrap_err();
         assert!(

@@ -208,7 +208,11 @@ fn to_words_body<const FMA: bool>(
     for ((((x, high), low), scale), sum) in x.iter().zip(high).zip(low).zip(scales).zip(sums) {
         let extreme = extreme(x);
         // Below, the factor would overflow; what is lost is below 1e-30.
-        let factor = if extreme > 1e-30 { MAX_WORD / extreme } else { 0.0 };
+        let factor = if extreme > 1e-30 {
+            MAX_WORD / extreme
+        } else {
+            0.0
+        };
         let mut levels = [0i32; CHUNK_COLS];
         for (level, x) in levels.iter_mut().zip(x) {
             *level = nearest(x * factor);
@@ -261,7 +265,15 @@ mod tests {
         let shared = SharedSlice::new(&mut words);
         for pair in cuts.windows(2) {
             // SAFETY: one thread.
-            unsafe { part(isa, precision, &x[pair[0]..pair[1]], shared, pair[0]..pair[1]) };
+            unsafe {
+                part(
+                    isa,
+                    precision,
+                    &x[pair[0]..pair[1]],
+                    shared,
+                    pair[0]..pair[1],
+                )
+            };
         }
         words
     }
@@ -281,11 +293,17 @@ mod tests {
             for (i, x) in x.iter().enumerate() {
                 let level = 256 * i32::from(token.high[i]) + i32::from(token.low[i]);
                 let scale = token.scales[i / 32];
-                assert!((scale * level as f32 - x).abs() <= 0.501 * scale, "{isa} {i}");
+                assert!(
+                    (scale * level as f32 - x).abs() <= 0.501 * scale,
+                    "{isa} {i}"
+                );
             }
             for (chunk, sum) in token.sums.iter().enumerate() {
                 let of = |plane: &[i8]| -> i32 {
-                    plane[32 * chunk..][..32].iter().map(|&v| i32::from(v)).sum()
+                    plane[32 * chunk..][..32]
+                        .iter()
+                        .map(|&v| i32::from(v))
+                        .sum()
                 };
                 assert_eq!(*sum, 256 * of(token.high) + of(token.low), "{isa} {chunk}");
             }

@@ -61,7 +61,9 @@ impl Vector for Avx2 {
                         let shift = if BITS == 8 { 0 } else { p * BITS };
                         let weights = field(bytes, shift, mask);
                         for t in 0..T {
-                            let x = levels[t].add((line * per_line + p) * STEP_COLS).cast::<i32>();
+                            let x = levels[t]
+                                .add((line * per_line + p) * STEP_COLS)
+                                .cast::<i32>();
                             let x = _mm256_set1_epi32(x.read_unaligned());
                             pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(weights, x));
                             if BITS == 8 {
@@ -88,6 +90,12 @@ impl Vector for Avx2 {
     unsafe fn ints(value: i32) -> Self::Ints {
         // SAFETY: the caller has AVX2; so for all below.
         unsafe { [_mm256_set1_epi32(value); HALVES] }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        // SAFETY: as above.
+        unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
     }
 
     #[inline(always)]

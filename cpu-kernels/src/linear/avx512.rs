@@ -64,6 +64,12 @@ macro_rules! floats_of_a_register {
         }
 
         #[inline(always)]
+        unsafe fn add(a: __m512i, b: __m512i) -> __m512i {
+            // SAFETY: as above.
+            unsafe { _mm512_add_epi32(a, b) }
+        }
+
+        #[inline(always)]
         unsafe fn join(a: __m512i, b: __m512i) -> __m512i {
             // SAFETY: as above.
             unsafe { _mm512_add_epi32(_mm512_slli_epi32::<8>(a), b) }

@@ -31,6 +31,8 @@ pub(super) trait Vector {
     ) -> [Self::Ints; T];
     /// The same number in every row.
     unsafe fn ints(value: i32) -> Self::Ints;
+    /// `a + b`.
+    unsafe fn add(a: Self::Ints, b: Self::Ints) -> Self::Ints;
     /// `256 a + b`.
     unsafe fn join(a: Self::Ints, b: Self::Ints) -> Self::Ints;
     /// As floats.
@@ -85,7 +87,12 @@ pub unsafe fn part(
         "linear: x is (t, k) with k = {}, levels for weights of few bits",
         w.cols
     );
-    assert_eq!(y.len(), tokens * w.rows, "linear: y is (t, n) with n = {}", w.rows);
+    assert_eq!(
+        y.len(),
+        tokens * w.rows,
+        "linear: y is (t, n) with n = {}",
+        w.rows
+    );
     assert!(
         bias.is_none_or(|bias| bias.len() == w.rows),
         "linear: bias is (n,) with n = {}",
@@ -146,10 +153,18 @@ impl Call<'_> {
                 Input::Levels(x) => match (self.w.bits, x.precision()) {
                     (Bits::Two, Precision::Byte) => self.tiles::<V>(Ints::<2, 1> { call: self, x }),
                     (Bits::Two, Precision::Word) => self.tiles::<V>(Ints::<2, 2> { call: self, x }),
-                    (Bits::Four, Precision::Byte) => self.tiles::<V>(Ints::<4, 1> { call: self, x }),
-                    (Bits::Four, Precision::Word) => self.tiles::<V>(Ints::<4, 2> { call: self, x }),
-                    (Bits::Eight, Precision::Byte) => self.tiles::<V>(Ints::<8, 1> { call: self, x }),
-                    (Bits::Eight, Precision::Word) => self.tiles::<V>(Ints::<8, 2> { call: self, x }),
+                    (Bits::Four, Precision::Byte) => {
+                        self.tiles::<V>(Ints::<4, 1> { call: self, x })
+                    }
+                    (Bits::Four, Precision::Word) => {
+                        self.tiles::<V>(Ints::<4, 2> { call: self, x })
+                    }
+                    (Bits::Eight, Precision::Byte) => {
+                        self.tiles::<V>(Ints::<8, 1> { call: self, x })
+                    }
+                    (Bits::Eight, Precision::Word) => {
+                        self.tiles::<V>(Ints::<8, 2> { call: self, x })
+                    }
                     (Bits::F16, _) => unreachable!("F16 weights take floats"),
                 },
             }
@@ -239,7 +254,13 @@ impl Product for Floats<'_> {
         let x = &self.x[token * k..(token + T) * k];
         // SAFETY: `k` columns of a tile, 16 halves each, and of `T` tokens.
         unsafe {
-            let lines = self.call.w.quants.as_ptr().cast::<f16>().add(tile * k * TILE_ROWS);
+            let lines = self
+                .call
+                .w
+                .quants
+                .as_ptr()
+                .cast::<f16>()
+                .add(tile * k * TILE_ROWS);
             // Two chains of additions, even and odd columns.
             let mut sums = [[V::floats(0.0); T]; 2];
             for col in (0..k).step_by(2) {
@@ -258,6 +279,9 @@ impl Product for Floats<'_> {
         }
     }
 }
+
+/// Sums that are kept apart where products of many chunks are added up.
+const CHAINS: usize = 4;
 
 /// Weights of `BITS` bits by levels of `PLANES` bytes.
 struct Ints<'a, const BITS: usize, const PLANES: usize> {
@@ -315,19 +339,30 @@ impl<const BITS: usize, const PLANES: usize> Product for Ints<'_, BITS, PLANES> 
                         chunk += 1;
                     }
                 } else {
-                    let mut ints = [V::ints(0); T];
+                    // A chain of additions alone would wait for itself; that of several tokens does not.
+                    let used = if T < CHAINS { CHAINS } else { 1 };
+                    let mut chains = [[V::ints(0); T]; CHAINS];
                     for t in 0..T {
                         let sum: i32 = level_sums[t].get_unchecked(chunk..end).iter().sum();
-                        ints[t] = V::ints(-zero_level * sum);
+                        chains[0][t] = V::ints(-zero_level * sum);
                         total[t] = scales[t][0] * sum as f32;
                     }
                     while chunk < end {
-                        ints = V::dots::<BITS, T>(lines, high, ints);
-                        for high in &mut high {
-                            *high = high.wrapping_add(CHUNK_COLS);
+                        for ints in chains.iter_mut().take(used.min(end - chunk)) {
+                            *ints = V::dots::<BITS, T>(lines, high, *ints);
+                            for high in &mut high {
+                                *high = high.wrapping_add(CHUNK_COLS);
+                            }
+                            lines = lines.wrapping_add(BITS * LINE_BYTES);
                         }
-                        lines = lines.wrapping_add(BITS * LINE_BYTES);
-                        chunk += 1;
+                        chunk += used;
+                    }
+                    chunk = end;
+                    let mut ints = chains[0];
+                    for chain in &chains[1..] {
+                        for t in 0..T {
+                            ints[t] = V::add(ints[t], chain[t]);
+                        }
                     }
                     for t in 0..T {
                         let scale = V::floats(scales[t][0]);

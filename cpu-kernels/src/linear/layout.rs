@@ -244,7 +244,11 @@ impl Packed {
 
 /// `(rows, groups)` values as `(tiles, groups, 16)`.
 fn by_tile<T: Copy + Default>(values: &[T], rows: usize, groups: usize) -> Vec<T> {
-    assert_eq!(values.len(), rows * groups, "linear: scales of another length");
+    assert_eq!(
+        values.len(),
+        rows * groups,
+        "linear: scales of another length"
+    );
     let mut tiled = vec![T::default(); rows.div_ceil(TILE_ROWS) * groups * TILE_ROWS];
     for (tile, out) in tiled.chunks_exact_mut(groups * TILE_ROWS).enumerate() {
         for (i, out) in out.iter_mut().enumerate() {

@@ -110,6 +110,15 @@ macro_rules! quarters {
         }
 
         #[inline(always)]
+        unsafe fn add(a: Self::Ints, mut b: Self::Ints) -> Self::Ints {
+            for (a, b) in a.into_iter().zip(&mut b) {
+                // SAFETY: as above.
+                *b = unsafe { vaddq_s32(a, *b) };
+            }
+            b
+        }
+
+        #[inline(always)]
         unsafe fn join(a: Self::Ints, mut b: Self::Ints) -> Self::Ints {
             for (a, b) in a.into_iter().zip(&mut b) {
                 // SAFETY: as above.
@@ -205,7 +214,13 @@ unsafe fn same(sum: int32x4_t) -> int32x4_t {
 }
 
 impl Vector for Neon {
-    quarters!(2, Wide, (vdupq_n_s16(0), vdupq_n_s16(0)), add_wide, fold_wide);
+    quarters!(
+        2,
+        Wide,
+        (vdupq_n_s16(0), vdupq_n_s16(0)),
+        add_wide,
+        fold_wide
+    );
 }
 
 impl Vector for Dotprod {

@@ -21,7 +21,11 @@ impl Vector for Scalar {
         let per_line = STEPS / BITS;
         for step in 0..STEPS {
             // SAFETY: `BITS` lines, 32 levels.
-            let line = unsafe { &*lines.add(step / per_line * LINE_BYTES).cast::<[u8; LINE_BYTES]>() };
+            let line = unsafe {
+                &*lines
+                    .add(step / per_line * LINE_BYTES)
+                    .cast::<[u8; LINE_BYTES]>()
+            };
             let shift = step % per_line * BITS;
             let mask = ((1u32 << BITS) - 1) as u8;
             for (sums, levels) in sums.iter_mut().zip(levels) {
@@ -40,6 +44,11 @@ impl Vector for Scalar {
     #[inline(always)]
     unsafe fn ints(value: i32) -> Self::Ints {
         [value; TILE_ROWS]
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        std::array::from_fn(|i| a[i] + b[i])
     }
 
     #[inline(always)]

@@ -27,7 +27,10 @@ const SHAPES: [(usize, usize, usize, usize); 12] = [
 /// Words of the levels of `x` `(t, k)`.
 fn words(isa: Isa, precision: Precision, x: &[f32], k: usize) -> Vec<f32> {
     let mut words = vec![f32::NAN; x.len() / k * token_words(k)];
-    for (x, words) in x.chunks_exact(k).zip(words.chunks_exact_mut(token_words(k))) {
+    for (x, words) in x
+        .chunks_exact(k)
+        .zip(words.chunks_exact_mut(token_words(k)))
+    {
         // SAFETY: one thread.
         unsafe { levels::part(isa, precision, x, SharedSlice::new(words), 0..k) };
     }
@@ -51,7 +54,14 @@ fn values(words: &[f32], k: usize, precision: Precision) -> Vec<f32> {
     values
 }
 
-fn run(isa: Isa, w: &Packed, bias: Option<&[f32]>, x: Input<'_>, tokens: usize, parts: usize) -> Vec<f32> {
+fn run(
+    isa: Isa,
+    w: &Packed,
+    bias: Option<&[f32]>,
+    x: Input<'_>,
+    tokens: usize,
+    parts: usize,
+) -> Vec<f32> {
     let mut y = vec![f32::NAN; tokens * w.rows()];
     let shared = SharedSlice::new(&mut y);
     for index in 0..parts {
@@ -103,7 +113,9 @@ fn compare(w: &Weight, tokens: usize, random: &mut Random, what: &str) {
             for isa in Isa::available() {
                 for parts in [1, 3] {
                     let y = run(isa, &packed, bias, input, tokens, parts);
-                    for (i, ((y, expected), size)) in y.iter().zip(&expected).zip(&sizes).enumerate() {
+                    for (i, ((y, expected), size)) in
+                        y.iter().zip(&expected).zip(&sizes).enumerate()
+                    {
                         let error = (y - expected).abs();
                         assert!(
                             error <= 2e-6 * size,
@@ -126,7 +138,8 @@ fn int4_is_close_to_the_reference() {
             random.int4_zeros(n, k, group),
         ] {
             let (mins, zeros) = (w.mins.is_some(), w.zeros);
-            let what = format!("int4 n={n} k={k} group={group} t={tokens} mins={mins} zeros={zeros}");
+            let what =
+                format!("int4 n={n} k={k} group={group} t={tokens} mins={mins} zeros={zeros}");
             compare(&Weight::Int4(w), tokens, &mut random, &what);
         }
     }
@@ -149,7 +162,12 @@ fn f16_and_ternary_are_close_to_the_reference() {
     let mut random = Random::new(15);
     for (n, k, group, tokens) in SHAPES {
         let w = Weight::F16(random.f16(n, k));
-        compare(&w, tokens, &mut random, &format!("f16 n={n} k={k} t={tokens}"));
+        compare(
+            &w,
+            tokens,
+            &mut random,
+            &format!("f16 n={n} k={k} t={tokens}"),
+        );
         for group in [group.min(k), k] {
             let w = Weight::Ternary(random.ternary(n, k, group));
             let what = format!("ternary n={n} k={k} group={group} t={tokens}");
@@ -174,10 +192,20 @@ fn sums_of_ternary_weights_and_bytes_are_exact() {
                 for (row, y) in y.iter().enumerate() {
                     let mut signs = vec![0.0; k];
                     let unit = [1.0];
-                    for (cell, out) in w.row_quants(row).as_chunks().0.iter().zip(signs.as_chunks_mut().0) {
+                    for (cell, out) in w
+                        .row_quants(row)
+                        .as_chunks()
+                        .0
+                        .iter()
+                        .zip(signs.as_chunks_mut().0)
+                    {
                         models::quant::ternary::decode_cell(cell, unit[0], out);
                     }
-                    let sum: i32 = signs.iter().zip(token.high).map(|(w, x)| *w as i32 * i32::from(*x)).sum();
+                    let sum: i32 = signs
+                        .iter()
+                        .zip(token.high)
+                        .map(|(w, x)| *w as i32 * i32::from(*x))
+                        .sum();
                     let expected = w.row_scales(row)[0] * (token.scales[0] * sum as f32);
                     assert_eq!(*y, expected, "{isa} n={n} k={k} row {row}");
                 }

@@ -6,13 +6,16 @@
 
 mod forward;
 mod program;
+mod system;
 mod team;
+
+pub use system::System;
 
 use std::sync::Arc;
 
 use cpu_kernels::attention::{self, AttentionShape};
 use cpu_kernels::buffer::AlignedBuffer;
-use cpu_kernels::isa::{Isa, OVERRIDE};
+use cpu_kernels::isa::Isa;
 use cpu_kernels::levels::{self, Levels};
 use cpu_kernels::linear::{self, Input, Packed};
 use cpu_kernels::team::{Phases, SharedSlice, split};
@@ -73,11 +76,7 @@ impl CpuBackend {
     /// `EDGELLM_CPU` names an instruction set that this CPU lacks; [`Error::Machine`] if the cache
     /// does not fit in memory or threads cannot be started.
     pub fn new(model: Arc<LoadedModel>, context: usize) -> Result<CpuBackend, Error> {
-        let isa = Isa::from_environment().map_err(Error::Input)?;
-        let why = match std::env::var_os(OVERRIDE) {
-            Some(_) => format!("set by {OVERRIDE}"),
-            None => "the fastest instruction set of this CPU".to_owned(),
-        };
+        let (isa, why) = system::chosen()?;
         CpuBackend::with(model, context, isa, team::default_threads()?, why)
     }
 
@@ -111,7 +110,7 @@ impl CpuBackend {
         let info = BackendInfo {
             name: "cpu",
             tier: isa.name().to_owned(),
-            device: format!("{}, {threads} threads", team::cpu_name()),
+            device: format!("{}, {threads} threads", system::cpu_name()),
             reason: format!("{isa}, {why}"),
             bytes_per_token,
         };
@@ -317,14 +316,20 @@ fn operands(model: Arc<LoadedModel>) -> (Recipe, Vec<Operand>) {
                 Weight::Vector(vector) => Operand::Vector(vector),
                 matrix => pack(&matrix).expect("no vector"),
             };
-            (model.recipe, model.weights.into_par_iter().map(own).collect())
+            (
+                model.recipe,
+                model.weights.into_par_iter().map(own).collect(),
+            )
         }
         Err(shared) => {
             let copy = |weight: &Weight| match weight {
                 Weight::Vector(vector) => Operand::Vector(vector.clone()),
                 matrix => pack(matrix).expect("no vector"),
             };
-            (shared.recipe.clone(), shared.weights.par_iter().map(copy).collect())
+            (
+                shared.recipe.clone(),
+                shared.weights.par_iter().map(copy).collect(),
+            )
         }
     }
 }
@@ -397,14 +402,7 @@ impl Job<'_> {
     /// Shares of one step have equal `parts` and `part`s of their own; whatever another share wrote
     /// that this one reads, or reads that this one writes, lies in an earlier phase. [`program`]
     /// knows for every step which share touches which elements.
-    unsafe fn call(
-        &self,
-        op: &Op,
-        unit: usize,
-        part: usize,
-        parts: usize,
-        scores: &mut [f32],
-    ) {
+    unsafe fn call(&self, op: &Op, unit: usize, part: usize, parts: usize, scores: &mut [f32]) {
         let (isa, tokens) = (self.isa, self.tokens.len());
         let (step, levels) = match op {
             Op::Step(step, levels) => (step, *levels),

@@ -72,7 +72,7 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
     set_threads(args.model.threads);
     let start = Instant::now();
     let model = Arc::new(load(&args)?);
-    let config = &model.recipe.config;
+    let config = &model.recipe.config.clone();
     let needed = needed_context(&args)?;
     let context = args.model.context.unwrap_or(needed);
     for (what, tokens) in [
@@ -91,7 +91,7 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
         reason,
     } = select(
         args.model.backend.into(),
-        Arc::clone(&model),
+        model,
         context,
         args.model.tier.map(u32::from),
     )?;

@@ -166,10 +166,10 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
     let context = context_tokens(args.model.context, trained, prompt.len(), args.tokens)?;
     check_prompt(prompt.len(), context)?;
 
-    let model = Arc::new(model?);
+    // Given away: a backend that lays weights out anew frees them as it goes.
     let selected = select(
         args.model.backend.into(),
-        Arc::clone(&model),
+        Arc::new(model?),
         context,
         args.model.tier.map(u32::from),
     )?;
@@ -177,6 +177,7 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
         mut backend,
         reason,
     } = selected;
+    mapped.release();
 
     if args.ids {
         eprintln!("prompt ids: {}", join_ids(&prompt));

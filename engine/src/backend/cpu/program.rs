@@ -32,7 +32,11 @@ pub(super) enum Op {
     /// A step of the recipe; a matrix reads its source from these levels.
     Step(Step, Option<usize>),
     /// Rounds a buffer to levels.
-    Round { src: Buffer, levels: usize, cut: Cut },
+    Round {
+        src: Buffer,
+        levels: usize,
+        cut: Cut,
+    },
 }
 
 /// Where the levels of a buffer lie.
@@ -375,15 +379,18 @@ fn with_levels(model: &LoadedModel) -> (Vec<Op>, Vec<LevelsPlace>) {
     let mut used: Vec<Option<usize>> = Vec::new();
     for (i, step) in recipe.steps.iter().enumerate() {
         let mut levels = None;
-        if let Step::Linear { weight, src, .. } | Step::Logits { table: weight, src, .. } = step
+        if let Step::Linear { weight, src, .. }
+        | Step::Logits {
+            table: weight, src, ..
+        } = step
             && matches!(
                 model.weights.get(*weight),
                 Some(Weight::Int4(_) | Weight::Int8(_) | Weight::Ternary(_))
             )
         {
             let (writer, cut) = writers[*src as usize];
-            let is_rounded = writer > 0
-                && matches!(recipe.steps[writer - 1], Step::RoundToInt8 { .. });
+            let is_rounded =
+                writer > 0 && matches!(recipe.steps[writer - 1], Step::RoundToInt8 { .. });
             let precision = match is_rounded {
                 true => Precision::Byte,
                 false => Precision::Word,
@@ -489,7 +496,11 @@ mod tests {
             recipe,
             weights: Vec::new(),
         };
-        let ops = model.recipe.steps.iter().map(|step| Op::Step(step.clone(), None));
+        let ops = model
+            .recipe
+            .steps
+            .iter()
+            .map(|step| Op::Step(step.clone(), None));
         let phases = phases(&model, ops.collect());
         let lengths: Vec<usize> = phases.iter().map(|phase| phase.ops.len()).collect();
         let expected = [

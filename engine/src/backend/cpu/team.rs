@@ -75,7 +75,9 @@ impl Shared {
 
     fn caller(&self) -> Option<Thread> {
         let caller = self.caller.lock();
-        caller.unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        caller
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone()
     }
 
     fn start(&self, job: *mut Job<'static>, workers: &[JoinHandle<()>]) {
@@ -243,18 +245,6 @@ pub(super) fn default_threads() -> Result<usize, Error> {
     }
     let allowed = thread::available_parallelism().map_or(1, usize::from);
     Ok(cores().map_or(allowed, |cores| cores.len().clamp(1, allowed)))
-}
-
-/// Model name of the CPU as Linux gives it, else the architecture.
-pub(super) fn cpu_name() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = info
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"));
-    let name = line
-        .and_then(|line| line.split_once(':'))
-        .map(|(_, name)| name.trim());
-    name.unwrap_or(std::env::consts::ARCH).to_owned()
 }
 
 #[cfg(test)]

@@ -77,7 +77,13 @@ pub(super) fn fetch_rust_src(
 /// Fetches the distribution's `python3-pip` and returns the folder to put on Python's module path.
 pub(super) fn fetch_pip(cache: &Path, progress: &dyn Progress) -> Result<PathBuf, Error> {
     let modules = "usr/lib/python3/dist-packages";
-    let unpacked = fetch("python3-pip", &format!("{modules}/pip"), None, cache, progress)?;
+    let unpacked = fetch(
+        "python3-pip",
+        &format!("{modules}/pip"),
+        None,
+        cache,
+        progress,
+    )?;
     Ok(unpacked.join(modules))
 }
 
