@@ -33,7 +33,7 @@ struct Shared {
 }
 
 /// Turns to spin before a thread sleeps: about as long as waking it takes.
-const SPINS: usize = 10_000;
+const SPINS: usize = 2_000;
 
 /// Waits until `done`, at first without giving the core away; whoever makes it true unparks this thread.
 fn wait(done: impl Fn() -> bool) {
