@@ -50,12 +50,12 @@ impl Vector for Avx2 {
         // SAFETY: `BITS` lines, 32 levels. 16 products of at most 15 * 128 fit 16 bits: 8-bit levels go as
         // two nibbles.
         unsafe {
-            for half in 0..HALVES {
+            for (half, start) in [0, LINE_BYTES / HALVES].into_iter().enumerate() {
                 let mut pairs = [_mm256_setzero_si256(); T];
                 let mut pairs_of_16 = [_mm256_setzero_si256(); T];
                 for line in 0..BITS {
-                    let at = line * LINE_BYTES + half * (LINE_BYTES / HALVES);
-                    let bytes = _mm256_load_si256(lines.add(at).cast());
+                    let bytes = lines.add(line * LINE_BYTES + start);
+                    let bytes = _mm256_load_si256(bytes.cast());
                     for p in 0..per_line {
                         let mask = if BITS == 2 { 3 } else { 15 };
                         let shift = if BITS == 8 { 0 } else { p * BITS };

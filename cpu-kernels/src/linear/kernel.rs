@@ -280,6 +280,23 @@ impl Product for Floats<'_> {
     }
 }
 
+/// How far ahead of one token's products weights are asked for: the hardware stops at the end of a page.
+const AHEAD_BYTES: usize = 4096;
+
+/// Asks for the chunk that lies [`AHEAD_BYTES`] behind `lines` and need not exist.
+#[inline(always)]
+fn ahead<const BITS: usize>(lines: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..BITS {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let at = lines.wrapping_add(AHEAD_BYTES + line * LINE_BYTES);
+        // SAFETY: a prefetch reads nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = lines;
+}
+
 /// Sums that are kept apart where products of many chunks are added up.
 const CHAINS: usize = 4;
 
@@ -319,6 +336,9 @@ impl<const BITS: usize, const PLANES: usize> Product for Ints<'_, BITS, PLANES> 
                 let mut total = [0.0f32; T];
                 if PLANES == 2 {
                     while chunk < end {
+                        if T == 1 {
+                            ahead::<BITS>(lines);
+                        }
                         let mut ints = [V::ints(0); T];
                         for t in 0..T {
                             let sum = *level_sums[t].get_unchecked(chunk);
@@ -349,6 +369,9 @@ impl<const BITS: usize, const PLANES: usize> Product for Ints<'_, BITS, PLANES> 
                     }
                     while chunk < end {
                         for ints in chains.iter_mut().take(used.min(end - chunk)) {
+                            if T == 1 {
+                                ahead::<BITS>(lines);
+                            }
                             *ints = V::dots::<BITS, T>(lines, high, *ints);
                             for high in &mut high {
                                 *high = high.wrapping_add(CHUNK_COLS);

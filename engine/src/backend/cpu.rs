@@ -34,9 +34,10 @@ use super::{Backend, BackendInfo, LoadedModel, Profile};
 use crate::Error;
 use crate::sampler::{self, Sampling};
 
-/// Tokens of a prompt that go through the list together: enough that turning weights into floats
-/// is lost in the multiplications, few enough that their activations stay in the second-level cache.
-pub const CHUNK_TOKENS: usize = 32;
+/// Tokens of a prompt that go through the list together: enough that reading the weights once for all of them is
+/// lost in the products, few enough that their levels stay in the second-level cache. A multiple of the tokens
+/// that the products take at once.
+pub const CHUNK_TOKENS: usize = 48;
 
 /// Runs a model on the CPU.
 pub struct CpuBackend {
