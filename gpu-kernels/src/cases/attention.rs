@@ -28,7 +28,7 @@ const BLOCK_A_HEAD: [Geometry; 8] = [
     (1, 1, 2, 3, 2),
 ];
 
-/// With the tuning of the device: one split up to 128 positions.
+/// With the tuning of the device: one split up to 192 positions.
 const SPLIT: [Geometry; 22] = [
     (9, 3, 64, 301, 0),
     (9, 3, 64, 301, 1),
