@@ -18,12 +18,14 @@ use crate::select::SEVEN;
 pub use attention::attention_over;
 use choice::{logits_top, sample_topk};
 use float::float_rows;
+use heads::heads_rows;
 use tiled::fused_int4;
 pub use tiled::{Tiled, gemv_int4_mma, gemv_int4_mma_in};
 
 pub mod attention;
 mod choice;
 mod float;
+mod heads;
 mod tiled;
 
 /// Allocates a kernel's operands and plans the call.
@@ -66,6 +68,7 @@ pub fn all() -> Vec<Row> {
         rows.extend(gemv_int4(n, k, 128, false));
     }
     rows.extend(fused_int4());
+    rows.extend(heads_rows());
     rows.extend(float_rows());
     for (n, k) in [(1536, 1536), (8960, 1536), (1536, 8960)] {
         rows.push(gemv_int8(n, k, 32));

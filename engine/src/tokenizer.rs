@@ -8,6 +8,7 @@ mod stream;
 
 use models::file::gguf::{Gguf, Metadata};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
@@ -19,6 +20,32 @@ pub use stream::Utf8Stream;
 use crate::Error;
 use crate::error::shown;
 use pre::Scheme;
+
+/// What the `tokenizers` crate panics on where it is malformed.
+#[derive(Deserialize)]
+struct Parts {
+    normalizer: Option<Value>,
+    #[serde(rename = "decoder")]
+    _decoder: Option<Value>,
+}
+
+/// Checks that the JSON of the [`Parts`] is whole and that nothing needs a table that only SentencePiece's
+/// vocabularies have.
+fn check_parts(json: &str) -> Result<(), String> {
+    fn known(normalizer: &Value) -> bool {
+        let parts = normalizer["normalizers"].as_array();
+        match normalizer["type"].as_str() {
+            Some("Sequence") => parts.is_some_and(|parts| parts.iter().all(known)),
+            Some(kind) => kind != "Precompiled",
+            None => false,
+        }
+    }
+    let parts: Parts = serde_json::from_str(json).map_err(|e| shown(&e.to_string()))?;
+    match parts.normalizer.is_none_or(|normalizer| known(&normalizer)) {
+        true => Ok(()),
+        false => Err("only byte-level BPE is supported: no Precompiled normalizer".to_owned()),
+    }
+}
 
 /// Texts of control tokens that end an answer, whatever the metadata's ids say.
 const STOP_TEXTS: [&str; 7] = [
@@ -183,6 +210,7 @@ impl Tokenizer {
     /// table.
     pub fn from_json(json: &str, specials: &Specials, vocab: usize) -> Result<Self, Error> {
         let fail = |why: String| Error::Input(format!("tokenizer.json: {why}"));
+        check_parts(json).map_err(fail)?;
         let mut inner = json
             .parse::<tokenizers::Tokenizer>()
             .map_err(|e| fail(shown(&e.to_string())))?;

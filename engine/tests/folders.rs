@@ -284,3 +284,33 @@ fn packings_that_are_not_read_are_refused() {
     set(&folder, "quantization_config.use_rms_norm", true.into());
     refused(&folder, "use_rms_norm");
 }
+
+#[test]
+fn layers_left_out_of_the_packing_are_honoured_or_refused() {
+    let key = "quantization_config.modules_to_not_convert";
+    for (name, packed) in [
+        ("llama-awq-32", "model.layers.1.mlp.down_proj"),
+        ("bitnet-bitlinear", "mlp.up_proj"),
+        ("bitnet-online", "q_proj"),
+    ] {
+        let folder = copy(name);
+        set(&folder, key, serde_json::json!(["lm_head", "embed_tokens"]));
+        assert_success(&run(folder.path(), &["-i", "hi", "-n", "1"]));
+        set(&folder, key, serde_json::json!(["lm_head", packed]));
+        refused(&folder, &format!("{key}`: `{packed}` names `model."));
+        set(&folder, key, serde_json::json!("lm_head"));
+        refused(&folder, key);
+    }
+}
+
+#[test]
+fn columns_sorted_by_activation_are_told_by_their_index() {
+    let folder = copy("llama-gptq-128");
+    set(&folder, "quantization_config.desc_act", true.into());
+    // Sorted or not: the index says that the groups are in order.
+    assert_success(&run(folder.path(), &["-i", "hi", "-n", "1"]));
+    rewrite(&single(&folder), |header, _| {
+        *header = header.replacen("q_proj.g_idx", "q_proj.h_idx", 1);
+    });
+    refused(&folder, "desc_act");
+}

@@ -11,6 +11,8 @@ mod agreement;
 mod blocks;
 #[path = "golden/choices.rs"]
 mod choices;
+#[path = "golden/container.rs"]
+mod container;
 #[path = "golden/greedy.rs"]
 mod greedy;
 #[path = "golden/hf.rs"]

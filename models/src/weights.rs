@@ -9,6 +9,7 @@
 //! | linear | Q5_0 | INT8 group 32, exact (levels -16 to 15) |
 //! | linear | Q5_1, Q5_K, Q6_K | INT8 group 32, rounded |
 //! | linear | TQ1_0, TQ2_0 | ternary group 256, exact |
+//! | linear | I2_S | ternary, a scale a row, exact |
 //! | linear | AWQ, GPTQ | INT4 with zeros, or symmetric where all zeros are 8; exact |
 //! | linear | BitNet: packed, or floats to round | ternary, a scale a row |
 //! | embedding, output | Q8_0 | INT8 group 32, bit for bit |
@@ -192,6 +193,24 @@ fn check_shape(tensor: &Tensor<'_>, weight: &WeightRef) -> Result<(), Error> {
     }
 }
 
+/// Checks that rows which have to move are whole heads.
+fn check_row_order(weight: &WeightRef) -> Result<(), Error> {
+    let RowOrder::Interleaved { head_dim } = weight.row_order else {
+        return Ok(());
+    };
+    let rows = match weight.kind {
+        WeightKind::Vector => weight.cols,
+        _ => weight.rows,
+    };
+    match head_dim != 0 && head_dim.is_multiple_of(2) && rows.is_multiple_of(head_dim) {
+        true => Ok(()),
+        false => Err(fail(
+            weight,
+            format!("{rows} rows are not whole heads of {head_dim}"),
+        )),
+    }
+}
+
 /// Checks the dimensions of a tensor, fastest first.
 fn check_dims(tensor: &Tensor<'_>, expected: &[usize]) -> Result<(), Error> {
     let expected: Vec<u64> = expected.iter().map(|&d| d as u64).collect();
@@ -231,19 +250,7 @@ impl<'a> Rows<'a> {
     fn new(source: &'a dyn Source, weight: &'a WeightRef) -> Result<Self, Error> {
         let tensor = source.require_tensor(&weight.name)?;
         check_shape(tensor, weight)?;
-        if let RowOrder::Interleaved { head_dim } = weight.row_order {
-            let rows = if weight.kind == WeightKind::Vector {
-                weight.cols
-            } else {
-                weight.rows
-            };
-            if head_dim == 0 || !head_dim.is_multiple_of(2) || !rows.is_multiple_of(head_dim) {
-                return Err(fail(
-                    weight,
-                    format!("{rows} rows are not whole heads of {head_dim}"),
-                ));
-            }
-        }
+        check_row_order(weight)?;
         // No division by zero: no dimension of a parsed tensor is zero.
         let row_bytes = tensor.data.len() / weight.rows;
         Ok(Rows {
@@ -261,7 +268,7 @@ impl<'a> Rows<'a> {
                 "an embedding or output table: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K can"
             }
             WeightKind::Linear => {
-                "a linear layer: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, TQ1_0 and TQ2_0 can"
+                "a linear layer: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, TQ1_0, TQ2_0 and I2_S can"
             }
             WeightKind::Vector => "a vector: F32, F16 and BF16 can",
         };

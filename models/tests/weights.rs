@@ -232,6 +232,51 @@ fn q4_1_and_q6_k_tables_are_rounded_by_row() {
     check(DType::Q6_K, &q6, &q6_weight);
 }
 
+/// bitnet.cpp's type, from its description: 128 weights in 32 bytes, the first 32 in the upper bits, and the
+/// scale of the matrix behind all of them.
+#[test]
+fn i2_s_is_ternary_with_the_scale_behind_the_rows() {
+    const ROWS: usize = 4;
+    const COLS: usize = 256;
+    let value = |row: usize, column: usize| ((row * 7 + column * column / 3) % 3) as i8 - 1;
+    let mut data = vec![0u8; ROWS * COLS / 4 + 32];
+    for row in 0..ROWS {
+        for column in 0..COLS {
+            let byte = row * COLS / 4 + column / 128 * 32 + column % 32;
+            data[byte] |= ((value(row, column) + 1) as u8) << (6 - 2 * (column % 128 / 32));
+        }
+    }
+    let scale = 1.0f32 / 3.0;
+    data[ROWS * COLS / 4..][..4].copy_from_slice(&scale.to_le_bytes());
+    let mut weight = reference(ROWS, COLS, WeightKind::Linear);
+    for (row_order, stored) in [
+        (RowOrder::AsStored, [0, 1, 2, 3]),
+        (RowOrder::Interleaved { head_dim: 4 }, [0, 2, 1, 3]),
+    ] {
+        weight.row_order = row_order;
+        let decoded = decode_one(DType::I2_S, &data, &weight).unwrap();
+        let mut row = vec![0f32; COLS];
+        for (i, stored) in stored.into_iter().enumerate() {
+            decoded.dequantize_row(i, &mut row);
+            for (column, weight) in row.iter().enumerate() {
+                assert_eq!(*weight, scale * f32::from(value(stored, column)));
+            }
+        }
+    }
+    weight.row_order = RowOrder::Interleaved { head_dim: 6 };
+    assert!(decode_one(DType::I2_S, &data, &weight).is_err());
+    weight.row_order = RowOrder::AsStored;
+    data[ROWS * COLS / 4..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    let error = decode_one(DType::I2_S, &data, &weight).unwrap_err();
+    assert!(
+        error.to_string().contains("`t`") && error.to_string().contains("NaN"),
+        "{error}"
+    );
+    let table = reference(ROWS, COLS, WeightKind::Embedding);
+    let error = decode_one(DType::I2_S, &data, &table).unwrap_err();
+    assert!(error.to_string().contains("I2_S"), "{error}");
+}
+
 #[test]
 fn interleaved_rows_move_to_half_split_order() {
     // Two heads of four rows; every level of stored row r is r.

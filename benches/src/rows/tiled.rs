@@ -213,6 +213,7 @@ fn tiled_operands(
         } else {
             DeviceSlice::NONE
         },
+        zeros: false,
         bias: DeviceSlice::NONE,
         x: if product.shape.half_x {
             halves(memory, cols)?

@@ -66,6 +66,49 @@ pub unsafe fn store_relaxed_gpu_v4_u32(p: *mut u32, value: [u32; 4]) {
     ptx::st_relaxed_gpu_v4(p, value)
 }
 
+/// `ld.relaxed.gpu.global.v2.u64`: two words of 8 bytes, each of which another block may be storing and
+/// is seen whole. Orders nothing: the load to poll with where a word itself tells whether it is there.
+///
+/// # Safety
+/// The 16 bytes at `p` are aligned, initialised global memory.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn load_relaxed_gpu_v2_u64(p: *const u64) -> [u64; 2] {
+    // SAFETY: the caller's obligations are the instruction's.
+    #[cfg(target_arch = "nvptx64")]
+    return unsafe { ptx::ld_relaxed_gpu_v2_u64(p) };
+    #[cfg(not(target_arch = "nvptx64"))]
+    ptx::ld_relaxed_gpu_v2_u64(p)
+}
+
+/// `st.relaxed.gpu.global.u64`: a word of 8 bytes that other blocks may be loading and see whole.
+///
+/// # Safety
+/// The 8 bytes at `p` are aligned global memory.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn store_relaxed_gpu_u64(p: *mut u64, value: u64) {
+    // SAFETY: the caller's obligations are the instruction's.
+    #[cfg(target_arch = "nvptx64")]
+    return unsafe { ptx::st_relaxed_gpu_u64(p, value) };
+    #[cfg(not(target_arch = "nvptx64"))]
+    ptx::st_relaxed_gpu_u64(p, value)
+}
+
+/// `st.relaxed.gpu.global.u32`: a word that other blocks may be loading.
+///
+/// # Safety
+/// The 4 bytes at `p` are aligned global memory.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn store_relaxed_gpu_u32(p: *mut u32, value: u32) {
+    // SAFETY: the caller's obligations are the instruction's.
+    #[cfg(target_arch = "nvptx64")]
+    return unsafe { ptx::st_relaxed_gpu_u32(p, value) };
+    #[cfg(not(target_arch = "nvptx64"))]
+    ptx::st_relaxed_gpu_u32(p, value)
+}
+
 /// `fence.acq_rel.gpu`: orders this thread's accesses before it with those after it, as seen by
 /// every thread of the GPU.
 #[inline(always)]

@@ -178,6 +178,41 @@ pub unsafe fn st_relaxed_gpu_v4(p: *mut u32, value: [u32; 4]) {
     }
 }
 
+/// # Safety
+/// The 16 bytes at `p` are valid, aligned global memory.
+#[inline(always)]
+pub unsafe fn ld_relaxed_gpu_v2_u64(p: *const u64) -> [u64; 2] {
+    let (a, b);
+    // SAFETY: the caller vouches for `p`; the block is a memory clobber, so a loop loads anew.
+    unsafe {
+        asm!("ld.relaxed.gpu.global.v2.u64 {{{}, {}}}, [{}];",
+            out(reg64) a, out(reg64) b, in(reg64) p, options(nostack));
+    }
+    [a, b]
+}
+
+/// # Safety
+/// The 8 bytes at `p` are valid, aligned global memory.
+#[inline(always)]
+pub unsafe fn st_relaxed_gpu_u64(p: *mut u64, value: u64) {
+    // SAFETY: the caller vouches for `p`; the block is a memory clobber.
+    unsafe {
+        asm!("st.relaxed.gpu.global.u64 [{}], {};", in(reg64) p, in(reg64) value,
+            options(nostack));
+    }
+}
+
+/// # Safety
+/// The 4 bytes at `p` are valid, aligned global memory.
+#[inline(always)]
+pub unsafe fn st_relaxed_gpu_u32(p: *mut u32, value: u32) {
+    // SAFETY: the caller vouches for `p`; the block is a memory clobber.
+    unsafe {
+        asm!("st.relaxed.gpu.global.u32 [{}], {};", in(reg64) p, in(reg32) value,
+            options(nostack));
+    }
+}
+
 /// `fence.acq_rel.gpu`
 #[inline(always)]
 pub fn fence_acq_rel_gpu() {

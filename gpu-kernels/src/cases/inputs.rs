@@ -69,6 +69,15 @@ impl Inputs {
         }
     }
 
+    /// [`Inputs::int4`] with every zero that there is in the place of minima.
+    pub fn int4_zeros(&mut self, rows: usize, cols: usize, group: usize) -> Int4Matrix {
+        let mut w = self.int4(rows, cols, group, false);
+        let zeros = (0..w.scales.len()).map(|_| f16::from_f32((self.u64() % 17) as f32));
+        w.mins = Some(zeros.collect());
+        w.zeros = true;
+        w
+    }
+
     /// Weights are about `1 / sqrt(cols)`.
     pub fn f16(&mut self, rows: usize, cols: usize) -> F16Matrix {
         let values = self.floats(rows * cols, 1.7 / (cols as f32).sqrt());

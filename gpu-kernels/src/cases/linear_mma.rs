@@ -22,6 +22,8 @@ struct Product {
     cols: usize,
     group: usize,
     mins: bool,
+    /// The minima are zeros.
+    zeros: bool,
     tokens: usize,
     bias: bool,
     norm: bool,
@@ -42,6 +44,7 @@ impl Product {
             cols,
             group,
             mins,
+            zeros: false,
             tokens,
             bias: false,
             norm: false,
@@ -64,6 +67,11 @@ impl Product {
             exact_x,
             ..self
         }
+    }
+
+    fn with_zeros(self) -> Product {
+        let zeros = true;
+        Product { zeros, ..self }
     }
 
     fn rounded(self) -> Product {
@@ -93,6 +101,7 @@ impl Product {
         let mut shape = format!("T={} N={} K={}", self.tokens, self.rows, self.cols);
         for (text, on) in [
             ("f32", !self.exact_x && !self.norm),
+            ("zeros", self.zeros),
             ("norm", self.norm),
             ("half x", self.half_x),
             ("half y", self.half_y),
@@ -130,6 +139,15 @@ pub fn cases() -> Vec<Case> {
                 of(193, 160, 2),
             ]);
         }
+    }
+    for group in [32, 64, 128] {
+        let of = |rows, cols, tokens| Product::new(rows, cols, group, true, tokens).with_zeros();
+        products.extend([
+            of(41, 576, 1).with_bias(),
+            of(41, 1120, 1).halves(true, false),
+            of(41, 160, 3),
+            of(40, 160, 1).then(Epilogue::SwiGlu).with_norm(),
+        ]);
     }
     let plain = |rows, cols, tokens| Product::new(rows, cols, 64, true, tokens);
     products.extend([
@@ -229,7 +247,10 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
         1
     };
     let w: Vec<Int4Matrix> = (0..matrices)
-        .map(|_| inputs.int4(rows, cols, group, mins))
+        .map(|_| match product.zeros {
+            true => inputs.int4_zeros(rows, cols, group),
+            false => inputs.int4(rows, cols, group, mins),
+        })
         .collect();
     let tiled = match &w[..] {
         [gate, up] => Int4Tiled::pack_gate_up(gate, up),
@@ -251,6 +272,7 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
                 Some(mins) => device.put_f16(mins)?,
                 None => DeviceSlice::NONE,
             },
+            zeros: tiled.zeros,
             bias: optional(device, bias.as_deref())?,
             x: if product.half_x {
                 let halves: Vec<f16> = x.iter().map(|x| f16::from_f32(*x)).collect();

@@ -11,6 +11,7 @@ mod emulator;
 mod forward;
 mod inputs;
 mod linear;
+mod linear_heads;
 mod linear_mma;
 mod logits;
 mod read;
@@ -132,6 +133,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(linear::cases());
     cases.extend(logits::cases());
     cases.extend(linear_mma::cases());
+    cases.extend(linear_heads::cases());
     cases.extend(attention::cases());
     cases.extend(sample::cases());
     cases.extend(top::cases());
@@ -146,6 +148,7 @@ pub fn large() -> Vec<Case> {
     let mut cases = linear::large();
     cases.extend(logits::large());
     cases.extend(linear_mma::large());
+    cases.extend(linear_heads::large());
     cases.extend(attention::large());
     cases.extend(top::large());
     cases

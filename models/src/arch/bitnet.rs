@@ -5,11 +5,8 @@
 //! A checkpoint whose weights are plain floats, with no `quantization_config`, runs without that rounding,
 //! as `transformers` runs it.
 
-use super::decoder::{self, Family, Gate};
-use super::{Architecture, Config};
-use crate::Error;
-use crate::file::Source;
-use crate::recipe::Recipe;
+use super::Architecture;
+use super::decoder::{Family, Gate};
 
 /// Name of the architecture.
 pub const NAME: &str = "bitnet";
@@ -19,16 +16,9 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: NAME,
     gguf: &["bitnet-b1.58", "bitnet-25"],
     hugging_face: &[NAME],
-    activation: "relu2",
-    recipe,
-};
-
-fn recipe(source: &dyn Source, config: Config) -> Result<Recipe, Error> {
-    let family = Family {
-        interleaved_in_gguf: false,
-        head_norms: false,
+    family: Family {
         sub_norms: true,
         gate: Gate::ReluSquared,
-    };
-    decoder::recipe(source, config, &family)
-}
+        ..Family::PLAIN
+    },
+};

@@ -11,7 +11,8 @@ use crate::recipe::{Buffer, Recipe, RowOrder, Step, WeightId, WeightKind, Weight
 use crate::{Error, weights};
 
 /// How a family differs from the others.
-pub(super) struct Family {
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Family {
     /// q and k rows of its GGUF files hold rotary pairs as neighbours.
     pub interleaved_in_gguf: bool,
     /// Every head of q and k is normalised before it is turned.
@@ -22,11 +23,31 @@ pub(super) struct Family {
     pub gate: Gate,
 }
 
+impl Family {
+    /// Norm, attention, norm, SwiGLU; rotary pairs half a head apart in every file.
+    pub const PLAIN: Family = Family {
+        interleaved_in_gguf: false,
+        head_norms: false,
+        sub_norms: false,
+        gate: Gate::Silu,
+    };
+}
+
 /// Activation of the feed-forward gate.
-#[derive(Clone, Copy)]
-pub(super) enum Gate {
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Gate {
     Silu,
     ReluSquared,
+}
+
+impl Gate {
+    /// Its name in `hidden_act`.
+    pub fn activation(self) -> &'static str {
+        match self {
+            Gate::Silu => "silu",
+            Gate::ReluSquared => "relu2",
+        }
+    }
 }
 
 pub(super) fn recipe(

@@ -4,11 +4,8 @@
 //! Its GGUF files store the rows of q and k with rotary pairs as neighbours. Llama 3.x stretches the
 //! context: GGUF files hold a tensor of frequency divisors, `config.json` the numbers to make them.
 
-use super::decoder::{self, Family, Gate};
-use super::{Architecture, Config};
-use crate::Error;
-use crate::file::Source;
-use crate::recipe::Recipe;
+use super::Architecture;
+use super::decoder::Family;
 
 /// Name of the architecture.
 pub const NAME: &str = "llama";
@@ -18,16 +15,8 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: NAME,
     gguf: &[NAME],
     hugging_face: &[NAME, "mistral"],
-    activation: "silu",
-    recipe,
-};
-
-fn recipe(source: &dyn Source, config: Config) -> Result<Recipe, Error> {
-    let family = Family {
+    family: Family {
         interleaved_in_gguf: true,
-        head_norms: false,
-        sub_norms: false,
-        gate: Gate::Silu,
-    };
-    decoder::recipe(source, config, &family)
-}
+        ..Family::PLAIN
+    },
+};

@@ -12,6 +12,8 @@ pub use config::{Config, Stretch};
 pub(crate) use config::{Field, Keys, MAX_DIMENSION, positive, read};
 pub use names::hugging_face_name;
 
+use decoder::Family;
+
 use crate::Error;
 use crate::error::shown;
 use crate::file::Source;
@@ -26,10 +28,8 @@ pub struct Architecture {
     pub gguf: &'static [&'static str],
     /// Names in `model_type` of `config.json`.
     pub hugging_face: &'static [&'static str],
-    /// Activation of the feed-forward gate, as `hidden_act` spells it.
-    pub activation: &'static str,
-    /// Makes the recipe of a model of this architecture.
-    pub recipe: fn(&dyn Source, Config) -> Result<Recipe, Error>,
+    /// How its decoder differs from the others.
+    pub(crate) family: Family,
 }
 
 /// Every architecture that can run.
@@ -74,7 +74,7 @@ pub fn recipe(source: &dyn Source) -> Result<Recipe, Error> {
     let config = source.config()?;
     let known = ARCHITECTURES.iter().find(|a| a.name == config.architecture);
     match known {
-        Some(architecture) => (architecture.recipe)(source, config),
+        Some(architecture) => decoder::recipe(source, config, &architecture.family),
         None => Err(Error::UnknownArchitecture {
             found: shown(&config.architecture),
             known: ARCHITECTURES

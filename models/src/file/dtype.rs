@@ -114,6 +114,8 @@ dtypes! {
     TQ1_0 = 34, 256, 54;
     /// Ternary, four digits a byte.
     TQ2_0 = 35, 256, 66;
+    /// Ternary, four digits a byte, one scale behind the last row: bitnet.cpp's type.
+    I2_S = 36, 128, 32;
     /// 4-bit floats with a shared exponent.
     MXFP4 = 39, 32, 17;
     /// 4-bit floats with 8-bit float scales.
@@ -174,7 +176,17 @@ impl DType {
         dims.iter()
             .skip(1)
             .try_fold(row / self.block_elems(), |blocks, d| blocks.checked_mul(*d))?
-            .checked_mul(self.block_bytes())
+            .checked_mul(self.block_bytes())?
+            .checked_add(self.trailer_bytes())
+    }
+
+    /// Bytes behind the blocks of a tensor.
+    fn trailer_bytes(self) -> u64 {
+        match self {
+            // The scale, f32, and room up to a vector register of bytes.
+            DType::I2_S => 32,
+            _ => 0,
+        }
     }
 }
 
@@ -200,6 +212,7 @@ mod tests {
         assert_eq!(DType::Q4_1.tensor_bytes(&[64, 3]), Some(120));
         assert_eq!(DType::F32.tensor_bytes(&[5]), Some(20));
         assert_eq!(DType::Q4_0.tensor_bytes(&[33, 2]), None);
+        assert_eq!(DType::I2_S.tensor_bytes(&[256, 3]), Some(3 * 64 + 32));
         assert_eq!(DType::F32.tensor_bytes(&[1 << 40, 1 << 40]), None);
         assert_eq!(DType::F32.tensor_bytes(&[1 << 62]), None);
         assert_eq!(DType::F32.tensor_bytes(&[]), None);

@@ -25,7 +25,7 @@
 use half::f16;
 use serde::{Deserialize, Serialize};
 
-use super::{Int4Fit, Int8Matrix, Shared, check_finite, check_len, check_shape};
+use super::{Int4Fit, Shared, check_finite, check_len, check_shape};
 use crate::Error;
 
 /// Weights a 16-byte cell.
@@ -251,38 +251,6 @@ impl Int4Matrix {
         }
     }
 
-    /// A matrix with zeros in INT8, levels -16 to 15, for kernels that take no zeros: exact, at twice the
-    /// bytes.
-    ///
-    /// # Errors
-    /// A matrix without zeros.
-    pub fn zeros_to_int8(&self) -> Result<Int8Matrix, Error> {
-        let group = self.group.min(self.cols);
-        let mut quants = vec![0i8; self.rows * self.cols];
-        for (i, levels) in quants.chunks_exact_mut(self.cols).enumerate() {
-            let zeros = match self.row_mins(i) {
-                Some(zeros) if self.zeros => zeros,
-                _ => {
-                    return Err(Error::Matrix {
-                        format: FORMAT,
-                        reason: "has no zeros".to_owned(),
-                    });
-                }
-            };
-            let cells = self.row_quants(i).as_chunks::<CELL_BYTES>().0;
-            let outs = levels.as_chunks_mut::<CELL_WEIGHTS>().0;
-            for (c, (cell, out)) in cells.iter().zip(outs).enumerate() {
-                let zero = zeros[c * CELL_WEIGHTS / self.group].to_f32() as i8;
-                let (low, high) = out.split_at_mut(CELL_BYTES);
-                for ((byte, low), high) in cell.iter().zip(low).zip(high) {
-                    *low = (byte & 15) as i8 - zero;
-                    *high = (byte >> 4) as i8 - zero;
-                }
-            }
-        }
-        Int8Matrix::new(self.rows, self.cols, group, quants, self.scales.to_vec())
-    }
-
     /// Bytes that reading the whole matrix moves.
     pub fn bytes(&self) -> u64 {
         let floats = self.scales.len() + self.mins.as_ref().map_or(0, |mins| mins.len());
@@ -368,9 +336,6 @@ mod tests {
         let scale = scale.to_f32();
         assert_eq!([row[0], row[31]], [-11.0 * scale, 4.0 * scale]);
         assert_ne!(f16::from_f32(-11.0 * scale).to_f32(), -11.0 * scale);
-        let mut wide = [0f32; 32];
-        matrix.zeros_to_int8().unwrap().dequantize_row(0, &mut wide);
-        assert_eq!(wide, row);
         for bad in [-1.0, 0.5, 17.0] {
             assert!(make(bad).unwrap_err().to_string().contains("zero 0"));
         }

@@ -11,7 +11,8 @@
 //!        | g+8,c+3 | g+8,c+1 | g,c+3 | g,c+1 | g+8,c+2 | g+8,c | g,c+2 | g,c |
 //!
 //! scales  (ceil(n/16), ceil(k/128), 8, 128/group, 2) f16    of rows g and g + 8 side by side
-//! mins    as the scales, or none
+//! mins    as the scales, or none; zero points where `zeros` is set: `w = scale * (q - zero)`, and
+//!         `-scale * zero`, exact in f32, stands where a minimum would
 //! ```
 //!
 //! Weights are those of [`Int4Matrix`], nibble for nibble: the rearrangement loses nothing. Rows and
@@ -19,7 +20,8 @@
 //!
 //! Several matrices that read the same input become one by putting their rows one after the other
 //! ([`Int4Tiled::pack`]). A gate and an up projection are interleaved by eights, so that both
-//! halves of a pair meet in one tile ([`Int4Tiled::pack_gate_up`]).
+//! halves of a pair meet in one tile ([`Int4Tiled::pack_gate_up`]); so are the halves of heads whose
+//! pairs are turned together ([`Int4Tiled::pack_heads`]).
 
 use half::f16;
 
@@ -55,6 +57,8 @@ pub struct Int4Tiled {
     pub scales: Vec<f16>,
     /// As the scales, absent for the symmetric form.
     pub mins: Option<Vec<f16>>,
+    /// The minima are zeros, levels that stand for 0: [`Int4Matrix::zeros`].
+    pub zeros: bool,
 }
 
 /// Row of a matrix, or none where a tile is filled up.
@@ -91,6 +95,35 @@ impl Int4Tiled {
         Self::from_rows(&[gate, up], &rows)
     }
 
+    /// The matrices one after the other, head by head: eight rows of the head's first half, the same
+    /// eight of its second, and so on. Row `r` of tile `t` of a head is row `8t + r` of the head for
+    /// `r < 8` and row `head_dim / 2 + 8t + r - 8` from there on.
+    ///
+    /// # Errors
+    /// No matrix, matrices that differ in columns, group or form, a `head_dim` that is no multiple of
+    /// 16 or does not divide their rows.
+    pub fn pack_heads(matrices: &[&Int4Matrix], head_dim: usize) -> Result<Self, Error> {
+        let whole = |m: &&Int4Matrix| head_dim > 0 && m.rows.is_multiple_of(head_dim);
+        if !head_dim.is_multiple_of(TILE_ROWS) || !matrices.iter().all(whole) {
+            return Err(Error::Matrix {
+                format: FORMAT,
+                reason: format!("heads of {head_dim} rows do not fill tiles of {TILE_ROWS}"),
+            });
+        }
+        let rows: Vec<Source<'_>> = matrices
+            .iter()
+            .flat_map(|m| {
+                (0..m.rows).map(move |i| {
+                    let (head, of_head) = (i / head_dim, i % head_dim);
+                    let (tile, r) = (of_head / TILE_ROWS, of_head % TILE_ROWS);
+                    let second = if r < HALF { 0 } else { head_dim / 2 };
+                    Some((*m, head * head_dim + second + tile * HALF + r % HALF))
+                })
+            })
+            .collect();
+        Self::from_rows(matrices, &rows)
+    }
+
     fn from_rows(matrices: &[&Int4Matrix], rows: &[Source<'_>]) -> Result<Self, Error> {
         let Some(first) = matrices.first() else {
             return Err(Error::Matrix {
@@ -103,6 +136,8 @@ impl Int4Tiled {
             check_len(FORMAT, "groups", other.group, first.group)?;
             let (mins, need) = (other.mins.is_some(), first.mins.is_some());
             check_len(FORMAT, "forms with minima", mins.into(), need.into())?;
+            let (zeros, need) = (other.zeros, first.zeros);
+            check_len(FORMAT, "forms with zeros", zeros.into(), need.into())?;
         }
         let column_tiles = first.cols.div_ceil(TILE_COLS);
         let tiles = rows.len().div_ceil(TILE_ROWS) * column_tiles;
@@ -126,6 +161,7 @@ impl Int4Tiled {
             quants,
             scales,
             mins,
+            zeros: first.zeros,
         })
     }
 
@@ -133,7 +169,7 @@ impl Int4Tiled {
     /// fills them up.
     ///
     /// # Errors
-    /// Parts of the wrong length, or a scale or minimum that is not finite.
+    /// Parts of the wrong length, a scale or minimum that is not finite, a zero that is no level.
     pub fn unpack(&self) -> Result<Int4Matrix, Error> {
         let column_tiles = self.cols.div_ceil(TILE_COLS);
         let row_tiles = self.rows.div_ceil(TILE_ROWS);
@@ -168,14 +204,18 @@ impl Int4Tiled {
                 })
                 .collect()
         };
-        Int4Matrix::new(
+        let matrix = Int4Matrix::new(
             self.rows,
             self.cols,
             self.group,
             quants,
             by_row(&self.scales),
             self.mins.as_deref().map(by_row),
-        )
+        )?;
+        match self.zeros {
+            true => matrix.with_zeros(),
+            false => Ok(matrix),
+        }
     }
 
     /// The 4 bits of one weight.
@@ -296,6 +336,19 @@ mod tests {
     }
 
     #[test]
+    fn zeros_stay_zeros() {
+        let mut matrix = matrix(17, 160, 32, true);
+        let zeros = (0..matrix.scales.len()).map(|i| f16::from_f32((i % 17) as f32));
+        matrix.mins = Some(zeros.collect());
+        let plain = Int4Tiled::pack(&[&matrix]).unwrap();
+        let matrix = matrix.with_zeros().unwrap();
+        let tiled = Int4Tiled::pack(&[&matrix]).unwrap();
+        assert_eq!(tiled.unpack().unwrap(), matrix);
+        assert_eq!(tiled.bytes(), plain.bytes());
+        assert!(Int4Tiled::pack(&[&matrix, &plain.unpack().unwrap()]).is_err());
+    }
+
+    #[test]
     fn a_word_holds_four_columns_of_two_rows() {
         let matrix = matrix(16, 128, 128, false);
         let tiled = Int4Tiled::pack(&[&matrix]).unwrap();
@@ -355,6 +408,32 @@ mod tests {
                 assert!(both.row_quants(row).iter().all(|&byte| byte == 0));
             }
         }
+    }
+
+    #[test]
+    fn halves_of_a_head_meet_in_a_tile() {
+        let (q, k) = (matrix(96, 160, 64, true), matrix(48, 160, 64, true));
+        let both = Int4Tiled::pack_heads(&[&q, &k], 48).unwrap();
+        let both = both.unpack().unwrap();
+        assert_eq!(both.rows, 144);
+        let mut seen = [false; 144];
+        for row in 0..144 {
+            let (head, tile, r) = (row / 48, row % 48 / 16, row % 16);
+            let natural = 48 * head + 24 * (r / 8) + 8 * tile + r % 8;
+            let (of, i) = if natural < 96 {
+                (&q, natural)
+            } else {
+                (&k, natural - 96)
+            };
+            assert_eq!(both.row_quants(row), of.row_quants(i));
+            assert_eq!(both.row_scales(row), of.row_scales(i));
+            assert_eq!(both.row_mins(row), of.row_mins(i));
+            seen[natural] = true;
+        }
+        assert!(seen.iter().all(|&seen| seen));
+        assert!(Int4Tiled::pack_heads(&[&q], 40).is_err());
+        assert!(Int4Tiled::pack_heads(&[&q, &k], 32).is_err());
+        assert!(Int4Tiled::pack_heads(&[&q], 0).is_err());
     }
 
     #[test]

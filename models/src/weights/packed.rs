@@ -1,5 +1,6 @@
-//! Linear layers of packed checkpoints: several tensors, one matrix. Nothing is rounded: levels, scales and
-//! zeros of AWQ and GPTQ become INT4 with zeros, BitNet's two bits the ternary form.
+//! Linear layers of packed checkpoints: several tensors, or one whose rows share what is behind them, make
+//! one matrix. Nothing is rounded: levels, scales and zeros of AWQ and GPTQ become INT4 with zeros, BitNet's
+//! two bits the ternary form.
 
 use half::f16;
 
@@ -27,6 +28,8 @@ pub(super) enum Packed<'a> {
     Bits(&'a Tensor<'a>, f32),
     /// Floats that are rounded to ternary.
     Floats(&'a Tensor<'a>),
+    /// Two bits a weight, the scale behind them: a GGUF file's I2_S.
+    I2S(&'a Tensor<'a>),
 }
 
 /// The tensors of an AWQ or GPTQ layer.
@@ -48,25 +51,39 @@ pub(super) fn find<'a>(
     if weight.kind != WeightKind::Linear {
         return Ok(None);
     }
+    let plain = source.tensor(&weight.name);
+    if let Some(tensor) = plain
+        && tensor.dtype == DType::I2_S
+    {
+        super::check_shape(tensor, weight)?;
+        super::check_row_order(weight)?;
+        return Ok(Some((Packed::I2S(tensor), vec![weight.name.clone()])));
+    }
     let Some(packing) = source.packing() else {
         return Ok(None);
     };
-    let plain = source.tensor(&weight.name);
     match (*packing, plain) {
         (Packing::Awq { group }, None) => {
             let (parts, names) = int4_parts(source, weight, group, true)?;
             Ok(Some((Packed::Awq(parts), names)))
         }
-        (Packing::Gptq { group, .. }, None) => {
+        (
+            Packing::Gptq {
+                group,
+                zero_is_one_less,
+                sorted,
+            },
+            None,
+        ) => {
             let (parts, names) = int4_parts(source, weight, group, false)?;
-            let one_less = matches!(
-                packing,
-                Packing::Gptq {
-                    zero_is_one_less: true,
-                    ..
-                }
-            );
-            Ok(Some((Packed::Gptq(parts, one_less), names)))
+            if sorted && parts.groups.is_none() {
+                return Err(parts.levels.fail(
+                    "has no g_idx beside it, which quantization_config.desc_act promises: whether its columns \
+                     were sorted cannot be told; a checkpoint quantised with desc_act false needs none"
+                        .to_owned(),
+                ));
+            }
+            Ok(Some((Packed::Gptq(parts, zero_is_one_less), names)))
         }
         (Packing::BitNet { floats: true, .. }, Some(tensor)) if tensor.dtype.is_float() => {
             super::check_shape(tensor, weight)?;
@@ -189,6 +206,7 @@ impl Packed<'_> {
             ),
             Packed::Bits(tensor, scale) => bits(tensor, rows, cols, *scale),
             Packed::Floats(tensor) => round_to_ternary(tensor, rows, cols),
+            Packed::I2S(tensor) => i2_s(tensor, weight),
         }
     }
 }
@@ -319,6 +337,33 @@ fn bits(tensor: &Tensor<'_>, rows: usize, cols: usize, scale: f32) -> Result<Wei
         let bytes = &tensor.data[row * cols..][..cols];
         for (code, byte) in codes.iter_mut().zip(bytes) {
             *code = byte >> (2 * pair) & 3;
+        }
+        ternary::pack(&codes, cells);
+    }
+    TernaryMatrix::new(rows, cols, cols, quants, vec![scale; rows]).map(Weight::Ternary)
+}
+
+/// 32 bytes hold 128 weights of a row: byte `j` those of columns `j`, `j + 32`, `j + 64` and `j + 96`, the first
+/// in the upper bits, as value + 1. One f32 behind all of them multiplies the whole matrix. bitnet.cpp packs
+/// otherwise when it is built for Arm, and its files do not tell; the published ones are of this order
+/// (<https://github.com/microsoft/BitNet>).
+fn i2_s(tensor: &Tensor<'_>, weight: &WeightRef) -> Result<Weight, Error> {
+    let (rows, cols) = (weight.rows, weight.cols);
+    let (packed, trailer) = tensor.data.split_at(rows * cols / 4);
+    let scale = trailer
+        .first_chunk()
+        .map_or(f32::NAN, |b| f32::from_le_bytes(*b));
+    let mut quants = vec![0u8; rows * cols / 4];
+    let mut codes = vec![0u8; cols];
+    for (n, cells) in quants.chunks_exact_mut(cols / 4).enumerate() {
+        let row = super::stored_row(weight.row_order, n);
+        let bytes = packed[row * cols / 4..][..cols / 4].as_chunks::<32>().0;
+        for (bytes, codes) in bytes.iter().zip(codes.as_chunks_mut::<128>().0) {
+            for (l, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+                for (code, byte) in codes.iter_mut().zip(bytes) {
+                    *code = byte >> (6 - 2 * l) & 3;
+                }
+            }
         }
         ternary::pack(&codes, cells);
     }

@@ -1,5 +1,5 @@
-//! Weights whose form has no kernel here in one that has: no number is lost on the way but by the f16
-//! rounding of ternary scales that are no f16 numbers.
+//! Ternary weights, which have no kernel here, in INT4: no number is lost on the way but by the f16 rounding
+//! of scales that are no f16 numbers.
 
 use models::quant::Weight;
 use rayon::prelude::*;
@@ -7,17 +7,13 @@ use rayon::prelude::*;
 use crate::Error;
 use crate::backend::LoadedModel;
 
-/// The model with ternary matrices in INT4 and INT4 matrices with zeros in INT8; `None` if it has none.
+/// The model with its ternary matrices in INT4; `None` if it has none.
 ///
 /// # Errors
 /// [`Error::Input`] naming a tensor whose scales f16 does not hold.
 pub(super) fn adapt(model: &LoadedModel) -> Result<Option<LoadedModel>, Error> {
-    let adapts = |weight: &Weight| match weight {
-        Weight::Ternary(_) => true,
-        Weight::Int4(matrix) => matrix.zeros,
-        _ => false,
-    };
-    if !model.weights.iter().any(adapts) {
+    let ternary = |weight: &Weight| matches!(weight, Weight::Ternary(_));
+    if !model.weights.iter().any(ternary) {
         return Ok(None);
     }
     let weights = model
@@ -27,7 +23,6 @@ pub(super) fn adapt(model: &LoadedModel) -> Result<Option<LoadedModel>, Error> {
         .map(|(id, weight)| {
             let adapted = match weight {
                 Weight::Ternary(matrix) => matrix.to_int4().map(Weight::Int4),
-                Weight::Int4(matrix) if matrix.zeros => matrix.zeros_to_int8().map(Weight::Int8),
                 other => Ok(other.clone()),
             };
             adapted.map_err(|error| {

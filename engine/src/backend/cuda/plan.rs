@@ -128,7 +128,8 @@ pub struct Plan {
     /// Calls of `full` before the logits.
     pub body_calls: usize,
     /// In the place of what `full` has after its body: logits, penalised where `seen` says so, and a
-    /// token drawn among the best of them. None where the output table is F16: then the host draws.
+    /// token drawn among the best of them. None where the output table is F16 or INT4: then the host
+    /// draws.
     pub draw: Vec<Call>,
     /// What each call of `full` is for.
     pub notes: Vec<Note>,

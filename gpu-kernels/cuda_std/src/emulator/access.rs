@@ -5,6 +5,7 @@
 
 use super::machine::{current, raise, with_run};
 use super::memory::{Coherence, MEMORY, Value};
+use super::order::ORDER;
 use std::panic::Location;
 
 /// `ld.global`: the value at `p`.
@@ -25,8 +26,13 @@ pub fn load_global_nc<T: Value>(p: *const T) -> T {
 #[inline(always)]
 fn load<T: Value>(p: *const T, coherence: Coherence) -> T {
     // The check that a launch runs comes first: outside of one there is nobody to report to.
-    current();
-    match MEMORY.with_borrow_mut(|memory| memory.load(p.addr() as u64, coherence)) {
+    let block = current().resident_block;
+    let loaded = MEMORY.with_borrow_mut(|memory| memory.load(p.addr() as u64, coherence));
+    let ordered = ORDER.with_borrow_mut(|order| match order {
+        Some(order) => order.load(block, p.addr() as u64, T::BYTES),
+        None => Ok(()),
+    });
+    match loaded.and_then(|value| ordered.map(|()| value)) {
         Ok(value) => value,
         Err(problem) => raise(problem),
     }
@@ -36,8 +42,13 @@ fn load<T: Value>(p: *const T, coherence: Coherence) -> T {
 #[track_caller]
 #[inline]
 pub fn store_global<T: Value>(p: *mut T, value: T) {
-    current();
-    match MEMORY.with_borrow_mut(|memory| memory.store(p.addr() as u64, value)) {
+    let block = current().resident_block;
+    let stored = MEMORY.with_borrow_mut(|memory| memory.store(p.addr() as u64, value));
+    let ordered = ORDER.with_borrow_mut(|order| match order {
+        Some(order) => order.store(block, p.addr() as u64, T::BYTES),
+        None => Ok(()),
+    });
+    match stored.and(ordered) {
         Ok(()) => {}
         Err(problem) => raise(problem),
     }

@@ -20,6 +20,9 @@ pub enum FaultKind {
     Shuffle,
     /// A non-coherent load of what this launch wrote.
     NonCoherentRead,
+    /// Two blocks of a cooperative launch touch a global word, at least one writing, and neither has
+    /// waited for the other.
+    MissingWait,
     /// Nothing that can run makes progress.
     Deadlock,
     /// The kernel panicked.
@@ -38,6 +41,7 @@ impl fmt::Display for FaultKind {
             FaultKind::Race => "shared memory race",
             FaultKind::Shuffle => "warp operation with an inactive lane",
             FaultKind::NonCoherentRead => "non-coherent read of written data",
+            FaultKind::MissingWait => "missing wait between blocks",
             FaultKind::Deadlock => "deadlock",
             FaultKind::Panic => "panic in the kernel",
             FaultKind::InvalidLaunch => "invalid launch",

@@ -1,9 +1,10 @@
 //! Host twins of the device's `ptx` module: same names, run by the emulator.
 
-use super::access;
+use super::fault::Problem;
 use super::machine::{current, raise, suspend, with_run};
-use super::memory::MEMORY;
+use super::memory::{Coherence, MEMORY, Memory, Value};
 use super::mma::{Depth, Fragments};
+use super::order::{ORDER, Orders};
 use super::shared::BASE;
 use super::warp::{Operation, Request};
 use std::panic::Location;
@@ -132,39 +133,101 @@ fn poll() {
     suspend();
 }
 
+/// An atomic access of the 4-byte words of a `T`.
 #[track_caller]
-pub fn atom_add_relaxed_gpu(p: *mut u32, value: u32) -> u32 {
-    poll();
-    match MEMORY.with_borrow_mut(|memory| memory.add(p.addr() as u64, value)) {
-        Ok(before) => before,
+fn atomic<T: Value, R>(
+    p: *const T,
+    orders: Orders,
+    access: impl FnOnce(&mut Memory, u64) -> Result<R, Problem>,
+) -> R {
+    let (block, address) = (current().resident_block, p.addr() as u64);
+    let result = MEMORY.with_borrow_mut(|memory| access(memory, address));
+    ORDER.with_borrow_mut(|order| {
+        if let Some(order) = order {
+            for word in (0..T::BYTES as u64).step_by(4) {
+                order.atomic(block, address + word, orders);
+            }
+        }
+    });
+    match result {
+        Ok(value) => value,
         Err(problem) => raise(problem),
     }
 }
 
 #[track_caller]
+pub fn atom_add_relaxed_gpu(p: *mut u32, value: u32) -> u32 {
+    poll();
+    let add = |memory: &mut Memory, address| memory.add(address, value);
+    atomic(p.cast_const(), Orders::Nothing, add)
+}
+
+#[track_caller]
 pub fn red_add_release_gpu(p: *mut u32, value: u32) {
-    atom_add_relaxed_gpu(p, value);
+    poll();
+    let add = |memory: &mut Memory, address| memory.add(address, value);
+    atomic(p.cast_const(), Orders::Release, add);
 }
 
 #[track_caller]
 pub fn ld_acquire_gpu(p: *const u32) -> u32 {
-    atom_add_relaxed_gpu(p.cast_mut(), 0)
+    poll();
+    let load = |memory: &mut Memory, address| memory.load(address, Coherence::Coherent);
+    atomic(p, Orders::Acquire, load)
+}
+
+#[track_caller]
+fn load_relaxed<T: Value>(p: *const T) -> T {
+    poll();
+    let load = |memory: &mut Memory, address| memory.load(address, Coherence::Coherent);
+    atomic(p, Orders::Nothing, load)
+}
+
+#[track_caller]
+fn store_relaxed<T: Value>(p: *mut T, value: T) {
+    let store = |memory: &mut Memory, address| memory.store(address, value);
+    atomic(p.cast_const(), Orders::Nothing, store);
+    let block = current().resident_block;
+    ORDER.with_borrow_mut(|order| {
+        if let Some(order) = order {
+            order.note_store(block, p.addr() as u64, T::BYTES);
+        }
+    });
 }
 
 #[track_caller]
 pub fn ld_relaxed_gpu_v4(p: *const u32) -> [u32; 4] {
-    poll();
-    access::load_global(p.cast())
+    load_relaxed(p.cast())
 }
 
 #[track_caller]
 pub fn st_relaxed_gpu_v4(p: *mut u32, value: [u32; 4]) {
-    access::store_global(p.cast(), value);
+    store_relaxed(p.cast(), value);
 }
 
-/// The emulator's memory is sequentially consistent: nothing is left to order.
+#[track_caller]
+pub fn ld_relaxed_gpu_v2_u64(p: *const u64) -> [u64; 2] {
+    load_relaxed(p.cast())
+}
+
+#[track_caller]
+pub fn st_relaxed_gpu_u64(p: *mut u64, value: u64) {
+    store_relaxed(p, value);
+}
+
+#[track_caller]
+pub fn st_relaxed_gpu_u32(p: *mut u32, value: u32) {
+    store_relaxed(p, value);
+}
+
+/// The emulator's memory is sequentially consistent: a fence only counts for what waits for what.
 #[track_caller]
 #[inline]
 pub fn fence_acq_rel_gpu() {
-    current();
+    let block = current().resident_block;
+    ORDER.with_borrow_mut(|order| {
+        if let Some(order) = order {
+            order.fence(block);
+        }
+    });
 }

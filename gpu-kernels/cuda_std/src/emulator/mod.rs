@@ -15,6 +15,7 @@
 //! | `Race` | two threads touch a shared word, at least one writing, with no barrier between |
 //! | `Shuffle` | a shuffle, vote or `mma.sync` with a lane that does not take part, or a read from one |
 //! | `NonCoherentRead` | `ld.global.nc` of what this launch wrote |
+//! | `MissingWait` | in a cooperative launch, an access of what another block stored, or a store where it loaded, not ordered by release and acquire |
 //! | `Deadlock` | every thread that can run only polls, or one loads without end |
 //! | `Panic` | the kernel panicked: an index out of range, an arithmetic overflow |
 //!
@@ -24,8 +25,9 @@
 //!
 //! On demand it counts bank conflicts of shared memory by source line: [`count_conflicts`].
 //!
-//! What is not checked: races on global memory, the ordering of atomics (memory here is
-//! sequentially consistent), and loops without end that touch no global memory. Shuffles and votes order no memory, as on the device: between lanes
+//! What is not checked: races on global memory within a block and between blocks that do not run side by
+//! side, and loops without end that touch no global memory. Memory here is sequentially consistent: an
+//! order that is missing is found by `MissingWait`, not by a wrong value. Shuffles and votes order no memory, as on the device: between lanes
 //! that exchange data through shared memory stands a `sync_warp` or a `sync_threads`.
 
 pub mod access;
@@ -36,6 +38,7 @@ pub(crate) mod instructions;
 mod machine;
 mod memory;
 mod mma;
+mod order;
 mod scheduler;
 mod shared;
 mod warp;

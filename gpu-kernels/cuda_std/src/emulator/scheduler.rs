@@ -3,6 +3,7 @@
 use super::fault::{Fault, FaultKind, Problem};
 use super::machine::{CURRENT, Current, RUN, Run};
 use super::memory::MEMORY;
+use super::order::{ORDER, Order};
 use super::{Entry, Launch, MAX_BLOCK_THREADS, MAX_RESIDENT_THREADS, MAX_SHARED_BYTES, Report};
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
@@ -56,8 +57,14 @@ pub fn launch(name: &str, launch: &Launch, thread: impl Fn()) -> Result<Report, 
     }
     MEMORY.with_borrow_mut(|memory| memory.begin_launch());
     RUN.set(Some(Run::new(name, *launch)));
+    ORDER.set(
+        launch
+            .cooperative
+            .then(|| Order::new(blocks(launch) as usize)),
+    );
     let outcome = run_blocks(launch, &thread);
     CURRENT.set(None);
+    ORDER.set(None);
     let run = RUN.take();
     let (loaded, stored) = MEMORY.with_borrow_mut(|memory| {
         memory.end_launch();

@@ -2,7 +2,9 @@
 //! `y[t, n] = sum_k w[n, k] x[t, k]`, with what comes before and after it in a decoder layer.
 //!
 //! Shapes: quants, scales and mins as `models::quant::int4_tiled` lays them out, in tiles of 16 rows
-//! by 128 columns; x `(T, K)`, y `(T, N)`, with `w = scale q + min`, or `scale (q - 8)` without mins.
+//! by 128 columns; x `(T, K)`, y `(T, N)`, with `w = scale q + min`, or `scale (q - 8)` without mins. With
+//! [`Operands::zeros`] mins hold zeros, `w = scale (q - zero)`: the minimum is `-scale zero`, made in single
+//! precision, which holds it exactly.
 //!
 //! ```text
 //! block b of B   teams of warps; team t -> row tiles b + B (t + teams r), r = 0, 1, ...
@@ -41,7 +43,8 @@
 //!
 //! Norm in front ([`Operands::gain`]): every block computes the mean square for itself.
 //! [`Epilogue::Add`] adds to y, for the residual. [`Epilogue::SwiGlu`] takes tiles of 8 gate and
-//! 8 up rows and writes `silu(gate) up`. Several matrices behind one input are one, row after row.
+//! 8 up rows and writes `silu(gate) up`. Several matrices behind one input are one, row after row; the
+//! entries `_heads` take q, k and v so, turn queries and keys and append keys and values to the cache.
 //!
 //! Sums are added up in an order that depends on shape and tiling alone. Before capability 8.0 a
 //! product is two instructions of half the depth; the layout is the same.
@@ -59,7 +62,10 @@ mod tokens;
 use cuda_std::{kernel, thread};
 
 #[cfg(not(target_arch = "nvptx64"))]
-pub use plan::{Epilogue, Operands, Shape, Tiling, entry, max_warps, plan, rule};
+pub use plan::{
+    Epilogue, Heads, HeadsOperands, Operands, Shape, Tiling, entry, entry_heads, max_warps, plan,
+    plan_heads, rule,
+};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use space::candidates;
 
@@ -79,6 +85,8 @@ const FLAG_ACCUMULATE: u32 = 1;
 const FLAG_SWIGLU: u32 = 2;
 /// y is halves.
 const FLAG_HALF_Y: u32 = 4;
+/// Minima are zeros.
+const FLAG_ZEROS: u32 = 8;
 
 macro_rules! one_token {
     ($($name:ident: $group:literal, $mins:literal, $half_x:literal;)*) => {$(
@@ -109,7 +117,7 @@ macro_rules! one_token {
                 weights, bias, x, gain, y, rows, cols, row_tiles, depth_tiles, eps, flags,
             };
             // SAFETY: launched as `plan` says.
-            unsafe { one::gemv::<$group, $mins, $half_x>(&args) }
+            unsafe { one::gemv::<$group, $mins, $half_x>(&args, &one::Rows) }
         }
     )*};
 }
@@ -127,6 +135,61 @@ one_token! {
     linear_gemv_int4_mma_g32_min_half: 32, true, true;
     linear_gemv_int4_mma_g64_min_half: 64, true, true;
     linear_gemv_int4_mma_g128_min_half: 128, true, true;
+}
+
+macro_rules! heads {
+    ($($name:ident: $group:literal, $mins:literal;)*) => {$(
+        #[doc = concat!("One token's q, k and v, turned and appended. Groups of ", stringify!($group),
+            "; minima: ", stringify!($mins), ".")]
+        ///
+        /// # Safety
+        /// Launched as [`plan_heads`] says, with a position below S.
+        #[kernel]
+        pub unsafe fn $name(
+            quants: *const u32, // ((H + 2 KV) Dh/16, ceil(K/128), 256) int4, halves of heads by eights
+            scales: *const u32, // ((H + 2 KV) Dh/16, ceil(K/128), 8, 128/group) pairs of f16
+            mins: *const u32,   // as scales, or null
+            bias: *const f32,   // ((H + 2 KV) Dh), or null
+            x: *const u32,      // (K) f32
+            gain: *const f32,   // (K), or null
+            q: *mut f32,        // (H, Dh)
+            rows: u32,
+            cols: u32,
+            row_tiles: u32,
+            depth_tiles: u32,
+            eps: f32,
+            flags: u32,
+            cos: *const f32,   // (S, Dh/2)
+            sin: *const f32,   // (S, Dh/2)
+            k_cache: *mut u16, // (KV, S, Dh) f16
+            v_cache: *mut u16, // (KV, S, Dh) f16
+            state: *const u32, // (1) position
+            heads: u32,
+            kv_heads: u32,
+            half: u32,
+            context: u32,
+        ) {
+            thread::max_block_threads::<{ max_block_threads($group, true) }>();
+            let weights = tile::Weights { quants, scales, mins };
+            let args = one::Args {
+                weights, bias, x, gain, y: q, rows, cols, row_tiles, depth_tiles, eps, flags,
+            };
+            let outputs = one::Heads {
+                cos, sin, k_cache, v_cache, state, heads, kv_heads, half, context,
+            };
+            // SAFETY: launched as `plan_heads` says.
+            unsafe { one::gemv::<$group, $mins, false>(&args, &outputs) }
+        }
+    )*};
+}
+
+heads! {
+    linear_gemv_int4_mma_g32_heads: 32, false;
+    linear_gemv_int4_mma_g64_heads: 64, false;
+    linear_gemv_int4_mma_g128_heads: 128, false;
+    linear_gemv_int4_mma_g32_min_heads: 32, true;
+    linear_gemv_int4_mma_g64_min_heads: 64, true;
+    linear_gemv_int4_mma_g128_min_heads: 128, true;
 }
 
 macro_rules! several_tokens {

@@ -1,18 +1,20 @@
 //! What the entries for one token run.
 
 mod feed;
+mod heads;
 mod stage;
 
 use cuda_std::{shared, thread};
 
 use super::tile::{HALVES_1024, Place, Slot, Weights, fragments, two_floats};
-use super::{FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, TILE_COLS, TILE_ROWS};
+use super::{FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS, TILE_COLS, TILE_ROWS};
 use crate::product::{at_least_sm_80, mma_k16};
 use crate::unroll::unroll;
 use crate::{ptx, swiglu};
 #[cfg(not(target_arch = "nvptx64"))]
 pub(super) use feed::{DEPTH, ring_tile_bytes};
 use feed::{Feed, Job, Registers, Ring};
+pub(super) use heads::Heads;
 pub(super) use stage::Regions;
 use stage::{Batch, Stage, first_batch, stage_floats, stage_halves};
 
@@ -42,18 +44,47 @@ pub(super) struct Args {
 /// Whether a launch starts before the one before it has ended, and has weights to ask for first.
 const DEPENDENT: bool = cfg!(all(target_arch = "nvptx64", target_feature = "sm_90"));
 
+/// What becomes of the products of a row tile.
+pub(super) trait Outputs {
+    /// What a block asks for once: it is there when x is.
+    type Start: Copy;
+    /// What a lane asks for before a row tile's product: it is there after it.
+    type Held: Copy;
+
+    /// # Safety
+    /// As [`gemv`].
+    unsafe fn start(&self) -> Self::Start;
+
+    /// # Safety
+    /// As [`gemv`].
+    unsafe fn ask(
+        &self,
+        args: &Args,
+        place: &Place,
+        start: Self::Start,
+        row_tile: u32,
+    ) -> Self::Held;
+
+    /// # Safety
+    /// As [`gemv`]; `sums` are the products of rows g and g + 8 of the tile.
+    unsafe fn store(&self, args: &Args, held: Self::Held, sums: [f32; 2]);
+}
+
 /// The body of every entry.
 ///
 /// # Safety
 /// Launched as the plan says; `mins` are there if `MINS` says so, x are halves if `HALF_X` does.
 #[inline(always)]
-pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool, const HALF_X: bool>(args: &Args) {
+pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool, const HALF_X: bool>(
+    args: &Args,
+    outputs: &impl Outputs,
+) {
     // SAFETY: passed on.
     unsafe {
         if at_least_sm_80() {
-            run::<GROUP, MINS, HALF_X, Ring>(args);
+            run::<GROUP, MINS, HALF_X, Ring>(args, outputs);
         } else {
-            run::<GROUP, MINS, HALF_X, Registers>(args);
+            run::<GROUP, MINS, HALF_X, Registers>(args, outputs);
         }
     }
 }
@@ -63,6 +94,7 @@ pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool, const HALF_X: bool
 #[inline(always)]
 unsafe fn run<const GROUP: u32, const MINS: bool, const HALF_X: bool, F: Feed<GROUP, MINS>>(
     args: &Args,
+    outputs: &impl Outputs,
 ) {
     let place = Place::of_thread();
     // Not a constant to the assembler, which does not know that the lane is below 32: as a literal
@@ -73,6 +105,7 @@ unsafe fn run<const GROUP: u32, const MINS: bool, const HALF_X: bool, F: Feed<GR
         base: shared::dynamic_shared_mem(),
         regions: Regions::new(args.depth_tiles, GROUP, MINS, place.warps()),
     };
+    let zeros = args.flags & FLAG_ZEROS != 0;
     let grid = thread::grid_dim_x();
     let job = Job {
         weights: args.weights,
@@ -100,6 +133,7 @@ unsafe fn run<const GROUP: u32, const MINS: bool, const HALF_X: bool, F: Feed<GR
             ptx::griddep_wait();
             first = first_batch::<HALF_X>(args, &place);
         }
+        let start = outputs.start();
         if HALF_X {
             stage_halves::<GROUP, MINS>(args, &stage, &place, first);
         } else {
@@ -112,17 +146,16 @@ unsafe fn run<const GROUP: u32, const MINS: bool, const HALF_X: bool, F: Feed<GR
         let mut block_tile = thread::block_idx_x();
         let mut parity = 0;
         loop {
-            let output = Output::of(args, &place, row_tile);
-            let added = output.addend(args);
+            let held = outputs.ask(args, &place, start, row_tile);
             let mut sums = [0.0f32; 2];
             feed.row_tile(&job, row_tile, |slot, tile| {
-                multiply::<GROUP, MINS>(slot, &stage, &place, tile, halves, &mut sums);
+                multiply::<GROUP, MINS>(slot, &stage, &place, tile, (halves, zeros), &mut sums);
             });
             if place.split > 1 {
                 sums = combine(&stage, &place, parity, sums);
                 parity ^= 1;
             }
-            output.store(args, sums, added);
+            outputs.store(args, held, sums);
             row_tile += job.round;
             block_tile += job.round;
             if block_tile >= args.row_tiles {
@@ -143,7 +176,7 @@ unsafe fn multiply<const GROUP: u32, const MINS: bool>(
     stage: &Stage,
     place: &Place,
     tile: u32,
-    halves: u32,
+    (halves, zeros): (u32, bool),
     sums: &mut [f32; 2],
 ) {
     let x = tile * TILE_COLS * 2 + place.q * 16;
@@ -175,7 +208,7 @@ unsafe fn multiply<const GROUP: u32, const MINS: bool>(
             sums[0] = ptx::fma(upper, of(0), sums[0]);
             sums[1] = ptx::fma(lower, of(2), sums[1]);
             if MINS {
-                let [upper, lower] = two_floats(slot.mins[I % 4]);
+                let [upper, lower] = slot.minima(I % 4, [upper, lower], zeros);
                 let x = ptx::ld_shared_f32(stage.base, stage.sum(group));
                 sums[0] = ptx::fma(upper, x, sums[0]);
                 sums[1] = ptx::fma(lower, x, sums[1]);
@@ -217,21 +250,32 @@ unsafe fn combine(stage: &Stage, place: &Place, parity: u32, sums: [f32; 2]) -> 
     }
 }
 
+/// Rows of y, with what [`Args::flags`] ask for.
+pub(super) struct Rows;
+
 /// The row of y that a lane stores.
 #[derive(Clone, Copy)]
-struct Output {
+pub(super) struct Row {
     row: u32,
     /// Whether there is one.
     there: bool,
     /// Whether it is of the upper half of the tile's rows.
     upper: bool,
+    /// What is added to the product: the bias, and what y was.
+    addend: f32,
 }
 
-impl Output {
+impl Outputs for Rows {
+    type Start = ();
+    type Held = Row;
+
+    #[inline(always)]
+    unsafe fn start(&self) {}
+
     /// Lanes 4g and 4g + 1 of a team's first warp store rows g and g + 8, or with SwiGLU lane 4g what
     /// the two come to.
     #[inline(always)]
-    fn of(args: &Args, place: &Place, row_tile: u32) -> Output {
+    unsafe fn ask(&self, args: &Args, place: &Place, (): (), row_tile: u32) -> Row {
         let swiglu = args.flags & FLAG_SWIGLU != 0;
         let (outputs, lanes) = if swiglu {
             (TILE_ROWS / 2, 1)
@@ -241,51 +285,39 @@ impl Output {
         let row = row_tile * outputs + place.g + 8 * place.q;
         let there =
             row_tile < args.row_tiles && place.member == 0 && place.q < lanes && row < args.rows;
-        Output {
-            row,
-            there,
-            upper: place.q == 0,
-        }
-    }
-
-    /// What is added to the product: the bias, and what y was. Asked for before the product, so that
-    /// it is there after it.
-    ///
-    /// # Safety
-    /// As [`gemv`].
-    #[inline(always)]
-    unsafe fn addend(&self, args: &Args) -> f32 {
-        let row = self.row as usize;
-        let mut sum = 0.0;
+        let mut addend = 0.0;
         // SAFETY: loads are made only where a row is there.
         unsafe {
             if !args.bias.is_null() {
-                sum += ptx::ld_global_f32_if(self.there, args.bias.wrapping_add(row), 0.0);
+                addend += ptx::ld_global_f32_if(there, args.bias.wrapping_add(row as usize), 0.0);
             }
             if args.flags & FLAG_ACCUMULATE != 0 {
-                let y = args.y.wrapping_add(row).cast_const();
-                sum += ptx::ld_global_f32_if(self.there, y, 0.0);
+                let y = args.y.wrapping_add(row as usize).cast_const();
+                addend += ptx::ld_global_f32_if(there, y, 0.0);
             }
         }
-        sum
+        Row {
+            row,
+            there,
+            upper: place.q == 0,
+            addend,
+        }
     }
 
-    /// # Safety
-    /// As [`gemv`].
     #[inline(always)]
-    unsafe fn store(&self, args: &Args, [upper, lower]: [f32; 2], added: f32) {
-        if !self.there {
+    unsafe fn store(&self, args: &Args, held: Row, [upper, lower]: [f32; 2]) {
+        if !held.there {
             return;
         }
         let product = if args.flags & FLAG_SWIGLU != 0 {
             swiglu::gated(upper, lower)
-        } else if self.upper {
+        } else if held.upper {
             upper
         } else {
             lower
         };
-        let value = product + added;
-        let row = self.row as usize;
+        let value = product + held.addend;
+        let row = held.row as usize;
         // SAFETY: the row is there.
         unsafe {
             if args.flags & FLAG_HALF_Y != 0 {

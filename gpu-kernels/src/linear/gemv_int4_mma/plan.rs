@@ -1,10 +1,14 @@
 //! Shapes, operands and launches of `linear_gemv_int4_mma`.
 
+mod heads;
+
 use super::{
-    FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, TILE_COLS, TILE_ROWS, max_block_threads, one, tokens,
+    FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS, TILE_COLS, TILE_ROWS, max_block_threads,
+    one, tokens,
 };
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
 use crate::tuned::Launches;
+pub use heads::{Heads, HeadsOperands, entry_heads, plan_heads};
 
 /// Most tokens: the columns of a matrix product.
 const MAX_TOKENS: usize = 8;
@@ -99,6 +103,8 @@ pub struct Operands {
     pub scales: DeviceSlice,
     /// Minima of the tiles, f16, or none: symmetric.
     pub mins: DeviceSlice,
+    /// The minima are zeros: `w = scale (q - zero)`.
+    pub zeros: bool,
     /// `(N,)` f32, or none. Not with [`Epilogue::SwiGlu`].
     pub bias: DeviceSlice,
     /// `(T, K)` f32, or f16 with [`Shape::half_x`].
@@ -226,6 +232,16 @@ pub fn plan(
     ops: &Operands,
     tiling: Option<Tiling>,
 ) -> Result<Call, ShapeError> {
+    planned(device, shape, ops, None, tiling)
+}
+
+fn planned(
+    device: &DeviceInfo,
+    shape: &Shape,
+    ops: &Operands,
+    heads: Option<(&Heads, &HeadsOperands)>,
+    tiling: Option<Tiling>,
+) -> Result<Call, ShapeError> {
     let &Shape {
         rows,
         cols,
@@ -234,7 +250,10 @@ pub fn plan(
         ..
     } = shape;
     let mins = ops.mins != DeviceSlice::NONE;
-    let mut call = CallBuilder::new(entry(group, mins, tokens, shape.half_x));
+    let mut call = CallBuilder::new(match heads {
+        Some(_) => entry_heads(group, mins),
+        None => entry(group, mins, tokens, shape.half_x),
+    });
     call.require(
         cols.is_multiple_of(32),
         "cols",
@@ -252,6 +271,12 @@ pub fn plan(
         "tokens",
         tokens,
         "it must be in 1..=8",
+    )?;
+    call.require(
+        mins || !ops.zeros,
+        "zeros",
+        group,
+        "they are in the place of minima, and there are none",
     )?;
     let swiglu = shape.epilogue == Epilogue::SwiGlu;
     call.require(
@@ -273,6 +298,11 @@ pub fn plan(
         tokens,
         "halves are for one token and are not added to",
     )?;
+    // Rows of y: with heads those of q.
+    let y_rows = match heads {
+        Some((of, _)) => of.query_rows(&call, shape)?,
+        None => rows,
+    };
     let tiling = tiling.unwrap_or_else(|| rule(device, shape));
     let warps = tiling.split.saturating_mul(tiling.teams);
     let most = max_block_threads(group as u32, one_token) / 32;
@@ -301,7 +331,8 @@ pub fn plan(
     call.tensor("x", ops.x, x_bytes, 16)?;
     call.optional("gain", ops.gain, tensor_bytes(&[cols], 4), 16)?;
     let y_elem = elem_bytes(shape.half_y);
-    call.tensor("y", ops.y, tensor_bytes(&[tokens, rows], y_elem), y_elem)?;
+    let y_bytes = tensor_bytes(&[tokens, y_rows], y_elem);
+    call.tensor("y", ops.y, y_bytes, y_elem)?;
     call.require(
         tiles < 1 << 31,
         "tiles",
@@ -320,7 +351,7 @@ pub fn plan(
         Epilogue::Store => 0,
         Epilogue::Add => FLAG_ACCUMULATE,
         Epilogue::SwiGlu => FLAG_SWIGLU,
-    };
+    } | if ops.zeros { FLAG_ZEROS } else { 0 };
     let mut launch = Launch {
         grid: [tiling.blocks, 1, 1],
         block: [32, tiling.split, tiling.teams],
@@ -334,6 +365,9 @@ pub fn plan(
         call.f32(shape.eps);
         call.u32(flags | if shape.half_y { FLAG_HALF_Y } else { 0 });
         call.waits();
+        if let Some((heads, ops)) = heads {
+            heads.add(&mut call, ops)?;
+        }
     } else {
         let tokens = call.dim("tokens", tokens)?;
         let regions = |chunk| tokens::Regions::new(chunk, group as u32, mins, tokens, warps);
@@ -427,6 +461,7 @@ mod tests {
             quants: slice,
             scales: slice,
             mins: DeviceSlice::NONE,
+            zeros: false,
             bias: DeviceSlice::NONE,
             x: slice,
             gain: DeviceSlice::NONE,
@@ -465,6 +500,13 @@ mod tests {
         };
         assert!(plan(gated, operands()).is_ok());
         assert!(plan(gated, with_bias).is_err());
+        let zeros = |mins| Operands {
+            zeros: true,
+            mins,
+            ..operands()
+        };
+        assert!(plan(good, zeros(operands().scales)).is_ok());
+        assert!(plan(good, zeros(DeviceSlice::NONE)).is_err());
         // 1024 x 1024 of INT4 with padding is half a mebibyte; a row tile more is too long.
         assert!(plan(Shape::plain(2048, 1024, 64), operands()).is_ok());
         assert!(plan(Shape::plain(2064, 1024, 64), operands()).is_err());

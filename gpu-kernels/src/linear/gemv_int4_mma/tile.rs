@@ -95,6 +95,14 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    /// Minima of rows g and g + 8 of a group, given its scales: what is stored, or what zeros come to.
+    #[inline(always)]
+    pub fn minima(&self, group: usize, scales: [f32; 2], zeros: bool) -> [f32; 2] {
+        let [upper, lower] = two_floats(self.mins[group]);
+        let [a, b] = if zeros { scales.map(|s| -s) } else { [1.0; 2] };
+        [upper * a, lower * b]
+    }
+
     pub const EMPTY: Slot = Slot {
         words: [[0; 4]; 2],
         scales: [0; 4],

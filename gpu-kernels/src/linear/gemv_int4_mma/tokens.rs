@@ -5,7 +5,7 @@ mod stage;
 use cuda_std::{shared, thread, warp};
 
 use super::tile::{HALVES_1024, Place, Slot, Weights, fragments, two_floats};
-use super::{FLAG_ACCUMULATE, FLAG_SWIGLU, TILE_COLS, TILE_ROWS};
+use super::{FLAG_ACCUMULATE, FLAG_SWIGLU, FLAG_ZEROS, TILE_COLS, TILE_ROWS};
 use crate::product::mma_k16;
 use crate::unroll::unroll;
 use crate::{ptx, swiglu};
@@ -177,7 +177,7 @@ unsafe fn multiply<const GROUP: u32, const MINS: bool>(
     stage: &Stage,
     place: &Place,
     tile: u32,
-    [tokens, halves]: [u32; 2],
+    [tokens, halves, flags]: [u32; 3],
     sums: &mut [f32; 4],
 ) {
     // Lanes without a token of their own read the last: their columns of the product are not used.
@@ -209,7 +209,8 @@ unsafe fn multiply<const GROUP: u32, const MINS: bool>(
             sums[2] = ptx::fma(lower, even[2] + odd[2], sums[2]);
             sums[3] = ptx::fma(lower, even[3] + odd[3], sums[3]);
             if MINS {
-                let [upper, lower] = two_floats(slot.mins[I % 4]);
+                let zeros = flags & FLAG_ZEROS != 0;
+                let [upper, lower] = slot.minima(I % 4, [upper, lower], zeros);
                 let of = |token| ptx::ld_shared_f32(stage.base, stage.sum(group, token));
                 let x = [of(pair[0]), of(pair[1])];
                 sums[0] = ptx::fma(upper, x[0], sums[0]);
@@ -300,7 +301,7 @@ pub(super) unsafe fn gemv<const GROUP: u32, const MINS: bool>(args: &Args) {
                     let tile = now.depth_tile(&place, I as u32);
                     if tile < now.chunk[1] && row_tile < row_tiles {
                         let tile = tile - now.chunk[0];
-                        let constants = [tokens, halves];
+                        let constants = [tokens, halves, args.flags];
                         multiply::<GROUP, MINS>(
                             slot, &stage, &place, tile, constants, &mut sums,
                         );

@@ -21,7 +21,7 @@ pub(super) fn config(folder: &HuggingFace<'_>) -> Result<Config, Error> {
         .string("model_type")?
         .ok_or_else(|| missing("model_type"))?;
     let architecture = arch::find(model_type, |a| a.hugging_face)?;
-    keys.refuse_unsupported(model_type, architecture.activation)?;
+    keys.refuse_unsupported(model_type, architecture.family.gate.activation())?;
     let mut config = arch::read(&keys, architecture.name, vocab(folder, &keys)?)?;
     if let Some(name) = keys.string("_name_or_path")?
         && !name.is_empty()
@@ -151,6 +151,14 @@ impl<'a> JsonKeys<'a> {
 
     pub fn number(&self, key: &str) -> Result<Option<f64>, Error> {
         self.typed(key, "a number", Value::as_f64)
+    }
+
+    /// The texts of a list; none where there is no list.
+    pub fn strings(&self, key: &str) -> Result<Vec<&'a str>, Error> {
+        let list = self.typed(key, "a list of strings", |value| {
+            value.as_array()?.iter().map(Value::as_str).collect()
+        })?;
+        Ok(list.unwrap_or_default())
     }
 
     pub fn object(&self, key: &'static str) -> Result<Option<JsonKeys<'a>>, Error> {

@@ -120,6 +120,9 @@ impl<'a> HuggingFace<'a> {
                 });
             }
         }
+        if let Some(packing) = &packing {
+            packing.check_exceptions(&config, &tensors)?;
+        }
         Ok(HuggingFace {
             config,
             packing,

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use super::config::JsonKeys;
 use crate::Error;
 use crate::error::shown;
+use crate::file::{DType, Tensor};
 
 /// The packing of the linear layers; a layer that has a plain `weight` is not packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub enum Packing {
         group: Option<usize>,
         /// Stored zero points are one less than those meant (format `gptq`, not `gptq_v2`).
         zero_is_one_less: bool,
+        /// Columns may have been sorted by activation (`desc_act`): only `g_idx` tells which group each is in.
+        sorted: bool,
     },
     /// `weight` `(n/4, k)` uint8 and `weight_scale`, or floats that are rounded to ternary.
     BitNet {
@@ -54,6 +57,56 @@ impl Packing {
             )),
         }
         .map(Some)
+    }
+
+    /// Checks that what `modules_to_not_convert` names is not packed. A layer that it does not name may be
+    /// plain all the same: the tensors say what is packed.
+    pub(super) fn check_exceptions(
+        &self,
+        config: &Map<String, Value>,
+        tensors: &[Tensor<'_>],
+    ) -> Result<(), Error> {
+        const KEY: &str = "modules_to_not_convert";
+        let keys = JsonKeys {
+            object: config,
+            within: "",
+        };
+        let Some(keys) = keys.object("quantization_config")? else {
+            return Ok(());
+        };
+        for module in keys.strings(KEY)? {
+            let packed = tensors.iter().find(|tensor| {
+                let named = !module.is_empty() && tensor.name.contains(module);
+                named && self.packs(tensor)
+            });
+            if let Some(tensor) = packed {
+                let reason = match self {
+                    Packing::BitNet { .. } => {
+                        "is ternary, or its inputs are rounded to 8 bits: exceptions among the linear layers \
+                         are not supported, a checkpoint without them is"
+                    }
+                    _ => "is packed: take it from the list, or unpack it",
+                };
+                let reason = format!(
+                    "{} names {}, which {reason}",
+                    shown(module),
+                    shown(tensor.name)
+                );
+                return Err(keys.refuse(KEY, reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a tensor is one of a packed layer.
+    fn packs(&self, tensor: &Tensor<'_>) -> bool {
+        match self {
+            Packing::Awq { .. } | Packing::Gptq { .. } => tensor.name.ends_with(".qweight"),
+            Packing::BitNet { .. } => {
+                tensor.name.ends_with("_proj.weight")
+                    && (tensor.dtype == DType::U8 || tensor.dtype.is_float())
+            }
+        }
     }
 }
 
@@ -123,6 +176,7 @@ fn gptq(keys: &JsonKeys<'_>) -> Result<Packing, Error> {
     Ok(Packing::Gptq {
         group: group(keys, ["group_size", "group_size"])?,
         zero_is_one_less: keys.string("checkpoint_format")? != Some("gptq_v2"),
+        sorted: keys.bool("desc_act")? == Some(true),
     })
 }
 

@@ -6,11 +6,11 @@ use gpu_kernels::{
     add, attention, embed, kv_append, linear, logits, relu2_glu, rmsnorm, rope, rope_kv_append,
     round_int8, sample, swiglu,
 };
-use models::quant::Int4Tiled;
+use models::quant::{Int4Tiled, Weight};
 use models::recipe::{Buffer, Step, WeightId};
 
 use super::fuse::{Op, Product, Then};
-use super::place::Placed;
+use super::place::{Placed, pack};
 use super::{Cache, Compiler, attention_shape, unsupported};
 use crate::Error;
 
@@ -207,9 +207,22 @@ impl Compiler<'_> {
                 add::plan(device, &shape, &add::Operands { x, y })
             }
             Step::Logits { table, src, dst } => {
+                // The choice is a call of its own: [`Compiler::choice`].
+                if let Some(Weight::Int4(_)) = self.model.weights.get(table) {
+                    let product = Product {
+                        norm: None,
+                        src,
+                        matrices: vec![table],
+                        biases: vec![None],
+                        dsts: vec![dst],
+                        then: Then::Store,
+                    };
+                    let packed = self.memory.keeps().then(|| pack(self.model, &product));
+                    let (call, _) = self.product(&product, packed.transpose()?.as_ref())?;
+                    return Ok(call);
+                }
                 if let Placed::F16 { rows, cols, values } = self.weight(table)? {
                     let (x, y) = (self.buffer(src), self.buffer(dst));
-                    // The choice is a call of its own: [`Compiler::choice`].
                     return self.float_product([rows, cols], [values, DeviceSlice::NONE, x, y]);
                 }
                 let (shape, operands) = self.logits(table, [src, dst])?;
@@ -240,16 +253,24 @@ impl Compiler<'_> {
         linear::gemv_f16::plan(self.device, &shape, &operands).map_err(unsupported)
     }
 
+    /// Whether the logits' own call chooses the next token: that of an 8-bit table does.
+    fn chooses(&self, table: WeightId) -> bool {
+        !matches!(
+            self.model.weights.get(table),
+            Some(Weight::F16(_) | Weight::Int4(_))
+        )
+    }
+
     /// The calls that choose the next token and advance the position, where the logits' own call does not.
     pub(super) fn choice(&mut self, step: &Step) -> Result<Vec<(Call, &'static str)>, Error> {
         let Step::Logits { table, dst, .. } = *step else {
             return Ok(Vec::new());
         };
-        let Placed::F16 { rows, .. } = self.weight(table)? else {
+        if self.chooses(table) {
             return Ok(Vec::new());
-        };
+        }
         let shape = sample::ArgmaxShape {
-            vocab: rows,
+            vocab: self.model.recipe.elems(dst),
             context: self.context,
         };
         let operands = sample::ArgmaxOperands {
@@ -301,7 +322,7 @@ impl Compiler<'_> {
         settings: DeviceSlice,
         seen: DeviceSlice,
     ) -> Result<Vec<Call>, Error> {
-        if let Placed::F16 { .. } = self.weight(table)? {
+        if !self.chooses(table) {
             return Ok(Vec::new());
         }
         let (shape, operands) = self.logits(table, buffers)?;
@@ -352,7 +373,7 @@ impl Compiler<'_> {
             group: tiles.group,
             tokens: 1,
             epilogue: match product.then {
-                Then::Store => gemv_int4_mma::Epilogue::Store,
+                Then::Store | Then::RopeKvAppend { .. } => gemv_int4_mma::Epilogue::Store,
                 Then::Add => gemv_int4_mma::Epilogue::Add,
                 Then::SwiGlu => gemv_int4_mma::Epilogue::SwiGlu,
             },
@@ -364,19 +385,46 @@ impl Compiler<'_> {
             quants: tiles.quants,
             scales: tiles.scales,
             mins: tiles.mins,
+            zeros: tiles.zeros,
             bias,
             x: self.buffer(product.src),
             gain,
             y,
         };
-        let entry = gemv_int4_mma::entry(
-            shape.group,
-            tiles.mins != DeviceSlice::NONE,
-            1,
-            shape.half_x,
-        );
-        let name = shape.name(product.norm.is_some());
+        let mut name = shape.name(product.norm.is_some());
         let rule = || gemv_int4_mma::rule(self.device, &shape);
+        let mins = tiles.mins != DeviceSlice::NONE;
+        if let Then::RopeKvAppend { layer } = product.then {
+            let config = &self.model.recipe.config;
+            let Cache { keys, values } = self.cache(layer)?;
+            let heads = gemv_int4_mma::Heads {
+                heads: config.heads,
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
+                context: self.context,
+            };
+            let of_heads = gemv_int4_mma::HeadsOperands {
+                cos: self.cos,
+                sin: self.sin,
+                k_cache: keys,
+                v_cache: values,
+                state: self.state,
+            };
+            let entry = gemv_int4_mma::entry_heads(shape.group, mins);
+            name.push_str(" heads");
+            let chosen = self.tuned.choose(entry, &name, rule);
+            let tiling = Some(chosen.launch);
+            let call = gemv_int4_mma::plan_heads(
+                self.device,
+                &shape,
+                &heads,
+                &operands,
+                &of_heads,
+                tiling,
+            );
+            return Ok((call.map_err(unsupported)?, format!("{name}: {chosen}")));
+        }
+        let entry = gemv_int4_mma::entry(shape.group, mins, 1, shape.half_x);
         let chosen = self.tuned.choose(entry, &name, rule);
         let call = gemv_int4_mma::plan(self.device, &shape, &operands, Some(chosen.launch))
             .map_err(unsupported)?;
@@ -428,6 +476,7 @@ impl Compiler<'_> {
                     Then::Store => {}
                     Then::Add => parts.push("add".to_owned()),
                     Then::SwiGlu => parts.push("swiglu".to_owned()),
+                    Then::RopeKvAppend { .. } => parts.push("rope append".to_owned()),
                 }
                 parts.join(" ")
             }
@@ -442,7 +491,10 @@ impl Compiler<'_> {
             Op::Step(Step::SwiGlu { .. }) => "swiglu".to_owned(),
             Op::Step(Step::ReluSquaredGlu { .. }) => "relu2".to_owned(),
             Op::Step(Step::Add { .. }) => "add".to_owned(),
-            Op::Step(Step::Logits { .. }) => "logits, choice".to_owned(),
+            Op::Step(Step::Logits { table, .. }) if self.chooses(*table) => {
+                "logits, choice".to_owned()
+            }
+            Op::Step(Step::Logits { .. }) => "logits".to_owned(),
         }
     }
 }

@@ -4,12 +4,15 @@
 //! [norm] linear linear ...          one product of the matrices packed row after row
 //! [norm] linear linear swiglu       one product of gate and up interleaved
 //! [norm] linear add                 one product that adds to what is there
+//! [norm] linear linear linear       one product of q, k and v that turns queries and keys and appends
+//!   rope(q) rope(k) kv-append(k, v)   keys and values, where tiles hold whole heads
 //! rope(q) rope(k) kv-append(k, v)   one launch
 //! ```
 //!
 //! The steps of a pattern follow each other in the recipe, and what the fused kernel no longer
 //! writes is read by nothing after it. Steps in another arrangement run one by one.
 
+use models::quant::int4_tiled::TILE_ROWS;
 use models::quant::{Int4Matrix, Weight};
 use models::recipe::{Buffer, Step, WeightId};
 
@@ -38,7 +41,7 @@ impl Op<'_> {
         match self {
             Op::Step(step) => matches!(step, Step::KvAppend { .. }),
             Op::RopeKvAppend { .. } => true,
-            Op::Product(_) => false,
+            Op::Product(product) => matches!(product.then, Then::RopeKvAppend { .. }),
         }
     }
 }
@@ -56,6 +59,10 @@ pub(super) enum Then {
     Store,
     Add,
     SwiGlu,
+    /// Turned, and keys and values appended to the cache of a layer.
+    RopeKvAppend {
+        layer: usize,
+    },
 }
 
 /// INT4 matrices behind one input.
@@ -68,7 +75,8 @@ pub(super) struct Product {
     pub matrices: Vec<WeightId>,
     /// A matrix each.
     pub biases: Vec<Option<WeightId>>,
-    /// Where the rows of each matrix go, one after the other in memory; one with [`Then::SwiGlu`].
+    /// Where the rows of each matrix go, one after the other in memory; one with [`Then::SwiGlu`], the
+    /// queries' with [`Then::RopeKvAppend`].
     pub dsts: Vec<Buffer>,
     pub then: Then,
 }
@@ -133,7 +141,7 @@ fn linear(model: &LoadedModel, at: usize) -> Option<Linear<'_>> {
     let Some(Weight::Int4(matrix)) = model.weights.get(weight) else {
         return None;
     };
-    (src != dst && !matrix.zeros).then_some(Linear {
+    (src != dst).then_some(Linear {
         weight,
         matrix,
         bias,
@@ -205,6 +213,26 @@ fn product<'a>(
     {
         return Some((make(&run, vec![dst], Then::Add), first + 2 - at));
     }
+    if let [q, k, v] = &run[..]
+        && let Some((
+            Op::RopeKvAppend {
+                layer,
+                query,
+                heads,
+                key,
+                value,
+            },
+            taken,
+        )) = rope_kv_append(steps, first + 3)
+        && (q.dst, k.dst, v.dst) == (query, key, value)
+        && query != src
+        && are_heads(model, heads, [q.matrix, k.matrix, v.matrix])
+        && is_dead(steps, first + 3 + taken, value)
+        && normed_is_dead(first + 3 + taken)
+    {
+        let op = make(&run, vec![query], Then::RopeKvAppend { layer });
+        return Some((op, first + 3 + taken - at));
+    }
     // As many as can be packed; else the first by itself, if the norm leaves nothing to the rest.
     let dsts: Vec<Buffer> = run.iter().map(|l| l.dst).collect();
     let side_by_side = run
@@ -221,12 +249,22 @@ fn product<'a>(
     Some((make(run, dsts, Then::Store), next - at))
 }
 
+/// Whether the rows are those of the model's heads, and tiles hold halves of heads side by side.
+fn are_heads(model: &LoadedModel, heads: usize, [q, k, v]: [&Int4Matrix; 3]) -> bool {
+    let config = &model.recipe.config;
+    let kv_rows = config.kv_heads * config.head_dim;
+    config.head_dim.is_multiple_of(TILE_ROWS)
+        && heads == config.heads
+        && q.rows == heads * config.head_dim
+        && (k.rows, v.rows) == (kv_rows, kv_rows)
+}
+
 /// The INT4 matrices from step `at` on that read one buffer and can be packed.
 fn run(model: &LoadedModel, at: usize) -> Vec<Linear<'_>> {
     let mut run: Vec<Linear<'_>> = Vec::new();
     while let Some(next) = linear(model, at + run.len()) {
         let fits = run.first().is_none_or(|first: &Linear<'_>| {
-            let form = |m: &Int4Matrix| (m.cols, m.group, m.mins.is_some());
+            let form = |m: &Int4Matrix| (m.cols, m.group, m.mins.is_some(), m.zeros);
             first.src == next.src && form(first.matrix) == form(next.matrix)
         });
         let new = run.iter().all(|l| l.dst != next.dst && l.src != next.dst);

@@ -41,13 +41,12 @@ pub(super) struct PlacedTiles {
     pub quants: DeviceSlice,
     pub scales: DeviceSlice,
     pub mins: DeviceSlice,
+    /// The minima are zeros.
+    pub zeros: bool,
 }
 
 fn int4(model: &LoadedModel, id: WeightId) -> Result<&Int4Matrix, Error> {
     match model.weights.get(id) {
-        Some(Weight::Int4(matrix)) if matrix.zeros => {
-            Err(wrong_kind(model, id, "a 4-bit matrix without zeros"))
-        }
         Some(Weight::Int4(matrix)) => Ok(matrix),
         _ => Err(wrong_kind(model, id, "a 4-bit matrix")),
     }
@@ -71,6 +70,9 @@ pub(super) fn pack(model: &LoadedModel, product: &Product) -> Result<Int4Tiled, 
         .collect::<Result<Vec<_>, _>>()?;
     let tiled = match (product.then, &matrices[..]) {
         (Then::SwiGlu, [gate, up]) => Int4Tiled::pack_gate_up(gate, up),
+        (Then::RopeKvAppend { .. }, _) => {
+            Int4Tiled::pack_heads(&matrices, model.recipe.config.head_dim)
+        }
         _ => Int4Tiled::pack(&matrices),
     };
     tiled.map_err(Error::input)
@@ -184,6 +186,7 @@ impl Compiler<'_> {
                 true => place(scales, packed.and_then(|p| p.mins.as_deref()).map(halves))?,
                 false => DeviceSlice::NONE,
             },
+            zeros: first.zeros,
         })
     }
 }
