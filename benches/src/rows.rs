@@ -307,6 +307,7 @@ fn embed_int8(vocab: usize, width: usize) -> Row {
                 width,
                 group,
                 context: 1,
+                tokens: 1,
             };
             let operands = embed::Operands {
                 quants: noise(memory, vocab * width)?,

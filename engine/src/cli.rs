@@ -13,6 +13,7 @@ mod pull;
 mod quantize;
 mod run;
 mod synthesize;
+mod trace;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

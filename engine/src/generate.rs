@@ -9,9 +9,6 @@ use crate::backend::Backend;
 use crate::sampler::Sampling;
 use crate::tokenizer::{Tokenizer, Utf8Stream};
 
-/// Prompt tokens appended between two looks at the interrupt flag.
-const PREFILL_CHUNK_TOKENS: usize = 256;
-
 /// Why generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
@@ -108,7 +105,7 @@ pub fn generate(
     };
 
     let start = Instant::now();
-    for chunk in prompt.chunks(PREFILL_CHUNK_TOKENS) {
+    for chunk in prompt.chunks(backend.prompt_run_tokens()) {
         if interrupted() {
             outcome.stop = Stop::Interrupted;
             break;

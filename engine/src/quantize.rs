@@ -1,8 +1,9 @@
 //! Quantises a model: any source in, EdgeLLM's container out, tensor by tensor.
 //!
 //! Without calibration a weight needs its own memory and no other's. With it (`awq`, `gptq`) the
-//! activations of the calibration text stay in memory between the layers, and layers are quantised in
-//! order: each sees what the layers before it make of the text once they are quantised.
+//! activations of the calibration text lie in a temporary file between the layers, and layers are quantised in
+//! order: each sees what the layers before it make of the text once they are quantised. What takes most memory
+//! then is the square of a layer's inputs, in 32 bits.
 
 pub mod awq;
 mod calibrate;
@@ -11,6 +12,7 @@ mod flow;
 pub mod gptq;
 pub mod gram;
 mod plan;
+mod spool;
 
 use std::io::Write;
 

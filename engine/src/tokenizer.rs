@@ -3,49 +3,25 @@
 //! Byte-level BPE (`tokenizer.ggml.model = gpt2`), which Qwen2, Llama 3 and SmolLM2 use. Merging is
 //! the `tokenizers` crate's; turning ids back into bytes is a table look-up here.
 
+mod parts;
 mod pre;
 mod stream;
 
 use models::file::gguf::{Gguf, Metadata};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::processors::template::TemplateProcessing;
 
 pub use stream::Utf8Stream;
 
 use crate::Error;
 use crate::error::shown;
+use parts::Parts;
 use pre::Scheme;
-
-/// What the `tokenizers` crate panics on where it is malformed.
-#[derive(Deserialize)]
-struct Parts {
-    normalizer: Option<Value>,
-    #[serde(rename = "decoder")]
-    _decoder: Option<Value>,
-}
-
-/// Checks that the JSON of the [`Parts`] is whole and that nothing needs a table that only SentencePiece's
-/// vocabularies have.
-fn check_parts(json: &str) -> Result<(), String> {
-    fn known(normalizer: &Value) -> bool {
-        let parts = normalizer["normalizers"].as_array();
-        match normalizer["type"].as_str() {
-            Some("Sequence") => parts.is_some_and(|parts| parts.iter().all(known)),
-            Some(kind) => kind != "Precompiled",
-            None => false,
-        }
-    }
-    let parts: Parts = serde_json::from_str(json).map_err(|e| shown(&e.to_string()))?;
-    match parts.normalizer.is_none_or(|normalizer| known(&normalizer)) {
-        true => Ok(()),
-        false => Err("only byte-level BPE is supported: no Precompiled normalizer".to_owned()),
-    }
-}
 
 /// Texts of control tokens that end an answer, whatever the metadata's ids say.
 const STOP_TEXTS: [&str; 7] = [
@@ -210,7 +186,7 @@ impl Tokenizer {
     /// table.
     pub fn from_json(json: &str, specials: &Specials, vocab: usize) -> Result<Self, Error> {
         let fail = |why: String| Error::Input(format!("tokenizer.json: {why}"));
-        check_parts(json).map_err(fail)?;
+        let parts = Parts::parse(json).map_err(|why| fail(shown(&why)))?;
         let mut inner = json
             .parse::<tokenizers::Tokenizer>()
             .map_err(|e| fail(shown(&e.to_string())))?;
@@ -219,6 +195,8 @@ impl Tokenizer {
         inner
             .with_truncation(None)
             .map_err(|e| fail(e.to_string()))?;
+        // All that it does to the ids is put a token in front.
+        inner.with_post_processor(None::<PostProcessorWrapper>);
         if !matches!(inner.get_model(), ModelWrapper::BPE(_))
             || !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
         {
@@ -254,13 +232,12 @@ impl Tokenizer {
         let named = |name: &Option<String>| -> Option<u32> { inner.token_to_id(name.as_deref()?) };
         let eos = named(&specials.eos);
         // What the tokenizer itself puts before a text.
-        let first = inner
-            .encode_fast("", true)
-            .map_err(|e| fail(e.to_string()))?
-            .get_ids()
-            .first()
-            .copied()
-            .filter(|id| Some(*id) != eos);
+        let first = parts.first_token().filter(|id| Some(*id) != eos);
+        if let Some(id) = first.filter(|id| *id as usize >= vocab) {
+            return Err(fail(format!(
+                "vocabulary mismatch: token {id} before every text is beyond the {vocab} rows of the embedding table"
+            )));
+        }
         let mut stops: Vec<u32> = (0u32..)
             .zip(&texts)
             .filter(|(id, text)| {

@@ -4,7 +4,7 @@ mod support;
 
 use std::process::{Command, Output};
 
-use support::{BINARY, assert_error, assert_success, text};
+use support::{BINARY, assert_error, assert_success, fixture, model, text};
 
 /// The bench of a shape on the CPU.
 fn bench_of(shape: &str, flags: &[&str]) -> Output {
@@ -106,9 +106,23 @@ fn lines_name_model_backend_and_speeds() {
     }
 }
 
+/// The shape says 256.
+#[test]
+fn random_weights_are_trained_for_any_context() {
+    let report = json(&["-p", "4", "-n", "2", "-d", "300", "--repeat", "1"]);
+    assert_eq!(report["depth"], 300);
+    assert!(report["decode_tokens_per_second"].as_f64().expect("a rate") > 0.0);
+}
+
 #[test]
 fn what_does_not_fit_the_model_is_refused() {
-    assert_error(&bench(&["-d", "100000"]), 2, "the model was trained for");
+    let file = fixture(&model("tiny"));
+    let of_file = Command::new(BINARY)
+        .args(["bench", "--backend", "cpu", "-d", "300", "-m"])
+        .arg(&file.path)
+        .output()
+        .expect("started");
+    assert_error(&of_file, 2, "the model was trained for 256");
     assert_error(
         &bench(&["-p", "0", "-n", "64", "--context", "32"]),
         2,

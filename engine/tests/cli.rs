@@ -328,6 +328,13 @@ fn help_teaches_with_examples() {
 }
 
 #[test]
+fn a_trace_is_of_kernels() {
+    let file = fixture(&model("tiny"));
+    let output = run(&file.path, &["-i", "hi", "--trace"]);
+    assert_error(&output, 2, "--trace shows the kernels of the CUDA backend");
+}
+
+#[test]
 fn sampling_flags_are_checked_and_obeyed() {
     let file = fixture(&model("tiny"));
     for (flags, what) in [

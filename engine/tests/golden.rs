@@ -19,6 +19,8 @@ mod greedy;
 mod hf;
 #[path = "golden/logits.rs"]
 mod logits;
+#[path = "golden/prompts.rs"]
+mod prompts;
 #[path = "golden/support.rs"]
 mod support;
 #[path = "golden/templates.rs"]

@@ -1,14 +1,14 @@
-//! Embedding lookup: `out[d] = scale * q[token, d]` of an INT8 table, `out[d] = w[token, d]` of an F16
-//! one, the token read from device memory.
+//! Embedding lookup: `out[t, d] = scale * q[token, d]` of an INT8 table, `out[t, d] = w[token, d]` of an
+//! F16 one, the tokens read from device memory.
 //!
-//! Shapes: table `(V, D)` INT8 with f16 scales `(V, ceil(D/group))`, or f16; out `(D,)`.
+//! Shapes: table `(V, D)` INT8 with f16 scales `(V, ceil(D/group))`, or f16; out `(T, D)`.
 //!
 //! ```text
-//! thread t of the grid -> elements 4t .. 4t+4 of the row: one 4-byte load (two of F16), one
+//! block (b, t), thread i -> elements of token t, from 4 (128 b + i) on: one 4-byte load (two of F16), one
 //!                         16-byte store
 //! ```
 //!
-//! Bytes moved: `D` of quants and `2 ceil(D/group)` of scales, or `2 D` of F16; `4 D` written. No shared memory, so no
+//! Bytes moved, a token: `D` of quants and `2 ceil(D/group)` of scales, or `2 D` of F16; `4 D` written. No shared memory, so no
 //! bank conflicts. One form only: a row is a few hundred to a few thousand bytes, the launch
 //! itself costs more than the copy.
 
@@ -38,6 +38,8 @@ pub struct Shape {
     pub group: usize,
     /// S: tokens that the cache holds.
     pub context: usize,
+    /// T: tokens looked up, from the position on; at most S.
+    pub tokens: usize,
 }
 
 /// Buffers of the lookup.
@@ -48,11 +50,11 @@ pub struct Operands {
     pub quants: DeviceSlice,
     /// `(V, ceil(D/group))` f16.
     pub scales: DeviceSlice,
-    /// `(S + 1,)` u32; the kernel reads `tokens[position]`, which has to be below V.
+    /// `(S + 1,)` u32; the kernel reads `tokens[position ..]`, T of them, which have to be below V.
     pub tokens: DeviceSlice,
-    /// `(1,)` u32: the position.
+    /// `(1,)` u32: the position of the first token.
     pub state: DeviceSlice,
-    /// `(D,)` f32.
+    /// `(T, D)` f32.
     pub out: DeviceSlice,
 }
 
@@ -67,6 +69,7 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, 
         width,
         group,
         context,
+        tokens,
     } = shape;
     let mut call = CallBuilder::new("embed_int8");
     call.require(
@@ -90,11 +93,31 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, 
         4,
     )?;
     call.tensor("state", ops.state, 4, 4)?;
-    call.tensor("out", ops.out, tensor_bytes(&[width], 4), 16)?;
+    require_tokens(&call, tokens, context)?;
+    call.tensor("out", ops.out, tensor_bytes(&[tokens, width], 4), 16)?;
     let width = call.dim("width", width)?;
     call.u32(shift);
-    let blocks = width.div_ceil(BLOCK * ELEMS_PER_THREAD);
-    call.build(device, Launch::linear(blocks, BLOCK, 0))
+    call.build(device, launch(width, tokens))
+}
+
+/// At most as many tokens as the cache holds, and as a grid has rows.
+#[cfg(not(target_arch = "nvptx64"))]
+fn require_tokens(call: &CallBuilder, tokens: usize, context: usize) -> Result<(), ShapeError> {
+    call.require(
+        (1..=context.min(65_535)).contains(&tokens),
+        "tokens",
+        tokens,
+        "it must be in 1..=context, at most 65535",
+    )
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+fn launch(width: u32, tokens: usize) -> Launch {
+    Launch {
+        grid: [width.div_ceil(BLOCK * ELEMS_PER_THREAD), tokens as u32, 1],
+        block: [BLOCK, 1, 1],
+        shared_bytes: 0,
+    }
 }
 
 /// Dimensions of the lookup in an F16 table.
@@ -107,6 +130,8 @@ pub struct F16Shape {
     pub width: usize,
     /// S: tokens that the cache holds.
     pub context: usize,
+    /// T: tokens looked up, from the position on; at most S.
+    pub tokens: usize,
 }
 
 /// Buffers of the lookup in an F16 table.
@@ -117,9 +142,9 @@ pub struct F16Operands {
     pub table: DeviceSlice,
     /// As [`Operands::tokens`].
     pub tokens: DeviceSlice,
-    /// `(1,)` u32: the position.
+    /// `(1,)` u32: the position of the first token.
     pub state: DeviceSlice,
-    /// `(D,)` f32.
+    /// `(T, D)` f32.
     pub out: DeviceSlice,
 }
 
@@ -137,6 +162,7 @@ pub fn plan_f16(
         vocab,
         width,
         context,
+        tokens,
     } = shape;
     let mut call = CallBuilder::new("embed_f16");
     call.require(
@@ -153,32 +179,34 @@ pub fn plan_f16(
         4,
     )?;
     call.tensor("state", ops.state, 4, 4)?;
-    call.tensor("out", ops.out, tensor_bytes(&[width], 4), 16)?;
+    require_tokens(&call, tokens, context)?;
+    call.tensor("out", ops.out, tensor_bytes(&[tokens, width], 4), 16)?;
     let width = call.dim("width", width)?;
-    let blocks = width.div_ceil(BLOCK * ELEMS_PER_THREAD);
-    call.build(device, Launch::linear(blocks, BLOCK, 0))
+    call.build(device, launch(width, tokens))
 }
 
-/// `out = table[tokens[position]]` of an F16 table.
+/// `out[t] = table[tokens[position + t]]` of an F16 table.
 ///
 /// # Safety
-/// Launched as [`plan_f16`] says, with `tokens[position]` below V.
+/// Launched as [`plan_f16`] says, with T tokens below V from the position on.
 #[kernel]
 pub unsafe fn embed_f16(
     table: *const u16,  // (V, D) f16
     tokens: *const u32, // (S + 1)
     state: *const u32,  // (1) position
-    out: *mut f32,      // (D)
+    out: *mut f32,      // (T, D)
     width: u32,
 ) {
-    let first = thread::index_1d() * ELEMS_PER_THREAD;
+    let first =
+        (thread::block_idx_x() * thread::block_dim_x() + thread::thread_idx_x()) * ELEMS_PER_THREAD;
     if first >= width {
         return;
     }
     // SAFETY: the plan checked each buffer against its shape; `first + 4 <= width` because the
     // width is a multiple of 32; the caller promises a token below V and a position below S.
     unsafe {
-        let position = ptx::ld_global_u32(state);
+        let row = thread::block_idx_y();
+        let position = ptx::ld_global_u32(state) + row;
         let token = ptx::ld_global_u32(tokens.wrapping_add(position as usize)) as usize;
         let at = token * width as usize + first as usize;
         let words: *const u32 = table.wrapping_add(at).cast();
@@ -192,7 +220,8 @@ pub unsafe fn embed_f16(
             ptx::f16_to_f32(b as u16),
             ptx::f16_to_f32((b >> 16) as u16),
         ];
-        ptx::st_global_v4_f32(out.wrapping_add(first as usize), values);
+        let to = row as usize * width as usize + first as usize;
+        ptx::st_global_v4_f32(out.wrapping_add(to), values);
     }
 }
 
@@ -202,21 +231,22 @@ fn signed_byte(word: u32, i: u32) -> i32 {
     ((word >> (8 * i)) as u8 as i8) as i32
 }
 
-/// `out = table[tokens[position]]`.
+/// `out[t] = table[tokens[position + t]]`.
 ///
 /// # Safety
-/// Launched as [`plan`] says, with `tokens[position]` below V.
+/// Launched as [`plan`] says, with T tokens below V from the position on.
 #[kernel]
 pub unsafe fn embed_int8(
     quants: *const i8,  // (V, D) int8
     scales: *const u16, // (V, ceil(D/group)) f16
     tokens: *const u32, // (S + 1)
     state: *const u32,  // (1) position
-    out: *mut f32,      // (D)
+    out: *mut f32,      // (T, D)
     width: u32,
     group_shift: u32,
 ) {
-    let first = thread::index_1d() * ELEMS_PER_THREAD;
+    let first =
+        (thread::block_idx_x() * thread::block_dim_x() + thread::thread_idx_x()) * ELEMS_PER_THREAD;
     if first >= width {
         return;
     }
@@ -224,10 +254,11 @@ pub unsafe fn embed_int8(
     // SAFETY: the plan checked each buffer against its shape; `first + 4 <= width` because the
     // width is a multiple of 32; the caller promises a token below V and a position below S.
     unsafe {
-        let position = ptx::ld_global_u32(state);
+        let row = thread::block_idx_y();
+        let position = ptx::ld_global_u32(state) + row;
         let token = ptx::ld_global_u32(tokens.wrapping_add(position as usize)) as usize;
-        let row = quants.wrapping_add(token * width as usize);
-        let word = ptx::ld_global_nc_u32(row.wrapping_add(first as usize).cast());
+        let quants = quants.wrapping_add(token * width as usize);
+        let word = ptx::ld_global_nc_u32(quants.wrapping_add(first as usize).cast());
         let group = token * groups as usize + (first >> group_shift) as usize;
         let scale = ptx::f16_to_f32(ptx::ld_global_nc_u16(scales.wrapping_add(group)));
         let values = [
@@ -236,7 +267,8 @@ pub unsafe fn embed_int8(
             scale * signed_byte(word, 2) as f32,
             scale * signed_byte(word, 3) as f32,
         ];
-        ptx::st_global_v4_f32(out.wrapping_add(first as usize), values);
+        let to = row as usize * width as usize + first as usize;
+        ptx::st_global_v4_f32(out.wrapping_add(to), values);
     }
 }
 
@@ -269,6 +301,7 @@ mod tests {
             width: 576,
             group: 576,
             context: 4,
+            tokens: 1,
         };
         let call = plan(&DeviceInfo::T4, &shape, &ops).unwrap();
         assert_eq!(call.launch.grid[0], 2);
@@ -289,5 +322,7 @@ mod tests {
             })
         ));
         assert!(plan(&DeviceInfo::T4, &Shape { width: 40, ..shape }, &ops).is_err());
+        let many = Shape { tokens: 5, ..shape };
+        assert!(plan(&DeviceInfo::T4, &many, &ops).is_err());
     }
 }

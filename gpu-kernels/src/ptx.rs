@@ -263,6 +263,8 @@ load_global_v4_if! {
     ld_global_nc_v4_u32_if: u32 = "ld.global.nc.L1::no_allocate.v4.u32", load_global_nc;
 }
 
+pub use copies::*;
+
 /// Stores of one value to global memory.
 macro_rules! store_global {
     ($($(#[$doc:meta])* $name:ident: $ty:ty = $instruction:literal, $class:ident;)*) => {$(
@@ -310,6 +312,23 @@ pub unsafe fn st_global_v4_f32(p: *mut f32, value: [f32; 4]) {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     access::store_global(p.cast::<[f32; 4]>(), value);
+}
+
+/// `st.global.v2.u32`: two values next to each other. `p` is a multiple of 8 bytes.
+///
+/// # Safety
+/// The 8 bytes at `p` are aligned, in bounds global memory.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn st_global_v2_u32(p: *mut u32, value: [u32; 2]) {
+    // SAFETY: the caller vouches for `p`; the block is a memory clobber.
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("st.global.v2.u32 [{}], {{{}, {}}};", in(reg64) p,
+            in(reg32) value[0], in(reg32) value[1], options(nostack));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    access::store_global(p.cast::<[u32; 2]>(), value);
 }
 
 /// Loads and stores of one value in shared memory.
@@ -485,6 +504,17 @@ pub fn griddep_wait() {
     }
 }
 
+/// `nanosleep`: the thread does nothing for about that long; between two looks at memory that others
+/// need too. Nothing on the host.
+#[inline(always)]
+pub fn nanosleep(_ns: u32) {
+    // SAFETY: touches no memory; with a clobber, so that it stays where it is put.
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("nanosleep.u32 {};", in(reg32) _ns, options(nostack));
+    }
+}
+
 /// `griddepcontrol.launch_dependents`: the next launch may start once every block of this one has
 /// called it or ended. It only moves the start: the next launch sees this one's results after its
 /// own [`griddep_wait`]. Nothing below sm_90 and on the host.
@@ -514,82 +544,6 @@ pub unsafe fn st_shared_v4_u32(base: Shared, offset_bytes: u32, value: [u32; 4])
     }
     #[cfg(not(target_arch = "nvptx64"))]
     access::store_shared(address, value);
-}
-
-/// Starts a copy from global to shared memory that does not go through registers; see
-/// [`cp_async_commit`] and [`cp_async_wait`].
-macro_rules! copy_async {
-    ($($(#[$doc:meta])* $name:ident: $bytes:literal = $instruction:literal;)*) => {$(
-        $(#[$doc])*
-        ///
-        /// Below sm_80 and on the host the bytes are there at once.
-        ///
-        /// # Safety
-        /// The bytes at `p` are aligned, in bounds, initialised global memory that stays as it is
-        /// until the copy is waited for; `base` + `offset_bytes` is aligned and inside the block's
-        /// shared memory, and no other thread touches it before that and a barrier.
-        #[inline(always)]
-        #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-        pub unsafe fn $name(base: Shared, offset_bytes: u32, p: *const u32) {
-            // SAFETY: the caller vouches for both addresses; the block is a memory clobber.
-            #[cfg(all(target_arch = "nvptx64", target_feature = "sm_80"))]
-            unsafe {
-                let address = base.offset_bytes(offset_bytes).address();
-                asm!($instruction, in(reg32) address, in(reg64) p, options(nostack));
-            }
-            // SAFETY: as above.
-            #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_80")))]
-            unsafe {
-                let mut at = 0;
-                while at < $bytes / 4 {
-                    let word = ld_global_u32(p.wrapping_add(at as usize));
-                    st_shared_u32(base, offset_bytes + 4 * at, word);
-                    at += 1;
-                }
-            }
-        }
-    )*};
-}
-
-copy_async! {
-    /// `cp.async.ca.shared.global` of 4 bytes.
-    cp_async_4: 4 = "cp.async.ca.shared.global [{}], [{}], 4;";
-    /// `cp.async.ca.shared.global` of 8 bytes.
-    cp_async_8: 8 = "cp.async.ca.shared.global [{}], [{}], 8;";
-    /// `cp.async.cg.shared.global` of 16 bytes, past L1.
-    cp_async_16: 16 = "cp.async.cg.shared.global [{}], [{}], 16;";
-}
-
-/// `nanosleep`: the thread does nothing for about that long; between two looks at memory that others
-/// need too. Nothing on the host.
-#[inline(always)]
-pub fn nanosleep(_ns: u32) {
-    // SAFETY: touches no memory; with a clobber, so that it stays where it is put.
-    #[cfg(target_arch = "nvptx64")]
-    unsafe {
-        asm!("nanosleep.u32 {};", in(reg32) _ns, options(nostack));
-    }
-}
-
-/// `cp.async.commit_group`: the copies that this thread started since the last one are a group.
-#[inline(always)]
-pub fn cp_async_commit() {
-    // SAFETY: a memory clobber, so that no copy moves across it.
-    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_80"))]
-    unsafe {
-        asm!("cp.async.commit_group;", options(nostack));
-    }
-}
-
-/// `cp.async.wait_group`: waits until at most the last `N` groups of this thread are under way. What
-/// the others copied, this thread sees; other threads see it after a barrier.
-#[inline(always)]
-pub fn cp_async_wait<const N: u32>() {
-    // SAFETY: a memory clobber, so that no load moves across it.
-    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_80"))]
-    unsafe {
-        asm!("cp.async.wait_group {};", const N, options(nostack));
-    }
 }
 
 /// Instructions on registers: `asm!` on the device, an expression on the host.
@@ -649,6 +603,10 @@ arithmetic! {
     permute_bytes(a: u32, reg32; b: u32, reg32; selector: u32, reg32) -> u32, reg32
         = "prmt.b32 {}, {}, {}, {};", twin::permute_bytes(a, b, selector);
 
+    /// `add.rn.f16x2`: each half of `a` plus that of `b`, rounded to the nearest half.
+    add_f16x2(a: u32, reg32; b: u32, reg32) -> u32, reg32
+        = "add.rn.f16x2 {}, {}, {};", twin::sub_f16x2(a, b ^ 0x8000_8000);
+
     /// `sub.rn.f16x2`: each half of `a` minus that of `b`, rounded to the nearest half.
     sub_f16x2(a: u32, reg32; b: u32, reg32) -> u32, reg32
         = "sub.rn.f16x2 {}, {}, {};", twin::sub_f16x2(a, b);
@@ -692,6 +650,11 @@ pub fn exp(x: f32) -> f32 {
     exp2(x * core::f32::consts::LOG2_E)
 }
 
+mod copies {
+    mod ptx;
+
+    pub use ptx::*;
+}
 #[cfg(test)]
 mod tests;
 #[cfg(not(target_arch = "nvptx64"))]

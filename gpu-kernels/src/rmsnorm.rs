@@ -1,14 +1,14 @@
 //! RMSNorm: `out[d] = x[d] / sqrt(mean(x^2) + eps) * weight[d]` (<https://arxiv.org/abs/1910.07467>).
 //!
-//! Shapes: x and out `(T, D)`, weight `(D,)`.
+//! Shapes: x and out `(T, D)`, weight `(D,)`; out f32 or f16.
 //!
 //! ```text
 //! block b      -> token b
 //! thread t     -> elements 4t + 4 BLOCK i .. +4, i = 0, 1, ...   (16-byte loads)
 //! ```
 //!
-//! Bytes moved: `8 D` read (x a second time from L1), `4 D` weight, `4 D` written, a token. Shared
-//! memory holds one float a warp: no bank conflicts. One form only; a block a token wins nothing
+//! Bytes moved: `8 D` read (x a second time from L1), `4 D` weight, `4 D` or `2 D` written, a token. Shared
+//! memory holds one float a warp: no bank conflicts. A block a token wins nothing
 //! on one token beyond being a single launch, and is what batches need.
 
 use cuda_std::{kernel, shared, thread};
@@ -37,7 +37,7 @@ pub struct Operands {
     pub x: DeviceSlice,
     /// `(D,)` f32.
     pub weight: DeviceSlice,
-    /// `(T, D)` f32; may be `x`.
+    /// `(T, D)` f32, which may be `x`; or f16.
     pub out: DeviceSlice,
 }
 
@@ -47,8 +47,28 @@ pub struct Operands {
 /// A width that is no multiple of 4, a short or misaligned buffer.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, ShapeError> {
+    plan_of("rmsnorm_f32", 4, device, shape, ops)
+}
+
+/// The launch of `rmsnorm_f16`, which writes halves.
+///
+/// # Errors
+/// As [`plan`].
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn plan_f16(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, ShapeError> {
+    plan_of("rmsnorm_f16", 2, device, shape, ops)
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+fn plan_of(
+    kernel: &'static str,
+    elem_bytes: u64,
+    device: &DeviceInfo,
+    shape: &Shape,
+    ops: &Operands,
+) -> Result<Call, ShapeError> {
     let &Shape { tokens, width, eps } = shape;
-    let mut call = CallBuilder::new("rmsnorm_f32");
+    let mut call = CallBuilder::new(kernel);
     call.waits();
     call.require(
         width.is_multiple_of(4),
@@ -64,7 +84,8 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, 
     )?;
     call.tensor("x", ops.x, tensor_bytes(&[tokens, width], 4), 16)?;
     call.tensor("weight", ops.weight, tensor_bytes(&[width], 4), 16)?;
-    call.tensor("out", ops.out, tensor_bytes(&[tokens, width], 4), 16)?;
+    let out_bytes = tensor_bytes(&[tokens, width], elem_bytes);
+    call.tensor("out", ops.out, out_bytes, 4 * elem_bytes)?;
     let width = call.dim("width", width)?;
     call.f32(1.0 / width as f32);
     call.f32(eps);
@@ -93,6 +114,38 @@ pub unsafe fn rmsnorm_f32(
     inverse_width: f32,
     eps: f32,
 ) {
+    // SAFETY: launched as `plan` says.
+    unsafe { normalise::<false>(x, weight, out, width, inverse_width, eps) }
+}
+
+/// Normalises row `block_idx.x`, to halves.
+///
+/// # Safety
+/// Launched as [`plan_f16`] says.
+#[kernel]
+pub unsafe fn rmsnorm_f16(
+    x: *const f32,      // (T, D)
+    weight: *const f32, // (D)
+    out: *mut f32,      // (T, D) f16
+    width: u32,
+    inverse_width: f32,
+    eps: f32,
+) {
+    // SAFETY: launched as `plan_f16` says.
+    unsafe { normalise::<true>(x, weight, out, width, inverse_width, eps) }
+}
+
+/// # Safety
+/// Launched as the plan says; `out` are halves if `HALVES` says so.
+#[inline(always)]
+unsafe fn normalise<const HALVES: bool>(
+    x: *const f32,
+    weight: *const f32,
+    out: *mut f32,
+    width: u32,
+    inverse_width: f32,
+    eps: f32,
+) {
     ptx::griddep_launch();
     ptx::griddep_wait();
     let row = thread::block_idx_x() as usize * width as usize;
@@ -104,7 +157,6 @@ pub unsafe fn rmsnorm_f32(
     // it alone overwrites, so `out` may be `x`.
     unsafe {
         let x = x.wrapping_add(row);
-        let out = out.wrapping_add(row);
         let mut squares = 0.0;
         let mut d = first;
         while d < width {
@@ -127,7 +179,15 @@ pub unsafe fn rmsnorm_f32(
                 v[2] * factor * w[2],
                 v[3] * factor * w[3],
             ];
-            ptx::st_global_v4_f32(out.wrapping_add(d as usize), scaled);
+            let to = row + d as usize;
+            if HALVES {
+                let low = ptx::f32x2_to_f16x2(scaled[0], scaled[1]);
+                let high = ptx::f32x2_to_f16x2(scaled[2], scaled[3]);
+                let out = out.cast::<u32>().wrapping_add(to / 2);
+                ptx::st_global_v2_u32(out, [low, high]);
+            } else {
+                ptx::st_global_v4_f32(out.wrapping_add(to), scaled);
+            }
             d += step;
         }
     }

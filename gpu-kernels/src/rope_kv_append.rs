@@ -11,7 +11,9 @@
 //!
 //! Bytes moved: `8 H Dh` of queries, `8 KV Dh` of k and v, `4 KV Dh` of cache, one row of each table.
 //! Neighbouring threads touch neighbouring elements of both halves: coalesced, no shared memory.
-//! One form only: limited by the launch, of which it saves two.
+//! Limited by the launch, of which it saves two. Of many tokens at once: [`tokens`].
+
+pub mod tokens;
 
 use cuda_std::{kernel, thread};
 

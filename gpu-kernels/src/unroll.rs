@@ -11,10 +11,17 @@ macro_rules! unroll {
     ($i:ident < $n:expr => $body:block) => {
         unroll!(@copies $i, { if $i < $n $body }, 0 1 2 3 4 5 6 7)
     };
-    (@copies $i:ident, $body:block, $($k:literal)*) => {$({
-        const $i: usize = $k;
-        $body
-    })*};
+    // On the host there are no registers to keep, and copies would only take time to compile.
+    (@copies $i:ident, $body:block, $($k:literal)*) => {{
+        #[cfg(target_arch = "nvptx64")]
+        {$({
+            const $i: usize = $k;
+            $body
+        })*}
+        #[cfg(not(target_arch = "nvptx64"))]
+        #[allow(non_snake_case)]
+        for $i in [$($k as usize),*] $body
+    }};
 }
 
 pub(crate) use unroll;

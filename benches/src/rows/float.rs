@@ -47,6 +47,7 @@ fn embed_f16(vocab: usize, width: usize) -> Row {
                 vocab,
                 width,
                 context: 1,
+                tokens: 1,
             };
             let operands = embed::F16Operands {
                 table: halves(memory, vocab * width)?,

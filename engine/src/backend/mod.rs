@@ -106,6 +106,22 @@ pub struct KernelTime {
     pub us: f64,
 }
 
+/// What [`Backend::prefill_logits`] does where nothing is faster.
+fn logits_one_by_one(
+    backend: &mut (impl Backend + ?Sized),
+    tokens: &[u32],
+) -> Result<Vec<f32>, Error> {
+    if tokens.is_empty() {
+        return Err(Error::input("no tokens to append"));
+    }
+    let mut all = Vec::new();
+    for token in tokens {
+        backend.decode(*token)?;
+        all.extend(backend.logits()?);
+    }
+    Ok(all)
+}
+
 /// Moves tokens through one model. The KV cache belongs to the backend; its capacity is the
 /// `context` given to the constructor.
 pub trait Backend {
@@ -145,15 +161,12 @@ pub trait Backend {
     /// # Errors
     /// As [`Backend::prefill`].
     fn prefill_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
-        if tokens.is_empty() {
-            return Err(Error::input("no tokens to append"));
-        }
-        let mut all = Vec::new();
-        for token in tokens {
-            self.decode(*token)?;
-            all.extend(self.logits()?);
-        }
-        Ok(all)
+        logits_one_by_one(self, tokens)
+    }
+
+    /// Tokens of a prompt that are best given at once.
+    fn prompt_run_tokens(&self) -> usize {
+        256
     }
 
     /// Tokens in the cache.

@@ -71,9 +71,9 @@ pub struct BenchArgs {
 pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
     set_threads(args.model.threads);
     let start = Instant::now();
-    let model = Arc::new(load(&args)?);
-    let config = &model.recipe.config;
     let needed = needed_context(&args)?;
+    let model = Arc::new(load(&args, needed)?);
+    let config = &model.recipe.config;
     let context = args.model.context.unwrap_or(needed);
     for (what, tokens) in [
         ("the model was trained for", config.context),
@@ -173,8 +173,8 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The model of `-m`, or of `--synthetic` in memory.
-fn load(args: &BenchArgs) -> Result<LoadedModel, Error> {
+/// The model of `-m`, or of `--synthetic` in memory: random weights are trained for any context.
+fn load(args: &BenchArgs, context: usize) -> Result<LoadedModel, Error> {
     let Some(name) = &args.synthetic else {
         let mapped = ModelFile::open(&model_path::resolve(args.model.model.as_deref())?)?;
         let file = mapped.parse()?;
@@ -184,7 +184,10 @@ fn load(args: &BenchArgs) -> Result<LoadedModel, Error> {
         linear: args.linear.into(),
         ..Options::default()
     };
-    let bytes = synthetic::to_vec(synthetic::shape(name)?, &options)?;
+    let mut shape = synthetic::shape(name)?.clone();
+    // A file says it in 32 bits.
+    shape.context = shape.context.max(context).min(u32::MAX as usize);
+    let bytes = synthetic::to_vec(&shape, &options)?;
     let file = Gguf::parse(&bytes)?;
     let recipe = models::arch::recipe(&file)?;
     let weights = recipe

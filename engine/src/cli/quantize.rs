@@ -23,7 +23,8 @@ const SEQUENCE_TOKENS: usize = 512;
 ///
 /// The file is a safetensors file with everything a run needs; its matrices lie as the kernels read
 /// them, so it loads without decoding. `awq` and `gptq` read a calibration text through the model
-/// and cost minutes instead of seconds; the same flags give the same bytes on the same kind of CPU.
+/// and cost minutes instead of seconds, and room in a temporary file (TMPDIR); the same flags give the
+/// same bytes on the same kind of CPU.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct QuantizeArgs {

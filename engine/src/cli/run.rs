@@ -14,7 +14,7 @@ use engine::sampler::Sampling;
 use engine::weights::ModelFile;
 use serde::Serialize;
 
-use super::{Failure, ModelArgs, interrupt, model_path, set_threads, stdout_failure};
+use super::{Failure, ModelArgs, interrupt, model_path, set_threads, stdout_failure, trace};
 
 /// Most bytes read as a prompt from standard input.
 const STDIN_LIMIT_BYTES: u64 = 64 << 20;
@@ -84,6 +84,11 @@ pub struct RunArgs {
     /// Print one JSON object at the end instead of streaming text.
     #[arg(long)]
     json: bool,
+
+    /// Show on standard error which kernels the next token would take, how they are launched and why, and
+    /// what each costs. CUDA only.
+    #[arg(long)]
+    trace: bool,
 }
 
 const EXAMPLES: &str = "\
@@ -163,7 +168,9 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
         }
     };
     let trained = recipe.config.context;
-    let context = context_tokens(args.model.context, trained, prompt.len(), args.tokens)?;
+    // The trace is of one more token.
+    let tokens = args.tokens.saturating_add(usize::from(args.trace));
+    let context = context_tokens(args.model.context, trained, prompt.len(), tokens)?;
     check_prompt(prompt.len(), context)?;
 
     let model = Arc::new(model?);
@@ -177,6 +184,13 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
         mut backend,
         reason,
     } = selected;
+    if args.trace && backend.info().name != "cuda" {
+        return Err(Error::Input(format!(
+            "--trace shows the kernels of the CUDA backend, this is {} ({reason})",
+            backend.info().name
+        ))
+        .into());
+    }
 
     if args.ids {
         eprintln!("prompt ids: {}", join_ids(&prompt));
@@ -255,6 +269,9 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
             sampled
         )
     );
+    if args.trace {
+        eprintln!("{}", trace::table(&backend.profile(true)?.kernels));
+    }
     Ok(match outcome.stop {
         Stop::Interrupted => ExitCode::from(130),
         Stop::EndOfAnswer | Stop::Length | Stop::ContextFull => ExitCode::SUCCESS,

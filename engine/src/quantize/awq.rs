@@ -17,7 +17,7 @@ const BAND_ROWS: usize = 64;
 /// their inputs. Columns of equal `ties` get the same number, for they are made by one.
 pub fn column_scales(
     matrices: &[&[f32]],
-    gram: &Gram,
+    gram: &mut Gram,
     ties: &[usize],
     group: usize,
     form: Int4Form,
@@ -30,7 +30,7 @@ pub fn column_scales(
         let scales = scales_of(&sizes, step as f32 / EXPONENT_STEPS as f32);
         let error: f64 = matrices
             .iter()
-            .map(|weights| loss(&full, &errors(weights, &scales, group, form)))
+            .map(|weights| loss(full, &errors(weights, &scales, group, form)))
             .sum();
         if error < least {
             (best, least) = (scales, error);
@@ -89,18 +89,17 @@ fn errors(weights: &[f32], scales: &[f32], group: usize, form: Int4Form) -> Vec<
 }
 
 /// Rounds `weights` `(n, k)`, already multiplied, for inputs that are already divided: each group's
-/// levels are searched for, errors weighed by the inputs that they meet.
+/// levels are searched for, errors weighed by the inputs' mean squares `(k,)`.
 ///
 /// # Errors
 /// Weights that are not finite, a shape that INT4 does not have.
 pub fn encode(
     weights: &[f32],
-    gram: &Gram,
+    importance: &[f32],
     group: usize,
     form: Int4Form,
 ) -> Result<Int4Matrix, Error> {
-    let k = gram.cols();
-    let importance = gram.mean_squares();
+    let k = importance.len();
     let fits: Vec<Int4Fit> = weights
         .par_chunks(BAND_ROWS * k)
         .flat_map_iter(|band| {
@@ -130,7 +129,7 @@ mod tests {
         let ties: Vec<usize> = (0..k).collect();
         for group in [32, 64, 128] {
             for form in [Int4Form::Symmetric, Int4Form::Asymmetric] {
-                let scales = column_scales(&[&a, &b], &gram, &ties, group, form);
+                let scales = column_scales(&[&a, &b], &mut gram, &ties, group, form);
                 let mut divided = gram.clone();
                 divided.divide(&scales);
                 let scaled: Vec<f32> = a
@@ -138,7 +137,7 @@ mod tests {
                     .enumerate()
                     .map(|(i, w)| w * scales[i % k])
                     .collect();
-                let matrix = encode(&scaled, &divided, group, form).unwrap();
+                let matrix = encode(&scaled, &divided.mean_squares(), group, form).unwrap();
                 let mut change = vec![0.0; n * k];
                 for (i, row) in change.chunks_exact_mut(k).enumerate() {
                     matrix.dequantize_row(i, row);
@@ -146,8 +145,8 @@ mod tests {
                 for (change, weight) in change.iter_mut().zip(&scaled) {
                     *change -= weight;
                 }
-                let awq = loss(&divided.full(), &change);
-                let rtn = loss(&gram.full(), &errors(&a, &vec![1.0; k], group, form));
+                let awq = loss(divided.full(), &change);
+                let rtn = loss(gram.full(), &errors(&a, &vec![1.0; k], group, form));
                 assert!(awq < 0.8 * rtn, "{group} {form:?}: {awq} {rtn}");
             }
         }
@@ -160,7 +159,7 @@ mod tests {
         gram.add(&correlated(300, k, 14));
         let ties: Vec<usize> = (0..k).map(|i| i % 16).collect();
         let w = weights(20, k, 15);
-        let scales = column_scales(&[&w], &gram, &ties, 32, Int4Form::Symmetric);
+        let scales = column_scales(&[&w], &mut gram, &ties, 32, Int4Form::Symmetric);
         assert!(scales.iter().any(|&scale| scale != 1.0));
         for i in 16..k {
             assert_eq!(scales[i], scales[i - 16]);

@@ -1,7 +1,7 @@
 //! Quantises with a calibration text: all of it goes through the recipe together, one group of linear
 //! layers after the other; a group is quantised for the inputs that it gets, then the text goes on
-//! through the quantised weights. In memory: one layer's weights, and for each token of the text the
-//! buffers that are read again later, which are two.
+//! through the quantised weights. In memory: one layer's weights and one piece of the text; the buffers
+//! that are read again later lie in a temporary file.
 
 use std::sync::Arc;
 
@@ -14,17 +14,11 @@ use rayon::prelude::*;
 
 use super::flow::{self, Group, Maker};
 use super::gram::Gram;
+use super::spool::Spool;
 use super::{Hooks, Method, Options, awq, gptq, uncalibrated};
 use crate::Error;
 use crate::backend::LoadedModel;
 use crate::backend::cpu::CpuBackend;
-
-/// A piece of the text on its way through the recipe.
-struct Sequence {
-    tokens: Vec<u32>,
-    /// Values `(tokens, elems)` of the buffers that are live.
-    values: Vec<Vec<f32>>,
-}
 
 /// The text and the weights, up to a step of the recipe.
 struct Walk<'a> {
@@ -37,10 +31,13 @@ struct Walk<'a> {
     weights: Vec<Option<Weight>>,
     /// Weights written.
     written: usize,
-    sequences: Vec<Sequence>,
+    /// Token ids of the pieces of the text.
+    sequences: Vec<Vec<u32>>,
+    /// Values `(tokens, elems)` of the buffers that are live, a piece after the other.
+    spool: Spool,
     /// Step that the text has reached.
     at: usize,
-    /// Buffers of [`Sequence::values`].
+    /// Buffers in the spool.
     live: Vec<Buffer>,
 }
 
@@ -68,13 +65,6 @@ pub fn quantize(
             _ => Ok(None),
         })
         .collect::<Result<_, _>>()?;
-    let sequences = sequences
-        .into_iter()
-        .map(|tokens| Sequence {
-            tokens,
-            values: Vec::new(),
-        })
-        .collect();
     let mut walk = Walk {
         source,
         recipe,
@@ -84,6 +74,7 @@ pub fn quantize(
         weights,
         written: 0,
         sequences,
+        spool: Spool::new()?,
         at: 0,
         live: Vec::new(),
     };
@@ -172,25 +163,19 @@ impl Walk<'_> {
             .map(|w| w.take().unwrap_or_else(absent))
             .collect();
         let model = Arc::new(LoadedModel { recipe, weights });
-        let longest = self
-            .sequences
-            .iter()
-            .map(|s| s.tokens.len())
-            .max()
-            .unwrap_or(0);
+        let longest = self.sequences.iter().map(Vec::len).max().unwrap_or(0);
         let mut backend = CpuBackend::new(Arc::clone(&model), longest)?;
-        for sequence in &mut self.sequences {
-            if (self.hooks.interrupted)() {
-                return Err(Error::machine("interrupted"));
-            }
-            let inputs: Vec<(Buffer, &[f32])> = self
-                .live
-                .iter()
-                .copied()
-                .zip(sequence.values.iter().map(Vec::as_slice))
-                .collect();
-            sequence.values = backend.forward(&sequence.tokens, &inputs, &live)?;
+        let mut spool = Spool::new()?;
+        for (piece, tokens) in self.sequences.iter().enumerate() {
+            self.check_interrupt()?;
+            let values = (0..self.live.len())
+                .map(|place| self.spool.read(piece, place))
+                .collect::<Result<Vec<_>, _>>()?;
+            let values = values.iter().map(Vec::as_slice);
+            let inputs: Vec<(Buffer, &[f32])> = self.live.iter().copied().zip(values).collect();
+            spool.push(&backend.forward(tokens, &inputs, &live)?)?;
         }
+        self.spool = spool;
         drop(backend);
         let model = Arc::into_inner(model).ok_or_else(|| Error::machine("the model is in use"))?;
         for (place, weight) in self.weights.iter_mut().zip(model.weights) {
@@ -210,9 +195,9 @@ impl Walk<'_> {
     fn quantize(&mut self, group: &Group, maker: Option<Maker>) -> Result<(), Error> {
         let src = self.place(group.src)?;
         let mut gram = Gram::new(self.recipe.elems(group.src));
-        for sequence in &self.sequences {
+        for piece in 0..self.sequences.len() {
             self.check_interrupt()?;
-            gram.add(&sequence.values[src]);
+            gram.add(&self.spool.read(piece, src)?);
         }
         let mut floats: Vec<Vec<f32>> = group
             .weights
@@ -222,11 +207,12 @@ impl Walk<'_> {
         if self.options.method == Method::Awq
             && let Some(maker) = maker
         {
-            self.scale(&mut floats, &mut gram, maker, src);
+            self.scale(&mut floats, &mut gram, maker, src)?;
         }
         let (size, form) = (self.options.group, self.options.form);
+        let importance = gram.mean_squares();
         let feedback = match self.options.method {
-            Method::Gptq => Some(gptq::Feedback::new(&gram)?),
+            Method::Gptq => Some(gptq::Feedback::new(gram)?),
             Method::Awq | Method::Mse | Method::Rtn => None,
         };
         for (&id, floats) in group.weights.iter().zip(floats) {
@@ -235,7 +221,7 @@ impl Walk<'_> {
             (self.hooks.begin)(&stored.name, floats.len());
             let matrix = match &feedback {
                 Some(feedback) => gptq::encode(&floats, feedback, size, form),
-                None => awq::encode(&floats, &gram, size, form),
+                None => awq::encode(&floats, &importance, size, form),
             };
             let matrix =
                 matrix.map_err(|e| Error::input(format!("tensor `{}`: {e}", stored.name)))?;
@@ -267,7 +253,13 @@ impl Walk<'_> {
     }
 
     /// Multiplies columns and divides their inputs, in the text and in what makes them.
-    fn scale(&mut self, floats: &mut [Vec<f32>], gram: &mut Gram, maker: Maker, src: usize) {
+    fn scale(
+        &mut self,
+        floats: &mut [Vec<f32>],
+        gram: &mut Gram,
+        maker: Maker,
+        src: usize,
+    ) -> Result<(), Error> {
         let k = gram.cols();
         let ties: Vec<usize> = (0..k).map(|input| maker.of_input(input)).collect();
         let matrices: Vec<&[f32]> = floats.iter().map(Vec::as_slice).collect();
@@ -279,14 +271,14 @@ impl Walk<'_> {
                 .for_each(|(w, scale)| *w *= scale);
         }
         gram.divide(&scales);
-        for row in self
-            .sequences
-            .iter_mut()
-            .flat_map(|s| s.values[src].chunks_exact_mut(k))
-        {
-            row.iter_mut()
-                .zip(&scales)
-                .for_each(|(x, scale)| *x /= scale);
+        for piece in 0..self.sequences.len() {
+            let mut values = self.spool.read(piece, src)?;
+            for row in values.chunks_exact_mut(k) {
+                row.iter_mut()
+                    .zip(&scales)
+                    .for_each(|(x, scale)| *x /= scale);
+            }
+            self.spool.replace(piece, src, &values)?;
         }
         let mut divisors = vec![1.0; ties.iter().max().map_or(0, |last| last + 1)];
         for (&maker, &scale) in ties.iter().zip(&scales) {
@@ -305,6 +297,7 @@ impl Walk<'_> {
         if let Some(Weight::Int4(matrix)) = matrix.and_then(|id| self.weights[id].as_mut()) {
             divide_rows(matrix, &divisors);
         }
+        Ok(())
     }
 }
 

@@ -32,7 +32,7 @@ impl Feedback {
     ///
     /// # Errors
     /// As [`Gram::feedback`].
-    pub fn new(gram: &Gram) -> Result<Self, Error> {
+    pub fn new(gram: Gram) -> Result<Self, Error> {
         let importance = gram.mean_squares();
         let mut order: Vec<usize> = (0..gram.cols()).collect();
         order.sort_by(|a, b| importance[*b].total_cmp(&importance[*a]));
@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     /// Error in the layer's output.
-    fn output_error(matrix: &Int4Matrix, weights: &[f32], gram: &Gram) -> f64 {
+    fn output_error(matrix: &Int4Matrix, weights: &[f32], gram: &mut Gram) -> f64 {
         let mut errors = vec![0.0; weights.len()];
         for (i, row) in errors.chunks_exact_mut(matrix.cols).enumerate() {
             matrix.dequantize_row(i, row);
@@ -140,7 +140,7 @@ mod tests {
         for (error, weight) in errors.iter_mut().zip(weights) {
             *error -= weight;
         }
-        loss(&gram.full(), &errors)
+        loss(gram.full(), &errors)
     }
 
     #[test]
@@ -161,8 +161,10 @@ mod tests {
                         Int4Fit::search(w, None, form)
                     })
                     .unwrap();
-                    let gptq = encode(&w, &Feedback::new(&gram).unwrap(), group, form).unwrap();
-                    let [rtn, mse, gptq] = [rtn, mse, gptq].map(|m| output_error(&m, &w, &fresh));
+                    let gptq =
+                        encode(&w, &Feedback::new(gram.clone()).unwrap(), group, form).unwrap();
+                    let [rtn, mse, gptq] =
+                        [rtn, mse, gptq].map(|m| output_error(&m, &w, &mut fresh));
                     assert!(gptq < 0.6 * mse, "{k} {group} {form:?}: {gptq} {mse} {rtn}");
                     assert!(gptq < 0.5 * rtn, "{k} {group} {form:?}: {gptq} {mse} {rtn}");
                 }
@@ -183,7 +185,7 @@ mod tests {
             pool.install(|| {
                 let mut gram = Gram::new(k);
                 gram.add(&x);
-                encode(&w, &Feedback::new(&gram).unwrap(), 64, Int4Form::Symmetric).unwrap()
+                encode(&w, &Feedback::new(gram).unwrap(), 64, Int4Form::Symmetric).unwrap()
             })
         };
         assert_eq!(on(1), on(3));
@@ -199,7 +201,7 @@ mod tests {
         }
         let mut gram = Gram::new(k);
         gram.add(&x);
-        let matrix = encode(&w, &Feedback::new(&gram).unwrap(), 32, Int4Form::Asymmetric).unwrap();
+        let matrix = encode(&w, &Feedback::new(gram).unwrap(), 32, Int4Form::Asymmetric).unwrap();
         let mut row = vec![0.0; k];
         matrix.dequantize_row(0, &mut row);
         assert!((row[5] - w[5]).abs() <= matrix.row_scales(0)[0].to_f32());
@@ -207,7 +209,7 @@ mod tests {
         assert!(
             encode(
                 &w,
-                &Feedback::new(&untouched).unwrap(),
+                &Feedback::new(untouched).unwrap(),
                 32,
                 Int4Form::Symmetric
             )

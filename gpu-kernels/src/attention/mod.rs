@@ -1,4 +1,4 @@
-//! Grouped-query attention of one token over the cache: `out[h] = softmax(scale q[h] K^T) V`, keys
+//! Grouped-query attention of one token over the cache, of many in [`prompt`]: `out[h] = softmax(scale q[h] K^T) V`, keys
 //! and values of the positions `0 ..= position`.
 //!
 //! Shapes: q and out `(H, Dh)` f32, caches `(KV, S, Dh)` f16, values also int8 with scales `(KV, S)`
@@ -13,6 +13,7 @@
 //! serves every position. Everything is added up in a fixed order: two runs give identical bits.
 
 pub mod block_a_head;
+pub mod prompt;
 pub mod split;
 
 #[cfg(not(target_arch = "nvptx64"))]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! block (s, y)   -> split s of the positions, for up to 8 query heads of one kv head
-//! warp w         -> tiles of 16 positions w, w + 4, ... of the split: its own online softmax
+//! warp w         -> tiles of 16 positions w, w + 8, ... of the split: its own online softmax
 //! lane (g, t)    -> g = lane / 4, t = lane % 4
 //!   keys         -> positions g, g + 8 of the tile, elements 32i + 8t .. +8:   16 bytes a load
 //!   values       -> positions 2t, 2t + 1, 2t + 8, 2t + 9, elements 64b + 8g .. +8
@@ -20,12 +20,12 @@
 //! is 16 bytes of a row, in the order of the product's registers.
 //!
 //! The grid is fixed by the device and the shape, while the position comes from device memory: a
-//! split gets `max(tiles / splits, min_tiles)` tiles, up to 12 tiles are one split, and blocks
+//! split gets `max(tiles / splits, min_tiles)` tiles, up to 16 tiles are one split, and blocks
 //! without any return at once.
 //!
 //! From sm_80 on tiles go through a ring in shared memory, filled by asynchronous copies: bytes in
-//! flight come from the ring, so four warps are enough, and their registers leave room for blocks of
-//! the launches before and after. On sm_90 a block starts while the launch before it still runs, and
+//! flight come from the ring rather than from registers, which leaves room for blocks of the launches
+//! before and after. On sm_90 a block starts while the launch before it still runs, and
 //! asks for all tiles that are full before it waits. What is in them was written before the last
 //! attention, and that one lets launches after it start only once all before it have ended. The
 //! position may be one too old then, which is checked after the wait.
@@ -65,7 +65,7 @@ use crate::ptx;
 use crate::unroll::unroll;
 
 /// Warps a block.
-const WARPS: u32 = 4;
+const WARPS: u32 = 8;
 /// Query heads a block: the high and low parts of 8 are the 16 rows of a product.
 const HEADS: u32 = 8;
 /// Positions of a tile: k of the second product.
@@ -74,10 +74,14 @@ const TILE: u32 = 16;
 const MAX_SPLITS: u32 = 128;
 /// Chunks of four elements that a block combines.
 const PART_CHUNKS: u32 = 8;
-/// Tiles of a warp under way at most.
+/// Tiles of a warp under way at most, and bytes of them that a block has: with one block a
+/// multiprocessor they cover the memory's latency several times over, and a second block on one while
+/// another has none costs more than anything gains.
 const MAX_DEPTH: u32 = 3;
+#[cfg(not(target_arch = "nvptx64"))]
+const MAX_RING_BYTES: u32 = 128 * 1024;
 /// Tiles that are one split: they take less time than to combine several.
-const ALONE_TILES: u32 = 3 * WARPS;
+const ALONE_TILES: u32 = 2 * WARPS;
 /// Pause of a block that waits for the splits, for each of a split's tiles: a small part of what a
 /// tile takes a multiprocessor, 8 KB of some 20 bytes a nanosecond.
 const PAUSE_NS: u32 = 16;
@@ -152,7 +156,7 @@ impl Dims {
     }
 }
 
-/// What a warp works through: the tiles `first, first + 4, ...` below `end`.
+/// What a warp works through: the tiles `first, first + 8, ...` below `end`.
 #[derive(Clone, Copy)]
 struct Tiles {
     keys: u32,
@@ -351,9 +355,11 @@ unsafe fn attend_tiles<const NK: usize, const NV: usize, V: Values>(
     // SAFETY: rows are clamped to those that are filled; q is staged before the barrier.
     unsafe {
         // The first group is all that has been asked for, the others are empty.
-        for _ in 0..depth {
-            ptx::cp_async_commit();
-        }
+        unroll!(I < 4 => {
+            if (I as u32) < depth {
+                ptx::cp_async_commit();
+            }
+        });
         let mut next_scales = V::scales(&feed.values, tile, at);
         query.stage(smem, layout);
         thread::sync_threads();

@@ -4,6 +4,8 @@ use half::f16;
 
 use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within};
 use crate::launch::DeviceSlice;
+use std::ops::Range;
+
 use crate::{add, embed, kv_append, relu2_glu, rmsnorm, rope, rope_kv_append, round_int8, swiglu};
 
 /// One rounding per element and one approximate instruction.
@@ -13,21 +15,21 @@ const EXACT: f64 = 0.0;
 
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (vocab, width, group, position) in [
-        (11, 576, 32, 0),
-        (193, 160, 160, 5),
-        (7, 1120, 128, 2),
-        (1, 32, 32, 1),
+    for (vocab, width, group, positions) in [
+        (11, 576, 32, 0..1),
+        (193, 160, 160, 5..6),
+        (7, 1120, 128, 2..4),
+        (1, 32, 32, 1..4),
     ] {
-        let shape = format!("V={vocab} D={width} group={group} position={position}");
+        let shape = format!("V={vocab} D={width} group={group} positions={positions:?}");
         cases.push(Case::new("embed_int8", shape, move |device| {
-            embed(device, vocab, width, group, position)
+            embed(device, vocab, width, group, positions.clone())
         }));
     }
-    for (vocab, width, position) in [(11, 576, 0), (193, 160, 5), (1, 32, 1)] {
-        let shape = format!("V={vocab} D={width} position={position}");
+    for (vocab, width, positions) in [(11, 576, 0..1), (193, 160, 5..8), (1, 32, 1..2)] {
+        let shape = format!("V={vocab} D={width} positions={positions:?}");
         cases.push(Case::new("embed_f16", shape, move |device| {
-            embed_f16(device, vocab, width, position)
+            embed_f16(device, vocab, width, positions.clone())
         }));
     }
     for (tokens, width) in [(1, 576), (3, 160), (1, 1120), (2, 4), (1, 5120)] {
@@ -123,11 +125,11 @@ fn embed(
     vocab: usize,
     width: usize,
     group: usize,
-    position: usize,
+    positions: Range<usize>,
 ) -> Result<f64, CaseError> {
     let mut inputs = Inputs::new(1);
     let table = inputs.int8(vocab, width, group);
-    let context = position + 3;
+    let context = positions.start + 3;
     let tokens: Vec<u32> = (0..=context)
         .map(|_| (inputs.u64() % vocab as u64) as u32)
         .collect();
@@ -136,20 +138,21 @@ fn embed(
             quants: device.put_i8(&table.quants)?,
             scales: device.put_f16(&table.scales)?,
             tokens: device.put_u32(&tokens)?,
-            state: device.put_u32(&[position as u32])?,
-            out: device.uninit(width as u64 * 4)?,
+            state: device.put_u32(&[positions.start as u32])?,
+            out: device.uninit((positions.len() * width) as u64 * 4)?,
         };
         let shape = embed::Shape {
             vocab,
             width,
             group,
             context,
+            tokens: positions.len(),
         };
         device.run(&embed::plan(&device.info(), &shape, &ops)?)?;
         Ok(device.take_f32(ops.out)?)
     })?;
-    let mut want = vec![0.0; width];
-    cpu_kernels::embed::reference(&table, &tokens[position..=position], &mut want);
+    let mut want = vec![0.0; positions.len() * width];
+    cpu_kernels::embed::reference(&table, &tokens[positions], &mut want);
     within(&got, &want, EXACT)
 }
 
@@ -426,11 +429,11 @@ fn embed_f16(
     device: &mut dyn Device,
     vocab: usize,
     width: usize,
-    position: usize,
+    positions: Range<usize>,
 ) -> Result<f64, CaseError> {
     let mut inputs = Inputs::new(1);
     let table = inputs.f16(vocab, width);
-    let context = position + 3;
+    let context = positions.start + 3;
     let tokens: Vec<u32> = (0..=context)
         .map(|_| (inputs.u64() % vocab as u64) as u32)
         .collect();
@@ -438,19 +441,20 @@ fn embed_f16(
         let ops = embed::F16Operands {
             table: device.put_f16(&table.values)?,
             tokens: device.put_u32(&tokens)?,
-            state: device.put_u32(&[position as u32])?,
-            out: device.uninit(width as u64 * 4)?,
+            state: device.put_u32(&[positions.start as u32])?,
+            out: device.uninit((positions.len() * width) as u64 * 4)?,
         };
         let shape = embed::F16Shape {
             vocab,
             width,
             context,
+            tokens: positions.len(),
         };
         device.run(&embed::plan_f16(&device.info(), &shape, &ops)?)?;
         Ok(device.take_f32(ops.out)?)
     })?;
-    let mut want = vec![0.0; width];
-    cpu_kernels::embed::reference_f16(&table, &tokens[position..=position], &mut want);
+    let mut want = vec![0.0; positions.len() * width];
+    cpu_kernels::embed::reference_f16(&table, &tokens[positions], &mut want);
     within(&got, &want, EXACT)
 }
 

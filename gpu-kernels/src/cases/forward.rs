@@ -352,6 +352,7 @@ impl Program {
             width: WIDTH,
             group,
             context: CONTEXT,
+            tokens: 1,
         };
         builder.calls.push(embed::plan(&info, &shape, &ops)?);
         for layer in &model.layers {

@@ -13,6 +13,7 @@
 //! apart, all in the same banks. Rotated, any such 8 lanes hit 8 different bank groups, and so do
 //! the threads that fill the slots.
 
+pub mod gemm_int4;
 pub mod gemv_f16;
 pub mod gemv_int4;
 pub mod gemv_int4_mma;

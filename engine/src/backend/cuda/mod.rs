@@ -2,10 +2,13 @@
 //!
 //! | graph | does | used for |
 //! |---|---|---|
-//! | prompt | one token into the cache, no logits | all but the last token of a prompt |
+//! | prompt | one token into the cache, no logits | all but the last token of a prompt that goes one by one |
 //! | body | one token, up to what the logits are made of | a token whose successor may be given |
 //! | tail | logits, choice of the next token, advance | after a body |
 //! | step | body and tail | every token that the device chose itself |
+//!
+//! The tokens of a prompt go through the layers many at a time, by calls of their own, where the recipe
+//! allows it.
 //!
 //! Position and tokens live on the device and each replay advances them. Once a caller appends what
 //! was chosen, steps are queued [`ahead::AHEAD`] tokens ahead of it: the device never waits for the
@@ -18,6 +21,7 @@ pub mod device;
 pub mod launch;
 pub mod plan;
 mod profile;
+mod prompt;
 mod ptx;
 
 use std::sync::Arc;
@@ -235,18 +239,25 @@ impl CudaBackend {
         self.set_position(start)?;
         let slots = self.token_slots(start, tokens.len());
         self.memory.write(slots, bytemuck::cast_slice(tokens))?;
-        for _ in 1..tokens.len() {
-            self.prompt.launch()?;
-            self.position += 1;
+        if !self.run_many(start, tokens.len(), None)? {
+            for _ in 1..tokens.len() {
+                self.prompt.launch()?;
+                self.position += 1;
+            }
+            self.body.launch()?;
         }
-        self.body.launch()?;
+        self.appended(tokens);
+        Ok(())
+    }
+
+    /// Notes that `tokens` have been through the layers, and nothing is chosen.
+    fn appended(&mut self, tokens: &[u32]) {
         self.tokens.extend_from_slice(tokens);
         self.chosen = self.tokens.len();
         self.next = None;
         self.following = false;
         self.has_body = true;
         self.knows_seen = false;
-        Ok(())
     }
 
     /// The graphs of the sampling at hand.
@@ -395,6 +406,24 @@ impl Backend for CudaBackend {
         self.memory
             .read(self.plan.logits, bytemuck::cast_slice_mut(&mut logits))?;
         Ok(logits)
+    }
+
+    fn prefill_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
+        self.check_tokens(tokens)?;
+        self.gpu.make_current()?;
+        let start = self.tokens.len();
+        let slots = self.token_slots(start, tokens.len());
+        self.memory.write(slots, bytemuck::cast_slice(tokens))?;
+        let mut logits = Vec::with_capacity(tokens.len() * self.vocab);
+        if self.run_many(start, tokens.len(), Some(&mut logits))? {
+            self.appended(tokens);
+            return Ok(logits);
+        }
+        super::logits_one_by_one(self, tokens)
+    }
+
+    fn prompt_run_tokens(&self) -> usize {
+        self.plan.many.as_ref().map_or(256, |many| many.tokens)
     }
 
     fn position(&self) -> usize {

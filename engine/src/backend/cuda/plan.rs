@@ -13,11 +13,13 @@
 //! the logits kernel, which also chooses the next token. Tokens and the position live in device
 //! memory, so a list can be recorded once and replayed unchanged.
 //! A prompt token whose logits nobody reads only has to leave its keys and values in the cache:
-//! its list ends at the last write to it.
+//! its list ends at the last write to it. Where every op has a form for many tokens, prompts go by
+//! those instead: see `prompt`.
 
 mod calls;
 mod fuse;
 mod place;
+mod prompt;
 
 use cust::memory::bytemuck;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
@@ -28,6 +30,7 @@ use rayon::prelude::*;
 
 use self::fuse::Op;
 use self::place::{Placed, pack};
+pub use self::prompt::Prompt;
 use crate::Error;
 use crate::backend::LoadedModel;
 use crate::sampler::Sampling;
@@ -118,11 +121,15 @@ pub struct Note {
     pub launch: String,
 }
 
-/// The calls of one token, and the buffers that the host reads or writes.
+/// The calls of one token and of many, and the buffers that the host reads or writes.
 #[derive(Debug)]
 pub struct Plan {
     /// A prompt token whose logits are not needed.
     pub prompt: Vec<Call>,
+    /// Many tokens of a prompt at once, where the recipe allows it.
+    pub many: Option<Prompt>,
+    /// The logits of what the body left, and no choice.
+    pub plain_logits: Call,
     /// A token whose logits are needed: computes them, chooses the next token from them.
     pub full: Vec<Call>,
     /// Calls of `full` before the logits.
@@ -169,6 +176,7 @@ pub fn compile(
     } = fuse::fuse(model);
     let mut compiler = Compiler::new(model, context, device, tuned, &neighbours, memory)?;
     compiler.half_gated = half_gated;
+    let mut many = prompt::Builder::new(&mut compiler, &ops)?;
     let mut calls = Vec::with_capacity(ops.len());
     let mut notes = Vec::with_capacity(ops.len());
     let (mut prompt_calls, mut body_calls) = (0, 0);
@@ -189,7 +197,11 @@ pub fn compile(
             calls.push(match op {
                 Op::Step(step) => compiler.step(step)?,
                 Op::Product(product) => {
-                    let (call, chosen) = compiler.product(product, packed.as_ref())?;
+                    let placed = compiler.place(product, packed.as_ref())?;
+                    if let Some(many) = &mut many {
+                        many.product(&mut compiler, product, &placed)?;
+                    }
+                    let (call, chosen) = compiler.product(product, &placed)?;
                     launch = chosen;
                     call
                 }
@@ -207,6 +219,9 @@ pub fn compile(
             });
             if op.appends() {
                 prompt_calls = calls.len();
+            }
+            if let Some(many) = &mut many {
+                many.op(&mut compiler, op)?;
             }
             if let Op::Step(step) = op {
                 for (call, what) in compiler.choice(step)? {
@@ -228,6 +243,8 @@ pub fn compile(
     let settings = compiler.memory.upload(bytemuck::cast_slice(&settings))?;
     let seen = compiler.memory.upload(&vec![0; 4 * vocab.div_ceil(32)])?;
     let draw = compiler.draw(*table, [*src, *dst], settings, seen)?;
+    let plain_logits = compiler.plain_logits(*table, [*src, *dst], &calls[body_calls])?;
+    let many = many.and_then(|many| many.finish(device, compiler.buffer(*src)));
     let Compiler { state, tokens, .. } = compiler;
     let logits = compiler.buffer(*dst);
     let advance = sample::plan_advance(device, state).map_err(unsupported)?;
@@ -235,6 +252,8 @@ pub fn compile(
     prompt.push(advance);
     Ok(Plan {
         prompt,
+        many,
+        plain_logits,
         full: calls,
         body_calls,
         draw,

@@ -6,7 +6,7 @@ use engine::Error;
 use engine::backend::KernelTime;
 use serde::Serialize;
 
-use crate::cli::{Failure, stdout_failure};
+use crate::cli::{Failure, stdout_failure, trace};
 
 /// Mean of the runs and how far they lie from it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -176,7 +176,7 @@ impl Report<'_> {
             lines.push(format!("energy   {joules:.3} J a token"));
         }
         if !self.kernels.is_empty() {
-            lines.push(self.trace());
+            lines.push(trace::table(&self.kernels));
         }
         let lines: Vec<String> = lines
             .iter()
@@ -187,35 +187,6 @@ impl Report<'_> {
             })
             .collect();
         lines.join("\n") + "\n"
-    }
-
-    /// A line a kernel, the longest first.
-    fn trace(&self) -> String {
-        let total: f64 = self.kernels.iter().map(|kernel| kernel.us).sum();
-        let mut kernels: Vec<&KernelTime> = self.kernels.iter().collect();
-        kernels.sort_by(|a, b| b.us.total_cmp(&a.us));
-        let mut text = format!(
-            "one token: {total:.1} us\n{:>9} {:>6} {:>5} {:>8}  step",
-            "us", "%", "x", "us each"
-        );
-        for kernel in kernels {
-            let KernelTime {
-                step,
-                kernel,
-                launch,
-                launches,
-                us,
-            } = kernel;
-            let each = us / *launches as f64;
-            let share = 100.0 * us / total;
-            let line =
-                format!("\n{us:>9.1} {share:>6.1} {launches:>5} {each:>8.2}  {step}: {kernel}");
-            text.push_str(&line);
-            if !launch.is_empty() {
-                text.push_str(&format!(", {launch}"));
-            }
-        }
-        text
     }
 }
 

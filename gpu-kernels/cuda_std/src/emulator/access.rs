@@ -82,3 +82,43 @@ pub fn store_shared<T: Value>(address: u32, value: T) {
         Ok(())
     });
 }
+
+/// `cp.async` of `T::BYTES` from `p` to an address of the shared window; zeros without `p`.
+#[track_caller]
+pub fn copy_async<T: Value + Default>(address: u32, p: Option<*const T>) {
+    let location = Location::caller();
+    let value = p.map_or_else(T::default, load_global);
+    with_run(|run, current| {
+        run.shared(current)
+            .copy(address, value, current.rank as u16, location)
+            .map_err(|problem| run.fault_of(current, Some(location), problem))?;
+        run.touch_banks(current, location, address, T::BYTES as u32, true);
+        Ok(())
+    });
+}
+
+/// `cp.async.commit_group`
+#[track_caller]
+pub fn commit_copies() {
+    with_run(|run, current| {
+        run.shared(current).commit_copies(current.rank as u16);
+        Ok(())
+    });
+}
+
+/// `cp.async.wait_group` of all but the last `groups`.
+#[track_caller]
+pub fn wait_for_copies(groups: u32) {
+    with_run(|run, current| {
+        let rank = current.rank as u16;
+        run.shared(current).wait_for_copies(rank, groups as usize);
+        Ok(())
+    });
+}
+
+/// `ldmatrix.x4.trans`: the calling lane's row of 16 bytes, one of eight of a matrix of 8 by 8
+/// halves, for its parts of the four transposed matrices.
+#[track_caller]
+pub fn load_matrices_transposed(address: u32) -> [u32; 4] {
+    super::instructions::transpose(load_shared(address))
+}

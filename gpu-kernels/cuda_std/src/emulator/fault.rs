@@ -18,6 +18,8 @@ pub enum FaultKind {
     Race,
     /// A shuffle or vote whose lanes do not all take part, or that reads from a lane that does not.
     Shuffle,
+    /// An access of shared memory that an asynchronous copy is still writing.
+    AsyncCopy,
     /// A non-coherent load of what this launch wrote.
     NonCoherentRead,
     /// Two blocks of a cooperative launch touch a global word, at least one writing, and neither has
@@ -40,6 +42,7 @@ impl fmt::Display for FaultKind {
             FaultKind::Barrier => "barrier not reached by all threads",
             FaultKind::Race => "shared memory race",
             FaultKind::Shuffle => "warp operation with an inactive lane",
+            FaultKind::AsyncCopy => "access during an asynchronous copy",
             FaultKind::NonCoherentRead => "non-coherent read of written data",
             FaultKind::MissingWait => "missing wait between blocks",
             FaultKind::Deadlock => "deadlock",

@@ -125,6 +125,24 @@ pub fn mma_m16n8k8(a: [u32; 2], b: u32, c: [f32; 4]) -> [f32; 4] {
     mma(Depth::K8, fragments)
 }
 
+/// The lanes' rows of four matrices, 8 by 8 halves, turned: see `warp::Operation::Transpose`.
+#[track_caller]
+pub fn transpose(row: [u32; 4]) -> [u32; 4] {
+    let request = Request {
+        operation: Operation::Transpose,
+        mask: u32::MAX,
+        value: 0,
+        operand: 0,
+        location: Location::caller(),
+    };
+    with_run(|run, current| {
+        run.warp(current).give_row(current.rank as usize % 32, row);
+        run.reach_warp_operation(current, request)
+    });
+    suspend();
+    with_run(|run, current| Ok(run.warp(current).turned(current.rank as usize % 32)))
+}
+
 /// Lets the others run first: the point at which threads meet in another order with another seed.
 #[track_caller]
 fn poll() {

@@ -3,9 +3,14 @@
 //! Two accesses of one word by different threads, at least one of them a store, have to be ordered:
 //! by a block barrier (the block's *epoch* counts those), or, within a warp, by warp barriers that
 //! lead from one lane to the other (each warp keeps vector clocks of its lanes for that).
+//!
+//! Bytes that an asynchronous copy brings belong to nobody until the thread that started it has waited
+//! for it: then they count as stored by it.
 
 use super::fault::{FaultKind, Problem, line};
 use super::memory::Value;
+use std::collections::VecDeque;
+use std::ops::Range;
 use std::panic::Location;
 
 /// Address of the first byte: not 0, so that an address made from nothing is out of bounds.
@@ -41,6 +46,8 @@ struct Loads {
 struct Word {
     store: Store,
     loads: Loads,
+    /// The thread whose copy to it is under way.
+    copier: Option<u16>,
 }
 
 const UNTOUCHED: Word = Word {
@@ -58,7 +65,23 @@ const UNTOUCHED: Word = Word {
         other: None,
         location: None,
     },
+    copier: None,
 };
+
+/// A copy under way: the words that it brings.
+struct Copy {
+    words: Range<usize>,
+    location: &'static Location<'static>,
+}
+
+/// The asynchronous copies of a thread.
+#[derive(Default)]
+struct Copies {
+    /// Those of no group yet.
+    open: Vec<Copy>,
+    /// Groups, oldest first.
+    groups: VecDeque<Vec<Copy>>,
+}
 
 /// How the lanes of a warp are ordered by its warp barriers.
 #[derive(Clone)]
@@ -75,6 +98,8 @@ pub struct Shared {
     words: Vec<Word>,
     epoch: u32,
     clocks: Vec<Clocks>,
+    /// By rank of the thread.
+    copies: Vec<Copies>,
     block: [u32; 3],
 }
 
@@ -99,6 +124,7 @@ impl Shared {
                 };
                 warps
             ],
+            copies: (0..threads).map(|_| Copies::default()).collect(),
             block,
         }
     }
@@ -112,6 +138,9 @@ impl Shared {
                 time: 1,
                 seen: [[0; LANES]; LANES],
             };
+        }
+        for copies in &mut self.copies {
+            *copies = Copies::default();
         }
     }
 
@@ -197,6 +226,80 @@ impl Shared {
         Ok(())
     }
 
+    /// `cp.async` by the thread of this rank: `value` is on its way.
+    pub fn copy<T: Value>(
+        &mut self,
+        address: u32,
+        value: T,
+        rank: u16,
+        location: &'static Location<'static>,
+    ) -> Result<(), Problem> {
+        // It may arrive right now, so it has to be ordered as a store is.
+        self.store(address, value, rank, location)?;
+        let start = (address - BASE) as usize;
+        let words = start / WORD..(start + T::BYTES).div_ceil(WORD);
+        for word in &mut self.words[words.clone()] {
+            word.copier = Some(rank);
+        }
+        self.copies[usize::from(rank)]
+            .open
+            .push(Copy { words, location });
+        Ok(())
+    }
+
+    /// `cp.async.commit_group` by the thread of this rank.
+    pub fn commit_copies(&mut self, rank: u16) {
+        let copies = &mut self.copies[usize::from(rank)];
+        let group = std::mem::take(&mut copies.open);
+        copies.groups.push_back(group);
+    }
+
+    /// `cp.async.wait_group`: all but the last `groups` groups of the thread have arrived.
+    pub fn wait_for_copies(&mut self, rank: u16, groups: usize) {
+        let time = self.time(rank);
+        let copies = &mut self.copies[usize::from(rank)];
+        let arrived = copies.groups.len().saturating_sub(groups);
+        for copy in copies.groups.drain(..arrived).flatten() {
+            for word in &mut self.words[copy.words] {
+                word.copier = None;
+                word.store = Store {
+                    epoch: self.epoch,
+                    time,
+                    rank,
+                    location: Some(copy.location),
+                };
+            }
+        }
+    }
+
+    /// Now, in the thread's warp.
+    fn time(&self, rank: u16) -> u32 {
+        self.clocks
+            .get(usize::from(rank) / LANES)
+            .map_or(0, |clocks| clocks.time)
+    }
+
+    /// Fails if a copy to the word is under way.
+    #[inline]
+    fn arrived(&self, index: usize, does: &str) -> Result<(), Problem> {
+        match self.words[index].copier {
+            None => Ok(()),
+            Some(copier) => Err(self.under_way(index, does, copier)),
+        }
+    }
+
+    #[cold]
+    fn under_way(&self, index: usize, does: &str, copier: u16) -> Problem {
+        let [x, y, z] = thread_index(u32::from(copier), self.block);
+        Problem::new(
+            FaultKind::AsyncCopy,
+            format!(
+                "{does} byte {} of shared memory while a copy that thread ({x}, {y}, {z}) started is under way: it has not waited for it",
+                index * WORD
+            ),
+        )
+    }
+
     /// Whether what `before` did at `time` of its warp is ordered before what `after` does now,
     /// both in this epoch.
     #[inline]
@@ -213,7 +316,8 @@ impl Shared {
         rank: u16,
         location: &'static Location<'static>,
     ) -> Result<(), Problem> {
-        let Word { store, loads } = self.words[index];
+        self.arrived(index, "loads")?;
+        let Word { store, loads, .. } = self.words[index];
         if store.epoch == 0 {
             return Err(Problem::new(
                 FaultKind::Uninitialised,
@@ -273,7 +377,8 @@ impl Shared {
         rank: u16,
         location: &'static Location<'static>,
     ) -> Result<(), Problem> {
-        let Word { store, loads } = self.words[index];
+        self.arrived(index, "stores to")?;
+        let Word { store, loads, .. } = self.words[index];
         if store.epoch == self.epoch && !self.ordered(store.rank, store.time, rank) {
             return Err(self.race(index, "stores", store.rank, "stored", store.location));
         }
@@ -392,6 +497,44 @@ mod tests {
         memory.load::<u32>(BASE + 8, 7, here()).unwrap();
         memory.store(BASE + 8, 2u32, 7, here()).unwrap();
         race(memory.store(BASE, [0.0f32; 4], 8, here()));
+    }
+
+    #[test]
+    fn a_copy_is_there_once_its_thread_has_waited() {
+        let mut memory = memory(64);
+        let early = |result: Result<u32, Problem>| {
+            assert_eq!(result.unwrap_err().kind, FaultKind::AsyncCopy);
+        };
+        for (i, value) in [7u32, 8, 9].into_iter().enumerate() {
+            memory.copy(BASE + 4 * i as u32, value, 3, here()).unwrap();
+            memory.commit_copies(3);
+        }
+        memory.wait_for_copies(3, 1);
+        assert_eq!(memory.load::<u32>(BASE, 3, here()).unwrap(), 7);
+        assert_eq!(memory.load::<u32>(BASE + 4, 3, here()).unwrap(), 8);
+        early(memory.load(BASE + 8, 3, here()));
+        // A barrier does not wait for copies, and other threads need one besides.
+        memory.sync_block();
+        early(memory.load(BASE + 8, 40, here()));
+        assert_eq!(memory.load::<u32>(BASE, 40, here()).unwrap(), 7);
+        memory.wait_for_copies(3, 0);
+        race(memory.load::<u32>(BASE + 8, 40, here()));
+        memory.sync_block();
+        assert_eq!(memory.load::<u32>(BASE + 8, 40, here()).unwrap(), 9);
+    }
+
+    #[test]
+    fn a_copy_must_not_meet_another_access() {
+        let mut memory = memory(64);
+        memory.copy(BASE, 1u32, 0, here()).unwrap();
+        let stored = memory.store(BASE, 2u32, 0, here()).unwrap_err();
+        assert_eq!(stored.kind, FaultKind::AsyncCopy);
+        // Not in a group, so not waited for.
+        memory.wait_for_copies(0, 0);
+        assert!(memory.load::<u32>(BASE, 0, here()).is_err());
+        memory.reset();
+        memory.store(BASE, 1u32, 5, here()).unwrap();
+        race(memory.copy(BASE, 2u32, 40, here()));
     }
 
     #[test]

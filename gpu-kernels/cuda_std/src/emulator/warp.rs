@@ -20,6 +20,9 @@ pub enum Operation {
     Barrier,
     /// `mma.sync`, of this many columns of A.
     Mma(mma::Depth),
+    /// What `ldmatrix.x4.trans` does with the rows that it has loaded: row r of matrix m is that of
+    /// lane `8m + r`; lane `4g + q` gets elements g of the rows 2q and 2q + 1 of each.
+    Transpose,
 }
 
 impl Operation {
@@ -31,6 +34,7 @@ impl Operation {
             Operation::Ballot => "vote.sync.ballot",
             Operation::Barrier => "bar.warp.sync",
             Operation::Mma(_) => "mma.sync",
+            Operation::Transpose => "ldmatrix",
         }
     }
 
@@ -105,6 +109,10 @@ pub struct Warp {
     fragments: [Fragments; 32],
     /// What each lane got from it.
     products: [[f32; 4]; 32],
+    /// The row that each lane gave to its last `ldmatrix`.
+    rows: [[u32; 4]; 32],
+    /// What each lane got from it.
+    turned: [[u32; 4]; 32],
 }
 
 impl Warp {
@@ -121,6 +129,8 @@ impl Warp {
             gone,
             fragments: [Fragments::default(); 32],
             products: [[0.0; 4]; 32],
+            rows: [[0; 4]; 32],
+            turned: [[0; 4]; 32],
         }
     }
 
@@ -132,6 +142,16 @@ impl Warp {
     /// A lane's result of the last `mma.sync`: it stays until every lane has reached the next.
     pub fn product(&self, lane: usize) -> [f32; 4] {
         self.products[lane]
+    }
+
+    /// A lane's row for the `ldmatrix` that it is about to reach.
+    pub fn give_row(&mut self, lane: usize, row: [u32; 4]) {
+        self.rows[lane] = row;
+    }
+
+    /// A lane's result of the last `ldmatrix`: it stays until every lane has reached the next.
+    pub fn turned(&self, lane: usize) -> [u32; 4] {
+        self.turned[lane]
     }
 
     /// What a lane is waiting in.
@@ -204,13 +224,18 @@ impl Warp {
                 _ => return Ok(None),
             }
         }
-        if let Operation::Mma(depth) = request.operation {
-            if taking_part != u32::MAX {
-                let absent = lanes(!taking_part).next().unwrap_or(0);
-                let detail = format!("mma.sync by lane {lane} without lane {absent}");
-                return Err(request.refused(lane, detail));
-            }
-            self.products = mma::products(depth, &self.fragments);
+        if let Operation::Mma(_) | Operation::Transpose = request.operation
+            && taking_part != u32::MAX
+        {
+            let absent = lanes(!taking_part).next().unwrap_or(0);
+            let name = request.operation.name();
+            let detail = format!("{name} by lane {lane} without lane {absent}");
+            return Err(request.refused(lane, detail));
+        }
+        match request.operation {
+            Operation::Mma(depth) => self.products = mma::products(depth, &self.fragments),
+            Operation::Transpose => self.turned = turned(&self.rows),
+            _ => {}
         }
         let values = self
             .pending
@@ -230,7 +255,10 @@ impl Warp {
                 Operation::Down if lane + operand > 31 => lane,
                 Operation::Down => lane + operand,
                 Operation::Index => operand,
-                Operation::Ballot | Operation::Barrier | Operation::Mma(_) => {
+                Operation::Ballot
+                | Operation::Barrier
+                | Operation::Mma(_)
+                | Operation::Transpose => {
                     results[lane] = votes;
                     continue;
                 }
@@ -264,6 +292,18 @@ impl Warp {
             format!("{name} by lane {lane} reads lane {source}, which {why}"),
         )
     }
+}
+
+/// Each lane's part of four transposed matrices.
+fn turned(rows: &[[u32; 4]; 32]) -> [[u32; 4]; 32] {
+    let element = |row: usize, i: usize| rows[row][i / 2] >> (16 * (i % 2)) & 0xffff;
+    std::array::from_fn(|lane| {
+        let (g, q) = (lane / 4, lane % 4);
+        std::array::from_fn(|matrix| {
+            let row = 8 * matrix + 2 * q;
+            element(row, g) | element(row + 1, g) << 16
+        })
+    })
 }
 
 /// Why a waiting lane can never go on: a lane of its mask is blocked elsewhere.
@@ -319,6 +359,25 @@ mod tests {
             101,
             "five bits of the lane count"
         );
+    }
+
+    #[test]
+    fn matrices_are_turned() {
+        // Element i of row r of matrix m is 64 m + 8 r + i.
+        let rows = std::array::from_fn(|lane| {
+            std::array::from_fn(|word| {
+                let first = 8 * lane as u32 + 2 * word as u32;
+                first | (first + 1) << 16
+            })
+        });
+        let turned = turned(&rows);
+        for (lane, words) in turned.iter().enumerate() {
+            let (g, q) = (lane as u32 / 4, lane as u32 % 4);
+            for (matrix, word) in words.iter().enumerate() {
+                let first = 64 * matrix as u32 + 16 * q + g;
+                assert_eq!(*word, first | (first + 8) << 16);
+            }
+        }
     }
 
     #[test]

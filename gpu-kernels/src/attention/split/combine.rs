@@ -17,7 +17,7 @@ const THREAD_SPLITS: usize = (MAX_SPLITS / SUBS) as usize;
 /// Splits whose weights a lane goes over.
 const LANE_SPLITS: usize = (MAX_SPLITS / warp::SIZE) as usize;
 const _: () = assert!(
-    THREAD_SPLITS == 8 && LANE_SPLITS == 4 && WARPS == 4 && PART_CHUNKS == 8,
+    THREAD_SPLITS == 4 && LANE_SPLITS == 4 && WARPS == 8 && PART_CHUNKS == 8,
     "they are unrolled"
 );
 
@@ -172,15 +172,15 @@ unsafe fn combine_chunk(
     // SAFETY: by the caller's promise.
     unsafe {
         let mut maxima = [0.0; WARPS as usize];
-        unroll!(W < 4 => {
+        unroll!(W < 8 => {
             maxima[W] = ptx::ld_shared_f32(smem, layout.maximum(W as u32, row));
         });
         // Warp 0 has a tile, so this is finite, and a warp without any weighs nothing.
         let mut maximum = maxima[0];
-        unroll!(W < 4 => { maximum = maximum.max(maxima[W]); });
+        unroll!(W < 8 => { maximum = maximum.max(maxima[W]); });
         let mut weight = 0.0;
         let mut sum = [0.0f32; 4];
-        unroll!(W < 4 => {
+        unroll!(W < 8 => {
             let share = ptx::exp2(maxima[W] - maximum);
             weight = ptx::fma(share, ptx::ld_shared_f32(smem, layout.weight(W as u32, row)), weight);
             let part = ptx::ld_shared_v4_f32(smem, layout.sum(W as u32, row, chunk));
@@ -210,7 +210,7 @@ unsafe fn combine_chunk(
 /// unwritten.
 ///
 /// ```text
-/// thread (sub, chunk) -> 4 elements over the splits sub, sub + 16, ...   chunk fastest
+/// thread (sub, chunk) -> 4 elements over the splits sub, sub + 32, ...   chunk fastest
 /// lane of warp 0      -> what the splits lane, lane + 32, ... count
 /// ```
 ///
@@ -253,7 +253,7 @@ pub unsafe fn combine_part(
                     }
                 });
             }
-            unroll!(I < 8 => {
+            unroll!(I < 4 => {
                 let split = sub + I as u32 * SUBS;
                 if there_is && split < active {
                     sums[I] = atomic::load_relaxed_gpu_v4_u32(sum_of(split));
@@ -290,7 +290,7 @@ pub unsafe fn combine_part(
         thread::sync_threads();
 
         let mut sum = [0.0f32; 4];
-        unroll!(I < 8 => {
+        unroll!(I < 4 => {
             let split = sub + I as u32 * SUBS;
             if there_is && split < active {
                 let share = ptx::ld_shared_f32(smem, layout.share(split));
@@ -311,7 +311,7 @@ pub unsafe fn combine_part(
         thread::sync_threads();
         if thread < PART_CHUNKS && there_is {
             let mut total = [0.0f32; 4];
-            unroll!(W < 4 => {
+            unroll!(W < 8 => {
                 let part = ptx::ld_shared_v4_f32(smem, layout.part_sum(W as u32, thread));
                 unroll!(D < 4 => { total[D] += part[D]; });
             });

@@ -3,7 +3,7 @@
 use super::combine::parts;
 use super::layout::Layout;
 use super::tile::tile_bytes;
-use super::{HEADS, MAX_DEPTH, MAX_SPLITS, TILE, WARPS};
+use super::{HEADS, MAX_DEPTH, MAX_RING_BYTES, MAX_SPLITS, TILE, WARPS};
 use crate::attention::{self, Operands, Shape};
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
 use crate::tuned::Launches;
@@ -198,14 +198,15 @@ pub fn plan(
         _ => (8, 4),
     };
     let rows_a_block = HEADS.min(heads / kv_heads as u32);
-    let layout = |depth: u32| {
-        let tile = tile_bytes(key_loads, value_loads, if of_8_bits { 1 } else { 2 });
-        Layout::new(key_loads, value_loads, rows_a_block, depth * tile)
-    };
+    let tile = tile_bytes(key_loads, value_loads, if of_8_bits { 1 } else { 2 });
+    let layout = |depth: u32| Layout::new(key_loads, value_loads, rows_a_block, depth * tile);
     // No ring where there are no asynchronous copies.
     let mut depth = 0;
     if device.compute_capability >= 80 {
-        let fits = |depth: &u32| layout(*depth).bytes() <= device.shared_bytes_per_block;
+        let fits = |depth: &u32| {
+            depth * tile * WARPS <= MAX_RING_BYTES
+                && layout(*depth).bytes() <= device.shared_bytes_per_block
+        };
         depth = (1..=MAX_DEPTH).rev().find(fits).unwrap_or(1);
     }
     call.u32(depth);
@@ -262,7 +263,7 @@ mod tests {
     #[test]
     fn splits_fill_the_device_and_leave_no_block_without_a_use() {
         let splits = |shape| Tuning::of(&H200, &shape).splits;
-        assert_eq!(splits(SHAPE), 64);
+        assert_eq!(splits(SHAPE), 32);
         assert_eq!(
             splits(Shape {
                 context: 131_072,
@@ -298,9 +299,9 @@ mod tests {
         let planned = |shape, ops| plan(&H200, &shape, &ops, Tuning::of(&H200, &shape));
         let call = planned(SHAPE, operands()).unwrap();
         assert_eq!(call.kernel, "attention_split_f16_d128");
-        // Two groups, and a row of blocks that holds four parts of 12 heads.
-        assert_eq!(call.launch.grid, [64, 3, 1]);
-        assert_eq!(call.args[6..13], [2, 12, 6, 128, 4096, 4, 3]);
+        // Two groups, and rows of blocks that hold four parts of 12 heads.
+        assert_eq!(call.launch.grid, [32, 4, 1]);
+        assert_eq!(call.args[6..13], [2, 12, 6, 128, 4096, 8, 2]);
         let name = |head_dim| {
             planned(Shape { head_dim, ..SHAPE }, operands())
                 .unwrap()

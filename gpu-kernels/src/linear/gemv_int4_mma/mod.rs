@@ -56,7 +56,7 @@ mod one;
 mod plan;
 #[cfg(not(target_arch = "nvptx64"))]
 mod space;
-mod tile;
+pub(super) mod tile;
 mod tokens;
 
 use cuda_std::{kernel, thread};

@@ -164,12 +164,12 @@ unsafe fn load_groups<const GROUP: u32>(there: bool, p: *const u32, old: [u32; 4
 }
 
 /// The half 1024, twice.
-pub(super) const HALVES_1024: u32 = 0x6400_6400;
+pub(in super::super) const HALVES_1024: u32 = 0x6400_6400;
 
 /// Eight weights of two rows as halves: `1024 + q` of the low nibbles, `1024 + 16 q` of the high.
 /// `halves` is [`HALVES_1024`] in a register.
 #[inline(always)]
-pub(super) fn fragments(word: u32, halves: u32) -> [u32; 4] {
+pub(in super::super) fn fragments(word: u32, halves: u32) -> [u32; 4] {
     const LOW: u32 = 0x000f_000f;
     const HIGH: u32 = 0x00f0_00f0;
     let other = word >> 8;

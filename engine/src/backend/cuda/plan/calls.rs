@@ -6,11 +6,11 @@ use gpu_kernels::{
     add, attention, embed, kv_append, linear, logits, relu2_glu, rmsnorm, rope, rope_kv_append,
     round_int8, sample, swiglu,
 };
-use models::quant::{Int4Tiled, Weight};
+use models::quant::Weight;
 use models::recipe::{Buffer, Step, WeightId};
 
 use super::fuse::{Op, Product, Then};
-use super::place::{Placed, pack};
+use super::place::{Placed, PlacedProduct, pack};
 use super::{Cache, Compiler, attention_shape, unsupported};
 use crate::Error;
 
@@ -27,6 +27,7 @@ impl Compiler<'_> {
                         vocab: rows,
                         width: cols,
                         context,
+                        tokens: 1,
                     };
                     let operands = embed::F16Operands {
                         table: values,
@@ -51,6 +52,7 @@ impl Compiler<'_> {
                     width: cols,
                     group,
                     context,
+                    tokens: 1,
                 };
                 embed::plan(
                     device,
@@ -218,7 +220,8 @@ impl Compiler<'_> {
                         then: Then::Store,
                     };
                     let packed = self.memory.keeps().then(|| pack(self.model, &product));
-                    let (call, _) = self.product(&product, packed.transpose()?.as_ref())?;
+                    let placed = self.place(&product, packed.transpose()?.as_ref())?;
+                    let (call, _) = self.product(&product, &placed)?;
                     return Ok(call);
                 }
                 if let Placed::F16 { rows, cols, values } = self.weight(table)? {
@@ -251,6 +254,20 @@ impl Compiler<'_> {
             y,
         };
         linear::gemv_f16::plan(self.device, &shape, &operands).map_err(unsupported)
+    }
+
+    /// The logits without a choice; `own` is the step's call.
+    pub(super) fn plain_logits(
+        &mut self,
+        table: WeightId,
+        buffers: [Buffer; 2],
+        own: &Call,
+    ) -> Result<Call, Error> {
+        if !self.chooses(table) {
+            return Ok(own.clone());
+        }
+        let (shape, operands) = self.logits(table, buffers)?;
+        logits::plan(self.device, &shape, &operands, None).map_err(unsupported)
     }
 
     /// Whether the logits' own call chooses the next token: that of an 8-bit table does.
@@ -351,16 +368,11 @@ impl Compiler<'_> {
 
     /// The call of INT4 matrices behind one input, and how it is launched.
     pub(super) fn product(
-        &mut self,
+        &self,
         product: &Product,
-        packed: Option<&Int4Tiled>,
+        placed: &PlacedProduct,
     ) -> Result<(Call, String), Error> {
-        let tiles = self.tiles(product, packed)?;
-        let bias = self.biases(product)?;
-        let gain = match product.norm {
-            Some(norm) => self.vector(norm.weight)?,
-            None => DeviceSlice::NONE,
-        };
+        let &PlacedProduct { tiles, bias, gain } = placed;
         // The destinations lie one after the other.
         let first = self.buffer(product.dsts[0]);
         let y = DeviceSlice {

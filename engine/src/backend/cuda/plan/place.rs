@@ -45,6 +45,16 @@ pub(super) struct PlacedTiles {
     pub zeros: bool,
 }
 
+/// A product's operands in device memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PlacedProduct {
+    pub tiles: PlacedTiles,
+    /// Biases one after the other, or none.
+    pub bias: DeviceSlice,
+    /// Weights of the norm in front, or none.
+    pub gain: DeviceSlice,
+}
+
 fn int4(model: &LoadedModel, id: WeightId) -> Result<&Int4Matrix, Error> {
     match model.weights.get(id) {
         Some(Weight::Int4(matrix)) => Ok(matrix),
@@ -133,7 +143,7 @@ impl Compiler<'_> {
 
     /// The biases of a product one after the other, zeros where a matrix has none; none if no
     /// matrix has one.
-    pub(super) fn biases(&mut self, product: &Product) -> Result<DeviceSlice, Error> {
+    fn biases(&mut self, product: &Product) -> Result<DeviceSlice, Error> {
         if let [Some(bias)] = product.biases[..] {
             return self.vector(bias);
         }
@@ -154,8 +164,24 @@ impl Compiler<'_> {
         self.memory.upload(bytemuck::cast_slice(&all))
     }
 
+    /// The operands of a product, with its matrices `packed`, or only counted without.
+    pub(super) fn place(
+        &mut self,
+        product: &Product,
+        packed: Option<&Int4Tiled>,
+    ) -> Result<PlacedProduct, Error> {
+        Ok(PlacedProduct {
+            tiles: self.tiles(product, packed)?,
+            bias: self.biases(product)?,
+            gain: match product.norm {
+                Some(norm) => self.vector(norm.weight)?,
+                None => DeviceSlice::NONE,
+            },
+        })
+    }
+
     /// Room for the matrices of a product, filled with `packed`; without it only counted.
-    pub(super) fn tiles(
+    fn tiles(
         &mut self,
         product: &Product,
         packed: Option<&Int4Tiled>,

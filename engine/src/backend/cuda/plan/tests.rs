@@ -102,6 +102,11 @@ fn typed<T: bytemuck::AnyBitPattern>(bytes: &[u8]) -> Vec<T> {
         .collect()
 }
 
+fn plan_of(model: &LoadedModel) -> Plan {
+    let tuned = Tuned::default();
+    compile(model, 12, &DeviceInfo::T4, &tuned, &mut Counter::default()).expect("a plan")
+}
+
 fn relative_l2(got: &[f32], want: &[f32]) -> f64 {
     let sum = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
     let difference = sum(&mut got
@@ -142,6 +147,7 @@ fn emulated_logits_are_close(model: LoadedModel, bound: f64) -> Vec<String> {
     }
     cpu.prefill(&prompt).expect("prefill");
 
+    let mut wanted = Vec::new();
     for position in prompt.len()..prompt.len() + 3 {
         memory.run(&plan.full);
         let logits: Vec<f32> = typed(&memory.read(plan.logits));
@@ -163,13 +169,46 @@ fn emulated_logits_are_close(model: LoadedModel, bound: f64) -> Vec<String> {
             "the device's own greedy choice"
         );
         cpu.decode(chosen).expect("decode");
+        wanted.push(expected);
+    }
+    if let Some(many) = &plan.many {
+        // The prompt again, many tokens at a time, and the step after it.
+        let logits = || typed::<f32>(&memory.read(plan.logits));
+        let set_position = |position: u32| {
+            memory.buffer(plan.state).write(0, &position.to_le_bytes());
+        };
+        for (first, tokens) in [
+            (0, prompt.len() - 1),
+            (prompt.len() - 1, 1),
+            (0, prompt.len()),
+        ] {
+            set_position(first as u32);
+            memory.run(&many.calls(tokens, plan.state).expect("a run"));
+            memory.run(&[
+                many.output(tokens - 1).expect("a row"),
+                plan.plain_logits.clone(),
+            ]);
+            if first + tokens == prompt.len() {
+                let error = relative_l2(&logits(), &wanted[0]);
+                assert!(
+                    error < bound,
+                    "{tokens} at once: relative error {error:.2e}"
+                );
+            }
+        }
+        set_position(prompt.len() as u32);
+        memory.run(&plan.full);
+        let error = relative_l2(&logits(), &wanted[1]);
+        assert!(error < bound, "after a run: relative error {error:.2e}");
     }
     plan.notes.into_iter().map(|note| note.step).collect()
 }
 
 #[test]
 fn a_llama_on_the_emulator() {
-    emulated_logits_equal_the_cpu(model("tiny", DType::Q4_1));
+    let model = model("tiny", DType::Q4_1);
+    assert!(plan_of(&model).many.is_some(), "many tokens at once");
+    emulated_logits_equal_the_cpu(model);
 }
 
 #[test]
@@ -305,6 +344,7 @@ fn norms_of_heads_on_the_emulator() {
         };
         steps.insert(rope, norm);
     }
+    assert!(plan_of(&model).many.is_some(), "many tokens at once");
     let steps = emulated_logits_equal_the_cpu(model);
     assert_eq!(
         &steps[1..5],
@@ -461,7 +501,8 @@ fn the_counter_counts_weights_cache_and_buffers() {
         bytes.next_multiple_of(Counter::ALIGN)
     };
     let all = |s: usize| cache(s) + tables(s) + tokens(s) + partials(s);
-    assert_eq!(bytes(256) - bytes(64), all(256) - all(64));
+    // Both take as many tokens of a prompt at once.
+    assert_eq!(bytes(4096) - bytes(2048), all(4096) - all(2048));
 }
 
 #[test]

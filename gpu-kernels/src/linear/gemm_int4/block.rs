@@ -1,0 +1,575 @@
+//! What the entries run: a block's stages, its products, and what becomes of them.
+
+use cuda_std::shared::Shared;
+use cuda_std::{shared, thread, warp};
+
+use super::super::gemv_int4_mma::tile::{HALVES_1024, fragments};
+use super::{BLOCK_ROWS, BLOCK_THREADS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS};
+use crate::arrive::last_to_arrive;
+use crate::product::{at_least_sm_80, mma_k16};
+use crate::unroll::unroll;
+use crate::{ptx, swiglu};
+
+/// Rows a tile of the matrix.
+pub(super) const TILE_ROWS: u32 = 16;
+/// Columns a tile: those of a stage.
+pub(super) const TILE_COLS: u32 = 128;
+const TILE_BYTES: u32 = TILE_ROWS * TILE_COLS / 2;
+const TILE_WORDS: u32 = TILE_BYTES / 4;
+/// Row tiles a block.
+const BLOCK_TILES: u32 = BLOCK_ROWS / TILE_ROWS;
+/// Bytes of a token's activations in a stage.
+const X_BYTES: u32 = TILE_COLS * 2;
+/// Bytes that a copy moves.
+const COPY_BYTES: u32 = 16;
+
+/// How a block's warps share its tile.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Form {
+    /// Row tiles a warp.
+    pub row_tiles: usize,
+    /// Eights of tokens a warp.
+    pub token_tiles: usize,
+    /// Warps side by side along the tokens.
+    pub token_warps: u32,
+}
+
+impl Form {
+    /// Eight warps, all 128 rows of the block.
+    pub const fn new(row_tiles: usize, token_tiles: usize, token_warps: u32) -> Form {
+        assert!(row_tiles as u32 * (BLOCK_THREADS / 32 / token_warps) == BLOCK_TILES);
+        Form {
+            row_tiles,
+            token_tiles,
+            token_warps,
+        }
+    }
+}
+
+/// Parameters of a launch.
+#[derive(Clone, Copy)]
+pub(super) struct Args {
+    pub quants: *const u32,
+    pub scales: *const u32,
+    /// Null: symmetric.
+    pub mins: *const u32,
+    /// `(rows,)`, or null.
+    pub bias: *const f32,
+    /// `(tokens, cols)` halves.
+    pub x: *const u32,
+    /// `(tokens, rows)` floats or halves.
+    pub y: *mut f32,
+    /// A thread's sums of each part of K, for each tile; null where K is not split.
+    pub partials: *mut f32,
+    /// Parts that are done, for each tile.
+    pub arrived: *mut u32,
+    /// Rows of y.
+    pub rows: u32,
+    pub cols: u32,
+    pub tokens: u32,
+    /// Tiles along N and K.
+    pub row_tiles: u32,
+    pub depth_tiles: u32,
+    /// Columns of a group are `1 << group_shift`.
+    pub group_shift: u32,
+    pub flags: u32,
+}
+
+/// Byte offsets in a stage.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stage {
+    pub scales: u32,
+    pub mins: u32,
+    /// All of it.
+    pub bytes: u32,
+}
+
+/// Offset of x in a stage, behind the tiles.
+const X: u32 = BLOCK_TILES * TILE_BYTES;
+
+impl Stage {
+    #[inline(always)]
+    pub const fn new(tokens: u32, group_shift: u32, mins: bool) -> Stage {
+        let values = BLOCK_TILES * scale_bytes(group_shift);
+        let scales = X + tokens * X_BYTES;
+        Stage {
+            scales,
+            mins: scales + values,
+            bytes: scales + values * if mins { 2 } else { 1 },
+        }
+    }
+}
+
+/// Bytes of a tile's scales.
+#[inline(always)]
+const fn scale_bytes(group_shift: u32) -> u32 {
+    (TILE_ROWS * TILE_COLS * 2) >> group_shift
+}
+
+/// Offset of eight columns of a token's activations in a stage's x; `eight` of 16.
+#[inline(always)]
+fn x_offset(token: u32, eight: u32) -> u32 {
+    token * X_BYTES + ((eight ^ ((token & 1) << 2)) * COPY_BYTES)
+}
+
+/// The half `half` (0 or 1) of a word, twice.
+#[inline(always)]
+fn twice(word: u32, half: u32) -> u32 {
+    ptx::permute_bytes(word, word, if half == 0 { 0x1010 } else { 0x3232 })
+}
+
+/// What a warp brings and where it stands.
+#[derive(Clone, Copy)]
+struct Place {
+    thread: u32,
+    lane: u32,
+    /// Row of a tile, and that plus 8; token of an eight as operand B.
+    g: u32,
+    /// Quarter of each 32 columns; pair of tokens of an eight in the result.
+    q: u32,
+    /// First row tile of the warp in the block.
+    row_tile: u32,
+    /// First eight of tokens of the warp in the block.
+    eight: u32,
+}
+
+/// Starts the copies of stage `tile` (along K) of `tokens` tokens to `at`.
+///
+/// # Safety
+/// All threads of the block call it; nobody reads what was there.
+#[inline(always)]
+unsafe fn bring(
+    args: &Args,
+    stage: &Stage,
+    place: &Place,
+    tokens: u32,
+    base: Shared,
+    at: u32,
+    tile: u32,
+) {
+    let thread = place.thread;
+    let first_tile = thread::block_idx_y() * BLOCK_TILES;
+    // SAFETY: what is outside of the matrix or of x is not read.
+    unsafe {
+        unroll!(I < 2 => {
+            let copy = thread + I as u32 * BLOCK_THREADS;
+            let row_tile = first_tile + copy / (TILE_WORDS / 4);
+            let from = (row_tile * args.depth_tiles + tile) as usize * TILE_WORDS as usize
+                + (copy % (TILE_WORDS / 4) * 4) as usize;
+            let there = row_tile < args.row_tiles;
+            let words = args.quants.wrapping_add(from);
+            ptx::cp_async_16_or_zero(there, base, at + copy * COPY_BYTES, words);
+        });
+        let (eight, first) = (thread % 16, thread / 16);
+        let column = tile * TILE_COLS + eight * 8;
+        let token_0 = thread::block_idx_x() * tokens;
+        unroll!(I < 8 => {
+            let token = first + I as u32 * 16;
+            // Known when the kernel is compiled, but for eight tokens.
+            if (I as u32 + 1) * 16 <= tokens || token < tokens && I == 0 {
+                let there = token_0 + token < args.tokens && column < args.cols;
+                let from = (token_0 + token) as usize * args.cols as usize + column as usize;
+                let halves = args.x.wrapping_add(from / 2);
+                ptx::cp_async_16_or_zero(there, base, at + X + x_offset(token, eight), halves);
+            }
+        });
+        let bytes = scale_bytes(args.group_shift);
+        let copies = bytes / COPY_BYTES;
+        // A power of two, 2 to 8.
+        let shift = 8 - args.group_shift;
+        let row_tile = first_tile + (thread >> shift);
+        if thread < BLOCK_TILES * copies {
+            let there = row_tile < args.row_tiles;
+            let from = (row_tile * args.depth_tiles + tile) as usize * (bytes / 4) as usize
+                + ((thread & (copies - 1)) * 4) as usize;
+            let to = at + thread * COPY_BYTES;
+            let scales = args.scales.wrapping_add(from);
+            ptx::cp_async_16_or_zero(there, base, to + stage.scales, scales);
+            if !args.mins.is_null() {
+                let mins = args.mins.wrapping_add(from);
+                ptx::cp_async_16_or_zero(there, base, to + stage.mins, mins);
+            }
+        }
+    }
+}
+
+/// What turns the words of a row tile into weights: of rows g and g + 8, twice each.
+#[derive(Clone, Copy)]
+struct Group {
+    scales: [u32; 2],
+    mins: [u32; 2],
+    zeros: [Zero; 2],
+}
+
+/// The half 1/16, twice.
+const SIXTEENTHS: u32 = 0x2c00_2c00;
+
+/// Minus the zero point: 1024 + z, as it comes with the low nibbles, and 64 + z of the high ones.
+#[derive(Clone, Copy)]
+struct Zero {
+    low: u32,
+    minus_high: u32,
+}
+
+impl Zero {
+    /// 8: symmetric.
+    const EIGHT: Zero = Zero {
+        low: 0x6408_6408,
+        minus_high: 0xd480_d480,
+    };
+    /// 0: with minima.
+    const NONE: Zero = Zero {
+        low: 0x6400_6400,
+        minus_high: 0xd400_d400,
+    };
+
+    /// A whole number from 0 to 16, a half, twice: sums with 1024 and 64 are exact.
+    #[inline(always)]
+    fn of(zero: u32) -> Zero {
+        Zero {
+            low: ptx::add_f16x2(zero, Zero::NONE.low),
+            minus_high: ptx::sub_f16x2(Zero::NONE.minus_high, zero),
+        }
+    }
+}
+
+/// Operand A of a product: eight weights of rows g and g + 8.
+#[inline(always)]
+fn weights(word: u32, halves: u32, group: &Group) -> [u32; 4] {
+    let [a, b, c, d] = fragments(word, halves);
+    let low = |q: u32, i: usize| {
+        let q = ptx::sub_f16x2(q, group.zeros[i].low);
+        ptx::fma_f16x2(q, group.scales[i], group.mins[i])
+    };
+    let high = |q: u32, i: usize| {
+        let q = ptx::fma_f16x2(q, SIXTEENTHS, group.zeros[i].minus_high);
+        ptx::fma_f16x2(q, group.scales[i], group.mins[i])
+    };
+    [low(a, 0), low(b, 1), high(c, 0), high(d, 1)]
+}
+
+/// Adds the products of a stage to the warp's sums.
+///
+/// # Safety
+/// All lanes of the warp call it; the stage is there.
+#[inline(always)]
+unsafe fn multiply<const MT: usize, const NT: usize>(
+    args: &Args,
+    stage: &Stage,
+    place: &Place,
+    base: Shared,
+    at: u32,
+    halves: u32,
+    sums: &mut [[[f32; 4]; NT]; MT],
+) {
+    let tiles = at + place.row_tile * TILE_BYTES + place.lane * 16;
+    // The pairs of scales of a row lie side by side: one to four.
+    let pair = place.g << (9 - args.group_shift);
+    let bytes = scale_bytes(args.group_shift);
+    let scales = at + stage.scales + place.row_tile * bytes + pair;
+    let mins = at + stage.mins + place.row_tile * bytes + pair;
+    let x = at + X + (place.eight * 8 + place.g) * X_BYTES;
+    let odd = (place.g & 1) << 2;
+    let mut words = [[0u32; 4]; MT];
+    let none = Group {
+        scales: [0; 2],
+        mins: [0; 2],
+        zeros: [if args.mins.is_null() {
+            Zero::EIGHT
+        } else {
+            Zero::NONE
+        }; 2],
+    };
+    let mut groups = [none; MT];
+    // SAFETY: by the caller's promise.
+    unsafe {
+        unroll!(Q < 4 => {
+            let quarter = Q as u32;
+            if (quarter * 32) & ((1 << args.group_shift) - 1) == 0 {
+                let group = (quarter * 32) >> args.group_shift << 2;
+                unroll!(M < (MT) => {
+                    let tile = M as u32 * bytes + group;
+                    let pair = ptx::ld_shared_u32(base, scales + tile);
+                    let group = &mut groups[M % MT];
+                    group.scales = [twice(pair, 0), twice(pair, 1)];
+                    if !args.mins.is_null() {
+                        let pair = ptx::ld_shared_u32(base, mins + tile);
+                        let pair = [twice(pair, 0), twice(pair, 1)];
+                        if args.flags & FLAG_ZEROS != 0 {
+                            group.zeros = [Zero::of(pair[0]), Zero::of(pair[1])];
+                        } else {
+                            group.mins = pair;
+                        }
+                    }
+                });
+            }
+            let mut a = [[[0u32; 4]; 2]; MT];
+            unroll!(M < (MT) => {
+                if Q % 2 == 0 {
+                    let half = M as u32 * TILE_BYTES + quarter / 2 * (TILE_BYTES / 2);
+                    words[M % MT] = ptx::ld_shared_v4_u32(base, tiles + half);
+                }
+                let (words, group) = (&words[M % MT], &groups[M % MT]);
+                a[M % MT] = [
+                    weights(words[Q % 2 * 2], halves, group),
+                    weights(words[Q % 2 * 2 + 1], halves, group),
+                ];
+            });
+            let eight = ((quarter * 4 + place.q) ^ odd) * COPY_BYTES;
+            unroll!(N < (NT) => {
+                let b = ptx::ld_shared_v4_u32(base, x + N as u32 * 8 * X_BYTES + eight);
+                unroll!(M < (MT) => {
+                    let sum = &mut sums[M % MT][N % NT];
+                    *sum = mma_k16(a[M % MT][0], [b[0], b[1]], *sum);
+                    *sum = mma_k16(a[M % MT][1], [b[2], b[3]], *sum);
+                });
+            });
+        });
+    }
+}
+
+/// Leaves a thread's sums: four of each product, next to those of the other threads.
+///
+/// # Safety
+/// `to` has room for the block's sums.
+#[inline(always)]
+unsafe fn leave<const MT: usize, const NT: usize>(
+    to: *mut f32,
+    place: &Place,
+    sums: &[[[f32; 4]; NT]; MT],
+) {
+    unroll!(M < (MT) => {
+        unroll!(N < (NT) => {
+            let at = ((M * NT + N) as u32 * BLOCK_THREADS + place.thread) * 4;
+            // SAFETY: by the caller's promise.
+            unsafe { ptx::st_global_v4_f32(to.wrapping_add(at as usize), sums[M % MT][N % NT]) };
+        });
+    });
+}
+
+/// Adds what a part has left to the sums.
+///
+/// # Safety
+/// All blocks of the tile have left theirs.
+#[inline(always)]
+unsafe fn add<const MT: usize, const NT: usize>(
+    from: *const f32,
+    place: &Place,
+    sums: &mut [[[f32; 4]; NT]; MT],
+) {
+    unroll!(M < (MT) => {
+        unroll!(N < (NT) => {
+            let at = ((M * NT + N) as u32 * BLOCK_THREADS + place.thread) * 4;
+            // SAFETY: by the caller's promise.
+            let part = unsafe { ptx::ld_global_v4_f32(from.wrapping_add(at as usize)) };
+            let sum = &mut sums[M % MT][N % NT];
+            *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
+        });
+    });
+}
+
+/// Where an element of y lies.
+#[derive(Clone, Copy)]
+struct Output {
+    /// Whether it is one.
+    there: bool,
+    row: u32,
+    token: u32,
+}
+
+impl Output {
+    /// Element I (a row and a token of two each) of a lane's part of a product.
+    #[inline(always)]
+    fn of(args: &Args, [row, token]: [u32; 2], i: usize) -> Output {
+        let (row, token) = (row + i as u32 / 2 * 8, token + i as u32 % 2);
+        Output {
+            there: row < args.rows && token < args.tokens,
+            row,
+            token,
+        }
+    }
+
+    #[inline(always)]
+    fn index(&self, args: &Args) -> usize {
+        self.token as usize * args.rows as usize + self.row as usize
+    }
+
+    /// What is added to the product: the bias, and what y was.
+    ///
+    /// # Safety
+    /// Launched as the plan says.
+    #[inline(always)]
+    unsafe fn addend(&self, args: &Args) -> f32 {
+        let mut sum = 0.0;
+        // SAFETY: loads are made only where the element is there.
+        unsafe {
+            if !args.bias.is_null() {
+                let bias = args.bias.wrapping_add(self.row as usize);
+                sum += ptx::ld_global_f32_if(self.there, bias, 0.0);
+            }
+            if args.flags & FLAG_ACCUMULATE != 0 {
+                let y = args.y.wrapping_add(self.index(args)).cast_const();
+                sum += ptx::ld_global_f32_if(self.there, y, 0.0);
+            }
+        }
+        sum
+    }
+
+    /// # Safety
+    /// Launched as the plan says.
+    #[inline(always)]
+    unsafe fn store(&self, args: &Args, value: f32) {
+        if self.there {
+            let at = self.index(args);
+            // SAFETY: the element is there.
+            unsafe {
+                if args.flags & FLAG_HALF_Y != 0 {
+                    let y = args.y.cast::<u16>().wrapping_add(at);
+                    ptx::st_global_u16(y, ptx::f32_to_f16(value));
+                } else {
+                    ptx::st_global_f32(args.y.wrapping_add(at), value);
+                }
+            }
+        }
+    }
+}
+
+/// Writes the block's part of y, or what its pairs of gate and up come to.
+///
+/// # Safety
+/// Launched as the plan says.
+#[inline(always)]
+unsafe fn store<const MT: usize, const NT: usize>(
+    args: &Args,
+    place: &Place,
+    token_0: u32,
+    sums: &mut [[[f32; 4]; NT]; MT],
+) {
+    let first_tile = thread::block_idx_y() * BLOCK_TILES + place.row_tile;
+    let first_token = token_0 + place.eight * 8 + 2 * place.q;
+    let swiglu = args.flags & FLAG_SWIGLU != 0;
+    let outputs = if swiglu { TILE_ROWS / 2 } else { TILE_ROWS };
+    unroll!(M < (MT) => {
+        let row = (first_tile + M as u32) * outputs + place.g;
+        // All loads of a row tile, then all its stores: no load waits for a store.
+        if !swiglu {
+            unroll!(N < (NT) => {
+                unroll!(I < 4 => {
+                    let output = Output::of(args, [row, first_token + N as u32 * 8], I);
+                    // SAFETY: passed on.
+                    sums[M % MT][N % NT][I] += unsafe { output.addend(args) };
+                });
+            });
+        }
+        unroll!(N < (NT) => {
+            let sum = sums[M % MT][N % NT];
+            unroll!(I < 4 => {
+                let output = Output::of(args, [row, first_token + N as u32 * 8], I);
+                // SAFETY: passed on.
+                unsafe {
+                    if !swiglu {
+                        output.store(args, sum[I]);
+                    } else if I < 2 {
+                        output.store(args, swiglu::gated(sum[I], sum[I % 2 + 2]));
+                    }
+                }
+            });
+        });
+    });
+}
+
+/// The body of every entry: a warp of MT row tiles by NT eights of tokens, `TOKEN_WARPS` of them side
+/// by side, and `UNDER_WAY` stages that may be under way while one is worked on, and one more that is
+/// asked for.
+///
+/// # Safety
+/// Launched as the plan says.
+#[inline(always)]
+pub(super) unsafe fn gemm<
+    const MT: usize,
+    const NT: usize,
+    const TOKEN_WARPS: u32,
+    const UNDER_WAY: u32,
+>(
+    args: &Args,
+) {
+    let tokens = TOKEN_WARPS * NT as u32 * 8;
+    let thread = thread::thread_idx_x();
+    let lane = thread % 32;
+    // From lane 0, so that the assembler sees that the whole warp agrees on it.
+    let number = warp::shuffle_idx_u32(warp::FULL_MASK, thread / 32, 0);
+    let place = Place {
+        thread,
+        lane,
+        g: lane / 4,
+        q: lane % 4,
+        row_tile: number / TOKEN_WARPS * MT as u32,
+        eight: number % TOKEN_WARPS * NT as u32,
+    };
+    // In a register: see `gemv_int4_mma`.
+    let halves = HALVES_1024 - (lane >> 5);
+    let base = shared::dynamic_shared_mem();
+    let has_mins = !args.mins.is_null();
+    let stage = Stage::new(tokens, args.group_shift, has_mins);
+    let (part, parts) = (thread::block_idx_z(), thread::grid_dim_z());
+    let first = args.depth_tiles * part / parts;
+    let end = args.depth_tiles * (part + 1) / parts;
+    let under_way = if at_least_sm_80() { UNDER_WAY } else { 0 };
+    let ring = (under_way + 2) * stage.bytes;
+    let next = |at: u32| {
+        let next = at + stage.bytes;
+        if next == ring { 0 } else { next }
+    };
+
+    ptx::griddep_launch();
+    ptx::griddep_wait();
+    let mut sums = [[[0.0f32; 4]; NT]; MT];
+    // SAFETY: the plan checked the buffers and gave the stages; a barrier stands between the arrival
+    // of a stage and its use, and between its use and the next copies to its place.
+    unsafe {
+        let mut into = 0;
+        let mut ahead = first;
+        while ahead < first + under_way + 1 {
+            if ahead < end {
+                bring(args, &stage, &place, tokens, base, into, ahead);
+            }
+            // Also an empty group counts.
+            ptx::cp_async_commit();
+            into += stage.bytes;
+            ahead += 1;
+        }
+        let mut at = 0;
+        let mut tile = first;
+        while tile < end {
+            if at_least_sm_80() {
+                ptx::cp_async_wait::<UNDER_WAY>();
+            } else {
+                ptx::cp_async_wait::<0>();
+            }
+            thread::sync_threads();
+            if ahead < end {
+                bring(args, &stage, &place, tokens, base, into, ahead);
+            }
+            ptx::cp_async_commit();
+            (into, ahead) = (next(into), ahead + 1);
+            multiply(args, &stage, &place, base, at, halves, &mut sums);
+            (at, tile) = (next(at), tile + 1);
+        }
+        if parts > 1 {
+            let tile = thread::block_idx_y() * thread::grid_dim_x() + thread::block_idx_x();
+            let floats = (MT * NT * 4) * BLOCK_THREADS as usize;
+            let all = args.partials.wrapping_add((tile * parts) as usize * floats);
+            leave(all.wrapping_add(part as usize * floats), &place, &sums);
+            if !last_to_arrive(args.arrived.wrapping_add(tile as usize), parts, base) {
+                return;
+            }
+            sums = [[[0.0; 4]; NT]; MT];
+            let mut part = 0;
+            while part < parts {
+                add(all.wrapping_add(part as usize * floats), &place, &mut sums);
+                part += 1;
+            }
+        }
+        store(args, &place, thread::block_idx_x() * tokens, &mut sums);
+    }
+}
