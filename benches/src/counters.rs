@@ -388,7 +388,7 @@ mod tests {
     #[test]
     fn every_row_has_its_read() {
         let selection = Selection {
-            kernel: "rmsnorm".into(),
+            kernel: "rmsnorm_f32".into(),
             ..Selection::default()
         };
         let rows = selected(&selection).expect("rows");

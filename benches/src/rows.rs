@@ -19,6 +19,7 @@ pub use attention::attention_over;
 use choice::{logits_top, sample_topk};
 use float::float_rows;
 use heads::heads_rows;
+use prompt::prompt_rows;
 use tiled::fused_int4;
 pub use tiled::{Tiled, gemv_int4_mma, gemv_int4_mma_in};
 
@@ -26,6 +27,7 @@ pub mod attention;
 mod choice;
 mod float;
 mod heads;
+mod prompt;
 mod tiled;
 
 /// Allocates a kernel's operands and plans the call.
@@ -69,6 +71,7 @@ pub fn all() -> Vec<Row> {
     }
     rows.extend(fused_int4());
     rows.extend(heads_rows());
+    rows.extend(prompt_rows());
     rows.extend(float_rows());
     for (n, k) in [(1536, 1536), (8960, 1536), (1536, 8960)] {
         rows.push(gemv_int8(n, k, 32));
@@ -535,8 +538,11 @@ mod tests {
                 .unwrap_or_else(|error| panic!("{} {}: {error}", row.kernel, row.shape));
             assert_eq!(call.kernel, row.kernel);
             // What streams reads each operand once: the bytes are those of its buffers. The read
-            // kernel's few results are not its purpose, and attention has scratch memory besides.
-            let besides = row.kernel == "read_bytes" || row.kernel.starts_with("attention");
+            // kernel's few results are not its purpose, and attention and products of many tokens
+            // have scratch memory besides.
+            let besides = row.kernel == "read_bytes"
+                || row.kernel.starts_with("attention")
+                || row.kernel.starts_with("linear_gemm");
             if row.streams && !besides {
                 // Tiles fill up K to a multiple of 128.
                 let tiled = row.kernel.starts_with("linear_gemv_int4_mma");

@@ -1,4 +1,4 @@
-//! Rows of the INT4 product on the matrix units: bare, fused, several tokens, chosen tilings.
+//! Rows of the INT4 product of a token on the matrix units: bare, fused, chosen tilings.
 
 use engine::Error;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
@@ -48,25 +48,24 @@ impl Tiled {
     /// Entry of the kernel.
     pub fn kernel(&self) -> &'static str {
         let shape = &self.shape;
-        gemv_int4_mma::entry(shape.group, self.mins, shape.tokens, shape.half_x)
+        gemv_int4_mma::entry(shape.group, self.mins, shape.half_x)
     }
 }
 
-/// What a decoder layer of Qwen2.5-1.5B makes of the kernel, and several tokens at a time.
+/// What a decoder layer of Qwen2.5-1.5B makes of the kernel.
 pub(super) fn fused_int4() -> Vec<Row> {
     use gemv_int4_mma::Epilogue;
-    let of = |n, k, norm, epilogue, tokens| {
+    let of = |n, k, norm, epilogue| {
         let mut product = Tiled::plain(n, k, 128);
         product.norm = norm;
         product.shape.epilogue = epilogue;
-        product.shape.tokens = tokens;
         gemv_int4_mma(&product)
     };
     let mut rows = vec![
-        of(2048, 1536, true, Epilogue::Store, 1),
-        of(1536, 1536, false, Epilogue::Add, 1),
-        of(8960, 1536, true, Epilogue::SwiGlu, 1),
-        of(1536, 8960, false, Epilogue::Add, 1),
+        of(2048, 1536, true, Epilogue::Store),
+        of(1536, 1536, false, Epilogue::Add),
+        of(8960, 1536, true, Epilogue::SwiGlu),
+        of(1536, 8960, false, Epilogue::Add),
     ];
     // What the engine runs: the gated activations are halves.
     for (n, k, epilogue) in [
@@ -79,10 +78,6 @@ pub(super) fn fused_int4() -> Vec<Row> {
         product.shape.half_x = true;
         rows.push(gemv_int4_mma(&product));
     }
-    for tokens in [2, 4, 8] {
-        rows.push(of(8960, 1536, false, Epilogue::Store, tokens));
-        rows.push(of(1536, 8960, false, Epilogue::Store, tokens));
-    }
     // Every format.
     for (group, mins) in [
         (32, false),
@@ -91,12 +86,9 @@ pub(super) fn fused_int4() -> Vec<Row> {
         (64, true),
         (128, true),
     ] {
-        for tokens in [1, 8] {
-            let mut product = Tiled::plain(8960, 1536, group);
-            product.mins = mins;
-            product.shape.tokens = tokens;
-            rows.push(gemv_int4_mma(&product));
-        }
+        let mut product = Tiled::plain(8960, 1536, group);
+        product.mins = mins;
+        rows.push(gemv_int4_mma(&product));
         let mut product = Tiled::plain(1536, 8960, group);
         product.mins = mins;
         product.shape.half_x = true;
@@ -115,19 +107,16 @@ pub fn gemv_int4_mma(product: &Tiled) -> Row {
         norm,
         tiling,
     } = product;
-    let (rows, cols, tokens) = (shape.rows, shape.cols, shape.tokens);
+    let (rows, cols) = (shape.rows, shape.cols);
     let matrix_rows = match shape.epilogue {
         Epilogue::SwiGlu => 2 * rows,
         Epilogue::Store | Epilogue::Add => rows,
     };
     let groups = matrix_rows * cols.div_ceil(shape.group) * if mins { 2 } else { 1 };
     let elem = |half| if half { 2 } else { 4 };
-    let vectors = tokens * (rows * elem(shape.half_y) + cols * elem(shape.half_x))
-        + if norm { 4 * cols } else { 0 };
+    let vectors =
+        rows * elem(shape.half_y) + cols * elem(shape.half_x) + if norm { 4 * cols } else { 0 };
     let mut text = format!("{rows} x {cols} group {}", shape.group);
-    if tokens > 1 {
-        text.push_str(&format!(", {tokens} tokens"));
-    }
     for (what, on) in [
         (" minima", mins),
         (" half", shape.half_x),
@@ -194,7 +183,6 @@ fn tiled_operands(
         rows,
         cols,
         group,
-        tokens,
         epilogue,
         ..
     } = product.shape;
@@ -218,13 +206,13 @@ fn tiled_operands(
         x: if product.shape.half_x {
             halves(memory, cols)?
         } else {
-            floats(memory, tokens * cols)?
+            floats(memory, cols)?
         },
         gain: if product.norm {
             floats(memory, cols)?
         } else {
             DeviceSlice::NONE
         },
-        y: floats(memory, tokens * rows)?,
+        y: floats(memory, rows)?,
     })
 }

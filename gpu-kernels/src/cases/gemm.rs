@@ -5,7 +5,7 @@ use models::quant::{Int4Matrix, Int4Tiled};
 
 use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within_of};
 use crate::launch::DeviceSlice;
-use crate::linear::gemm_int4::{Operands, Shape, Tiling, entry, plan, rule};
+use crate::linear::gemm_int4::{Operands, Shape, Tiling, entry, plan};
 use crate::linear::gemv_int4_mma::Epilogue;
 
 /// Weights become halves: half a unit in the eleventh bit, at random.
@@ -191,15 +191,7 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
     let bias = product.bias.then(|| inputs.floats(rows, 1.0));
     let halves = inputs.halves(tokens * cols, 1.0);
     let before = inputs.floats(tokens * rows, 1.0);
-    // A T4 has no room for the widest tile.
-    let tiling = match product.tiling.fits(&device.info()) {
-        true => product.tiling,
-        false => Tiling {
-            parts: 1,
-            ..rule(&device.info(), &product.shape)
-        },
-    };
-    let scratch_bytes = tiling.scratch_bytes(&product.shape) as usize;
+    let scratch_bytes = product.tiling.scratch_bytes(&product.shape) as usize;
     let got = same_twice(device, |device| {
         let ops = Operands {
             quants: device.put_u32(&tiled.quants)?,
@@ -224,7 +216,7 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
                 bytes => device.upload(&vec![0; bytes])?,
             },
         };
-        let call = plan(&device.info(), &product.shape, &ops, Some(tiling))?;
+        let call = plan(&device.info(), &product.shape, &ops, Some(product.tiling))?;
         device.run(&call)?;
         if half_y {
             let halves = device.take_f16(ops.y)?;

@@ -1,4 +1,4 @@
-//! The INT4 products on the matrix units: formats, tokens, what comes before and after.
+//! The INT4 products of a token on the matrix units: formats, what comes before and after.
 
 use half::f16;
 use models::quant::{Int4Matrix, Int4Tiled};
@@ -24,7 +24,6 @@ struct Product {
     mins: bool,
     /// The minima are zeros.
     zeros: bool,
-    tokens: usize,
     bias: bool,
     norm: bool,
     epilogue: Epilogue,
@@ -38,14 +37,13 @@ struct Product {
 }
 
 impl Product {
-    fn new(rows: usize, cols: usize, group: usize, mins: bool, tokens: usize) -> Product {
+    fn new(rows: usize, cols: usize, group: usize, mins: bool) -> Product {
         Product {
             rows,
             cols,
             group,
             mins,
             zeros: false,
-            tokens,
             bias: false,
             norm: false,
             epilogue: Epilogue::Store,
@@ -97,8 +95,8 @@ impl Product {
     }
 
     fn case(self) -> Case {
-        let kernel = entry(self.group, self.mins, self.tokens, self.half_x);
-        let mut shape = format!("T={} N={} K={}", self.tokens, self.rows, self.cols);
+        let kernel = entry(self.group, self.mins, self.half_x);
+        let mut shape = format!("N={} K={}", self.rows, self.cols);
         for (text, on) in [
             ("f32", !self.exact_x && !self.norm),
             ("zeros", self.zeros),
@@ -125,71 +123,60 @@ pub fn cases() -> Vec<Case> {
     let mut products = Vec::new();
     for group in [32, 64, 128] {
         for mins in [false, true] {
-            let of = |rows, cols, tokens| Product::new(rows, cols, group, mins, tokens);
+            let of = |rows, cols| Product::new(rows, cols, group, mins);
             products.extend([
                 // Short last groups and tiles, a single row, rows that fill no tile.
-                of(1, 576, 1),
-                of(41, 160, 1).with_bias(),
-                of(193, 1120, 1),
-                of(41, 576, 1).halves(true, false),
-                of(7, 160, 1).halves(true, false).with_bias(),
-                of(193, 1120, 1).halves(true, true).with_bias(),
-                of(7, 32, 3),
-                of(41, 576, 8).with_bias(),
-                of(193, 160, 2),
+                of(1, 576),
+                of(41, 160).with_bias(),
+                of(193, 1120),
+                of(41, 576).halves(true, false),
+                of(7, 160).halves(true, false).with_bias(),
+                of(193, 1120).halves(true, true).with_bias(),
             ]);
         }
     }
     for group in [32, 64, 128] {
-        let of = |rows, cols, tokens| Product::new(rows, cols, group, true, tokens).with_zeros();
+        let of = |rows, cols| Product::new(rows, cols, group, true).with_zeros();
         products.extend([
-            of(41, 576, 1).with_bias(),
-            of(41, 1120, 1).halves(true, false),
-            of(41, 160, 3),
-            of(40, 160, 1).then(Epilogue::SwiGlu).with_norm(),
+            of(41, 576).with_bias(),
+            of(41, 1120).halves(true, false),
+            of(40, 160).then(Epilogue::SwiGlu).with_norm(),
         ]);
     }
-    let plain = |rows, cols, tokens| Product::new(rows, cols, 64, true, tokens);
+    let plain = |rows, cols| Product::new(rows, cols, 64, true);
     products.extend([
-        plain(193, 576, 1).rounded(),
-        plain(33, 1120, 4).rounded().with_bias(),
+        plain(193, 576).rounded(),
         // Several rounds of one block, a warp by itself, more warps than tiles along K.
-        plain(193, 576, 1).tiled(2, 3, 2),
-        plain(200, 576, 1).tiled(1, 4, 3),
-        plain(200, 576, 5).tiled(1, 2, 2),
-        plain(40, 160, 1).tiled(3, 1, 1),
+        plain(193, 576).tiled(2, 3, 2),
+        plain(200, 576).tiled(1, 4, 3),
+        plain(40, 160).tiled(3, 1, 1),
         // Many tiles a warp.
-        plain(17, 4640, 1).tiled(4, 1, 2),
+        plain(17, 4640).tiled(4, 1, 2),
         // Chunks of x.
-        plain(65, 4640, 7).tiled(2, 1, 2),
-        plain(33, 4640, 8).with_norm(),
-        plain(20, 24_576, 1),
+        plain(20, 24_576),
         // What comes before and after.
-        plain(41, 576, 1).with_norm(),
-        plain(41, 1120, 3).with_norm().with_bias(),
-        plain(17, 4640, 1).with_norm().tiled(2, 1, 2),
-        plain(193, 576, 1).then(Epilogue::Add),
-        plain(193, 160, 1).then(Epilogue::Add).with_bias(),
-        plain(41, 576, 6).then(Epilogue::Add).with_bias(),
-        plain(1, 160, 1).then(Epilogue::SwiGlu),
-        plain(193, 576, 1).then(Epilogue::SwiGlu).tiled(2, 2, 3),
-        plain(41, 576, 5).then(Epilogue::SwiGlu),
-        plain(100, 576, 1).then(Epilogue::SwiGlu).with_norm(),
-        plain(100, 576, 1)
+        plain(41, 576).with_norm(),
+        plain(17, 4640).with_norm().tiled(2, 1, 2),
+        plain(193, 576).then(Epilogue::Add),
+        plain(193, 160).then(Epilogue::Add).with_bias(),
+        plain(1, 160).then(Epilogue::SwiGlu),
+        plain(193, 576).then(Epilogue::SwiGlu).tiled(2, 2, 3),
+        plain(100, 576).then(Epilogue::SwiGlu).with_norm(),
+        plain(100, 576)
             .then(Epilogue::SwiGlu)
             .with_norm()
             .halves(false, true),
-        plain(193, 4640, 1).then(Epilogue::Add).halves(true, false),
+        plain(193, 4640).then(Epilogue::Add).halves(true, false),
         // Blocks without work, several batches of x.
-        plain(40, 160, 1).tiled(2, 1, 5),
-        plain(17, 4640, 1).halves(true, false).tiled(1, 1, 3),
+        plain(40, 160).tiled(2, 1, 5),
+        plain(17, 4640).halves(true, false).tiled(1, 1, 3),
     ]);
     products.into_iter().map(Product::case).collect()
 }
 
 pub fn large() -> Vec<Case> {
-    let of = |rows, cols, group, mins| Product::new(rows, cols, group, mins, 1).rounded();
-    let mut products = vec![
+    let of = |rows, cols, group, mins| Product::new(rows, cols, group, mins).rounded();
+    let products = vec![
         of(1536, 1536, 128, false),
         of(1536, 1536, 32, true).with_bias().with_norm(),
         of(8960, 1536, 128, false),
@@ -198,10 +185,10 @@ pub fn large() -> Vec<Case> {
             .then(Epilogue::SwiGlu),
         of(1536, 8960, 128, false),
         of(1536, 8960, 64, true).then(Epilogue::Add),
-        Product::new(1536, 8960, 128, false, 1)
+        Product::new(1536, 8960, 128, false)
             .then(Epilogue::Add)
             .halves(true, false),
-        Product::new(4096, 14_336, 32, true, 1).halves(true, true),
+        Product::new(4096, 14_336, 32, true).halves(true, true),
         of(4096, 4096, 128, false),
         of(4096, 14_336, 128, false),
         of(14_336, 4096, 128, false),
@@ -209,17 +196,13 @@ pub fn large() -> Vec<Case> {
         of(576, 1536, 32, true),
         of(49_152, 576, 32, true),
     ];
-    for tokens in [2, 4, 8] {
-        products.push(Product::new(1536, 8960, 128, false, tokens).rounded());
-        products.push(Product::new(8960, 1536, 32, true, tokens).rounded());
-    }
     products.into_iter().map(Product::case).collect()
 }
 
 /// The reference's y; `y` is what was there before.
 fn reference(product: Product, w: &[Int4Matrix], bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
     let of = |w: &Int4Matrix, bias: Option<&[f32]>| {
-        let mut out = vec![0.0; product.tokens * product.rows];
+        let mut out = vec![0.0; product.rows];
         cpu_kernels::linear::int4::reference(w, bias, x, &mut out);
         out
     };
@@ -237,7 +220,6 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
         cols,
         group,
         mins,
-        tokens,
         ..
     } = product;
     let mut inputs = Inputs::new(17);
@@ -259,11 +241,11 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
     .map_err(|error| super::DeviceError(error.to_string()))?;
     let bias = product.bias.then(|| inputs.floats(rows, 1.0));
     let gain = product.norm.then(|| inputs.floats(cols, 1.0));
-    let mut x = inputs.floats(tokens * cols, 1.0);
+    let mut x = inputs.floats(cols, 1.0);
     if product.exact_x {
         x.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
     }
-    let before = inputs.floats(tokens * rows, 1.0);
+    let before = inputs.floats(rows, 1.0);
     let got = same_twice(device, |device| {
         let ops = Operands {
             quants: device.put_u32(&tiled.quants)?,
@@ -284,14 +266,13 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
             y: if product.epilogue == Epilogue::Add {
                 device.put_f32(&before)?
             } else {
-                device.uninit((tokens * rows) as u64 * if product.half_y { 2 } else { 4 })?
+                device.uninit(rows as u64 * if product.half_y { 2 } else { 4 })?
             },
         };
         let shape = Shape {
             rows,
             cols,
             group,
-            tokens,
             epilogue: product.epilogue,
             eps: EPS,
             half_x: product.half_x,

@@ -140,8 +140,7 @@ pub fn table(
     let shapes = shape.map_or(SHAPES.to_vec(), |shape| vec![shape]);
     let mut rows = 0;
     for figures in figures.iter().filter(|figures| {
-        let one_token = !figures.resources.kernel.ends_with("_tokens");
-        figures.arch == gpu.arch && one_token && figures.resources.kernel.contains("_int4")
+        figures.arch == gpu.arch && figures.resources.kernel.contains("_gemv_int4")
     }) {
         for &(n, k) in &shapes {
             let Some((memory, instructions, all)) = seconds(gpu, figures, n, k) else {
@@ -232,7 +231,7 @@ mod tests {
     fn tables_say_that_they_are_computed() {
         let kernels = [
             kernel("linear_gemv_int4_mma_g128", &[("integer", 200)]),
-            kernel("linear_gemv_int4_mma_g128_tokens", &[("integer", 200)]),
+            kernel("linear_gemm_int4_t8", &[("integer", 200)]),
             kernel("logits_int8", &[("integer", 200)]),
         ];
         let t4 = gpu("t4").unwrap();

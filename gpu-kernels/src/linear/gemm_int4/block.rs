@@ -1,27 +1,29 @@
-//! What the entries run: a block's stages, its products, and what becomes of them.
+//! What the entries run: a block's stages and its products.
 
 use cuda_std::shared::Shared;
 use cuda_std::{shared, thread, warp};
 
 use super::super::gemv_int4_mma::tile::{HALVES_1024, fragments};
-use super::{BLOCK_ROWS, BLOCK_THREADS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS};
+use super::feed::Feed;
+use super::store::{add, leave, store};
+use super::{BLOCK_ROWS, BLOCK_THREADS, FLAG_ZEROS};
 use crate::arrive::last_to_arrive;
 use crate::product::{at_least_sm_80, mma_k16};
+use crate::ptx;
 use crate::unroll::unroll;
-use crate::{ptx, swiglu};
 
 /// Rows a tile of the matrix.
 pub(super) const TILE_ROWS: u32 = 16;
 /// Columns a tile: those of a stage.
 pub(super) const TILE_COLS: u32 = 128;
 const TILE_BYTES: u32 = TILE_ROWS * TILE_COLS / 2;
-const TILE_WORDS: u32 = TILE_BYTES / 4;
+pub(super) const TILE_WORDS: u32 = TILE_BYTES / 4;
 /// Row tiles a block.
-const BLOCK_TILES: u32 = BLOCK_ROWS / TILE_ROWS;
+pub(super) const BLOCK_TILES: u32 = BLOCK_ROWS / TILE_ROWS;
 /// Bytes of a token's activations in a stage.
-const X_BYTES: u32 = TILE_COLS * 2;
+pub(super) const X_BYTES: u32 = TILE_COLS * 2;
 /// Bytes that a copy moves.
-const COPY_BYTES: u32 = 16;
+pub(super) const COPY_BYTES: u32 = 16;
 
 /// How a block's warps share its tile.
 #[derive(Debug, Clone, Copy)]
@@ -85,7 +87,7 @@ pub(super) struct Stage {
 }
 
 /// Offset of x in a stage, behind the tiles.
-const X: u32 = BLOCK_TILES * TILE_BYTES;
+pub(super) const X: u32 = BLOCK_TILES * TILE_BYTES;
 
 impl Stage {
     #[inline(always)]
@@ -102,13 +104,13 @@ impl Stage {
 
 /// Bytes of a tile's scales.
 #[inline(always)]
-const fn scale_bytes(group_shift: u32) -> u32 {
+pub(super) const fn scale_bytes(group_shift: u32) -> u32 {
     (TILE_ROWS * TILE_COLS * 2) >> group_shift
 }
 
 /// Offset of eight columns of a token's activations in a stage's x; `eight` of 16.
 #[inline(always)]
-fn x_offset(token: u32, eight: u32) -> u32 {
+pub(super) fn x_offset(token: u32, eight: u32) -> u32 {
     token * X_BYTES + ((eight ^ ((token & 1) << 2)) * COPY_BYTES)
 }
 
@@ -118,79 +120,19 @@ fn twice(word: u32, half: u32) -> u32 {
     ptx::permute_bytes(word, word, if half == 0 { 0x1010 } else { 0x3232 })
 }
 
-/// What a warp brings and where it stands.
+/// Where a warp stands.
 #[derive(Clone, Copy)]
-struct Place {
-    thread: u32,
+pub(super) struct Place {
+    pub thread: u32,
     lane: u32,
     /// Row of a tile, and that plus 8; token of an eight as operand B.
-    g: u32,
+    pub g: u32,
     /// Quarter of each 32 columns; pair of tokens of an eight in the result.
-    q: u32,
+    pub q: u32,
     /// First row tile of the warp in the block.
-    row_tile: u32,
+    pub row_tile: u32,
     /// First eight of tokens of the warp in the block.
-    eight: u32,
-}
-
-/// Starts the copies of stage `tile` (along K) of `tokens` tokens to `at`.
-///
-/// # Safety
-/// All threads of the block call it; nobody reads what was there.
-#[inline(always)]
-unsafe fn bring(
-    args: &Args,
-    stage: &Stage,
-    place: &Place,
-    tokens: u32,
-    base: Shared,
-    at: u32,
-    tile: u32,
-) {
-    let thread = place.thread;
-    let first_tile = thread::block_idx_y() * BLOCK_TILES;
-    // SAFETY: what is outside of the matrix or of x is not read.
-    unsafe {
-        unroll!(I < 2 => {
-            let copy = thread + I as u32 * BLOCK_THREADS;
-            let row_tile = first_tile + copy / (TILE_WORDS / 4);
-            let from = (row_tile * args.depth_tiles + tile) as usize * TILE_WORDS as usize
-                + (copy % (TILE_WORDS / 4) * 4) as usize;
-            let there = row_tile < args.row_tiles;
-            let words = args.quants.wrapping_add(from);
-            ptx::cp_async_16_or_zero(there, base, at + copy * COPY_BYTES, words);
-        });
-        let (eight, first) = (thread % 16, thread / 16);
-        let column = tile * TILE_COLS + eight * 8;
-        let token_0 = thread::block_idx_x() * tokens;
-        unroll!(I < 8 => {
-            let token = first + I as u32 * 16;
-            // Known when the kernel is compiled, but for eight tokens.
-            if (I as u32 + 1) * 16 <= tokens || token < tokens && I == 0 {
-                let there = token_0 + token < args.tokens && column < args.cols;
-                let from = (token_0 + token) as usize * args.cols as usize + column as usize;
-                let halves = args.x.wrapping_add(from / 2);
-                ptx::cp_async_16_or_zero(there, base, at + X + x_offset(token, eight), halves);
-            }
-        });
-        let bytes = scale_bytes(args.group_shift);
-        let copies = bytes / COPY_BYTES;
-        // A power of two, 2 to 8.
-        let shift = 8 - args.group_shift;
-        let row_tile = first_tile + (thread >> shift);
-        if thread < BLOCK_TILES * copies {
-            let there = row_tile < args.row_tiles;
-            let from = (row_tile * args.depth_tiles + tile) as usize * (bytes / 4) as usize
-                + ((thread & (copies - 1)) * 4) as usize;
-            let to = at + thread * COPY_BYTES;
-            let scales = args.scales.wrapping_add(from);
-            ptx::cp_async_16_or_zero(there, base, to + stage.scales, scales);
-            if !args.mins.is_null() {
-                let mins = args.mins.wrapping_add(from);
-                ptx::cp_async_16_or_zero(there, base, to + stage.mins, mins);
-            }
-        }
-    }
+    pub eight: u32,
 }
 
 /// What turns the words of a row tile into weights: of rows g and g + 8, twice each.
@@ -199,6 +141,14 @@ struct Group {
     scales: [u32; 2],
     mins: [u32; 2],
     zeros: [Zero; 2],
+}
+
+impl Group {
+    const SYMMETRIC: Group = Group {
+        scales: [0; 2],
+        mins: [0; 2],
+        zeros: [Zero::EIGHT; 2],
+    };
 }
 
 /// The half 1/16, twice.
@@ -248,12 +198,14 @@ fn weights(word: u32, halves: u32, group: &Group) -> [u32; 4] {
     [low(a, 0), low(b, 1), high(c, 0), high(d, 1)]
 }
 
-/// Adds the products of a stage to the warp's sums.
+/// Adds the products of a stage to the warp's sums. `ONCE`: a group is as long as a tile; `MINS`: there
+/// are minima or zeros. Forms of their own, because a condition in between would keep the compiler from
+/// moving loads and the making of weights between products.
 ///
 /// # Safety
 /// All lanes of the warp call it; the stage is there.
 #[inline(always)]
-unsafe fn multiply<const MT: usize, const NT: usize>(
+unsafe fn multiply<const MT: usize, const NT: usize, const ONCE: bool, const MINS: bool>(
     args: &Args,
     stage: &Stage,
     place: &Place,
@@ -264,42 +216,40 @@ unsafe fn multiply<const MT: usize, const NT: usize>(
 ) {
     let tiles = at + place.row_tile * TILE_BYTES + place.lane * 16;
     // The pairs of scales of a row lie side by side: one to four.
-    let pair = place.g << (9 - args.group_shift);
-    let bytes = scale_bytes(args.group_shift);
-    let scales = at + stage.scales + place.row_tile * bytes + pair;
-    let mins = at + stage.mins + place.row_tile * bytes + pair;
+    let shift = if ONCE {
+        TILE_COLS.trailing_zeros()
+    } else {
+        args.group_shift
+    };
+    let bytes = scale_bytes(shift);
+    let scales = at + stage.scales + place.row_tile * bytes + (place.g << (9 - shift));
+    let mins = scales + (stage.mins - stage.scales);
     let x = at + X + (place.eight * 8 + place.g) * X_BYTES;
     let odd = (place.g & 1) << 2;
-    let mut words = [[0u32; 4]; MT];
-    let none = Group {
-        scales: [0; 2],
-        mins: [0; 2],
-        zeros: [if args.mins.is_null() {
-            Zero::EIGHT
-        } else {
-            Zero::NONE
-        }; 2],
+    // All or nothing of what lies in the place of minima is a zero.
+    let zeros = if args.flags & FLAG_ZEROS != 0 {
+        u32::MAX
+    } else {
+        0
     };
-    let mut groups = [none; MT];
+    let mut words = [[0u32; 4]; MT];
+    let mut groups = [Group::SYMMETRIC; MT];
     // SAFETY: by the caller's promise.
     unsafe {
         unroll!(Q < 4 => {
             let quarter = Q as u32;
-            if (quarter * 32) & ((1 << args.group_shift) - 1) == 0 {
-                let group = (quarter * 32) >> args.group_shift << 2;
+            if !ONCE || Q == 0 {
+                let group = (quarter * 32) >> shift << 2;
                 unroll!(M < (MT) => {
                     let tile = M as u32 * bytes + group;
                     let pair = ptx::ld_shared_u32(base, scales + tile);
                     let group = &mut groups[M % MT];
                     group.scales = [twice(pair, 0), twice(pair, 1)];
-                    if !args.mins.is_null() {
+                    if MINS {
                         let pair = ptx::ld_shared_u32(base, mins + tile);
                         let pair = [twice(pair, 0), twice(pair, 1)];
-                        if args.flags & FLAG_ZEROS != 0 {
-                            group.zeros = [Zero::of(pair[0]), Zero::of(pair[1])];
-                        } else {
-                            group.mins = pair;
-                        }
+                        group.mins = [pair[0] & !zeros, pair[1] & !zeros];
+                        group.zeros = [Zero::of(pair[0] & zeros), Zero::of(pair[1] & zeros)];
                     }
                 });
             }
@@ -318,164 +268,15 @@ unsafe fn multiply<const MT: usize, const NT: usize>(
             let eight = ((quarter * 4 + place.q) ^ odd) * COPY_BYTES;
             unroll!(N < (NT) => {
                 let b = ptx::ld_shared_v4_u32(base, x + N as u32 * 8 * X_BYTES + eight);
-                unroll!(M < (MT) => {
-                    let sum = &mut sums[M % MT][N % NT];
-                    *sum = mma_k16(a[M % MT][0], [b[0], b[1]], *sum);
-                    *sum = mma_k16(a[M % MT][1], [b[2], b[3]], *sum);
+                unroll!(S < 2 => {
+                    unroll!(M < (MT) => {
+                        let sum = &mut sums[M % MT][N % NT];
+                        *sum = mma_k16(a[M % MT][S], [b[2 * S], b[2 * S + 1]], *sum);
+                    });
                 });
             });
         });
     }
-}
-
-/// Leaves a thread's sums: four of each product, next to those of the other threads.
-///
-/// # Safety
-/// `to` has room for the block's sums.
-#[inline(always)]
-unsafe fn leave<const MT: usize, const NT: usize>(
-    to: *mut f32,
-    place: &Place,
-    sums: &[[[f32; 4]; NT]; MT],
-) {
-    unroll!(M < (MT) => {
-        unroll!(N < (NT) => {
-            let at = ((M * NT + N) as u32 * BLOCK_THREADS + place.thread) * 4;
-            // SAFETY: by the caller's promise.
-            unsafe { ptx::st_global_v4_f32(to.wrapping_add(at as usize), sums[M % MT][N % NT]) };
-        });
-    });
-}
-
-/// Adds what a part has left to the sums.
-///
-/// # Safety
-/// All blocks of the tile have left theirs.
-#[inline(always)]
-unsafe fn add<const MT: usize, const NT: usize>(
-    from: *const f32,
-    place: &Place,
-    sums: &mut [[[f32; 4]; NT]; MT],
-) {
-    unroll!(M < (MT) => {
-        unroll!(N < (NT) => {
-            let at = ((M * NT + N) as u32 * BLOCK_THREADS + place.thread) * 4;
-            // SAFETY: by the caller's promise.
-            let part = unsafe { ptx::ld_global_v4_f32(from.wrapping_add(at as usize)) };
-            let sum = &mut sums[M % MT][N % NT];
-            *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
-        });
-    });
-}
-
-/// Where an element of y lies.
-#[derive(Clone, Copy)]
-struct Output {
-    /// Whether it is one.
-    there: bool,
-    row: u32,
-    token: u32,
-}
-
-impl Output {
-    /// Element I (a row and a token of two each) of a lane's part of a product.
-    #[inline(always)]
-    fn of(args: &Args, [row, token]: [u32; 2], i: usize) -> Output {
-        let (row, token) = (row + i as u32 / 2 * 8, token + i as u32 % 2);
-        Output {
-            there: row < args.rows && token < args.tokens,
-            row,
-            token,
-        }
-    }
-
-    #[inline(always)]
-    fn index(&self, args: &Args) -> usize {
-        self.token as usize * args.rows as usize + self.row as usize
-    }
-
-    /// What is added to the product: the bias, and what y was.
-    ///
-    /// # Safety
-    /// Launched as the plan says.
-    #[inline(always)]
-    unsafe fn addend(&self, args: &Args) -> f32 {
-        let mut sum = 0.0;
-        // SAFETY: loads are made only where the element is there.
-        unsafe {
-            if !args.bias.is_null() {
-                let bias = args.bias.wrapping_add(self.row as usize);
-                sum += ptx::ld_global_f32_if(self.there, bias, 0.0);
-            }
-            if args.flags & FLAG_ACCUMULATE != 0 {
-                let y = args.y.wrapping_add(self.index(args)).cast_const();
-                sum += ptx::ld_global_f32_if(self.there, y, 0.0);
-            }
-        }
-        sum
-    }
-
-    /// # Safety
-    /// Launched as the plan says.
-    #[inline(always)]
-    unsafe fn store(&self, args: &Args, value: f32) {
-        if self.there {
-            let at = self.index(args);
-            // SAFETY: the element is there.
-            unsafe {
-                if args.flags & FLAG_HALF_Y != 0 {
-                    let y = args.y.cast::<u16>().wrapping_add(at);
-                    ptx::st_global_u16(y, ptx::f32_to_f16(value));
-                } else {
-                    ptx::st_global_f32(args.y.wrapping_add(at), value);
-                }
-            }
-        }
-    }
-}
-
-/// Writes the block's part of y, or what its pairs of gate and up come to.
-///
-/// # Safety
-/// Launched as the plan says.
-#[inline(always)]
-unsafe fn store<const MT: usize, const NT: usize>(
-    args: &Args,
-    place: &Place,
-    token_0: u32,
-    sums: &mut [[[f32; 4]; NT]; MT],
-) {
-    let first_tile = thread::block_idx_y() * BLOCK_TILES + place.row_tile;
-    let first_token = token_0 + place.eight * 8 + 2 * place.q;
-    let swiglu = args.flags & FLAG_SWIGLU != 0;
-    let outputs = if swiglu { TILE_ROWS / 2 } else { TILE_ROWS };
-    unroll!(M < (MT) => {
-        let row = (first_tile + M as u32) * outputs + place.g;
-        // All loads of a row tile, then all its stores: no load waits for a store.
-        if !swiglu {
-            unroll!(N < (NT) => {
-                unroll!(I < 4 => {
-                    let output = Output::of(args, [row, first_token + N as u32 * 8], I);
-                    // SAFETY: passed on.
-                    sums[M % MT][N % NT][I] += unsafe { output.addend(args) };
-                });
-            });
-        }
-        unroll!(N < (NT) => {
-            let sum = sums[M % MT][N % NT];
-            unroll!(I < 4 => {
-                let output = Output::of(args, [row, first_token + N as u32 * 8], I);
-                // SAFETY: passed on.
-                unsafe {
-                    if !swiglu {
-                        output.store(args, sum[I]);
-                    } else if I < 2 {
-                        output.store(args, swiglu::gated(sum[I], sum[I % 2 + 2]));
-                    }
-                }
-            });
-        });
-    });
 }
 
 /// The body of every entry: a warp of MT row tiles by NT eights of tokens, `TOKEN_WARPS` of them side
@@ -514,8 +315,7 @@ pub(super) unsafe fn gemm<
     let (part, parts) = (thread::block_idx_z(), thread::grid_dim_z());
     let first = args.depth_tiles * part / parts;
     let end = args.depth_tiles * (part + 1) / parts;
-    let under_way = if at_least_sm_80() { UNDER_WAY } else { 0 };
-    let ring = (under_way + 2) * stage.bytes;
+    let ring = (UNDER_WAY + 2) * stage.bytes;
     let next = |at: u32| {
         let next = at + stage.bytes;
         if next == ring { 0 } else { next }
@@ -527,11 +327,12 @@ pub(super) unsafe fn gemm<
     // SAFETY: the plan checked the buffers and gave the stages; a barrier stands between the arrival
     // of a stage and its use, and between its use and the next copies to its place.
     unsafe {
+        let mut feed = Feed::new(args, thread, tokens, first);
         let mut into = 0;
         let mut ahead = first;
-        while ahead < first + under_way + 1 {
+        while at_least_sm_80() && ahead < first + UNDER_WAY + 1 {
             if ahead < end {
-                bring(args, &stage, &place, tokens, base, into, ahead);
+                feed.bring(args, &stage, tokens, thread, base, into);
             }
             // Also an empty group counts.
             ptx::cp_async_commit();
@@ -543,17 +344,38 @@ pub(super) unsafe fn gemm<
         while tile < end {
             if at_least_sm_80() {
                 ptx::cp_async_wait::<UNDER_WAY>();
+                thread::sync_threads();
+                if ahead < end {
+                    feed.bring(args, &stage, tokens, thread, base, into);
+                }
+                ptx::cp_async_commit();
+                (into, ahead) = (next(into), ahead + 1);
             } else {
+                // Copies are not asynchronous: one place, between barriers.
+                thread::sync_threads();
+                feed.bring(args, &stage, tokens, thread, base, at);
+                ptx::cp_async_commit();
                 ptx::cp_async_wait::<0>();
+                thread::sync_threads();
             }
-            thread::sync_threads();
-            if ahead < end {
-                bring(args, &stage, &place, tokens, base, into, ahead);
+            let sums = &mut sums;
+            let once = args.group_shift == TILE_COLS.trailing_zeros();
+            match (once, has_mins) {
+                (true, false) => {
+                    multiply::<MT, NT, true, false>(args, &stage, &place, base, at, halves, sums);
+                }
+                (true, true) => {
+                    multiply::<MT, NT, true, true>(args, &stage, &place, base, at, halves, sums);
+                }
+                (false, false) => {
+                    multiply::<MT, NT, false, false>(args, &stage, &place, base, at, halves, sums);
+                }
+                (false, true) => {
+                    multiply::<MT, NT, false, true>(args, &stage, &place, base, at, halves, sums);
+                }
             }
-            ptx::cp_async_commit();
-            (into, ahead) = (next(into), ahead + 1);
-            multiply(args, &stage, &place, base, at, halves, &mut sums);
-            (at, tile) = (next(at), tile + 1);
+            at = if at_least_sm_80() { next(at) } else { 0 };
+            tile += 1;
         }
         if parts > 1 {
             let tile = thread::block_idx_y() * thread::grid_dim_x() + thread::block_idx_x();

@@ -36,8 +36,10 @@
 //! x has to be finite; weights have to stay below 65504.
 
 mod block;
+mod feed;
 #[cfg(not(target_arch = "nvptx64"))]
 mod plan;
+mod store;
 
 use cuda_std::{kernel, thread};
 

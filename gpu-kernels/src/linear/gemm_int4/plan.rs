@@ -130,11 +130,6 @@ impl Tiling {
         shape.row_blocks().saturating_mul(token_tiles)
     }
 
-    /// Whether a block of the device has room for the tile, whatever the format.
-    pub fn fits(&self, device: &DeviceInfo) -> bool {
-        widths(device).any(|tokens| tokens == self.tokens)
-    }
-
     /// Bytes of [`Operands::scratch`].
     pub fn scratch_bytes(&self, shape: &Shape) -> u64 {
         if self.parts < 2 {
@@ -146,15 +141,15 @@ impl Tiling {
     }
 }
 
-/// Shared memory of a block. Where copies are not asynchronous, none is under way.
+/// Shared memory of a block. Where copies are not asynchronous, one stage is all.
 fn shared_bytes(device: &DeviceInfo, tokens: u32, under_way: u32, group: usize, mins: bool) -> u32 {
     let shift = group.max(1).trailing_zeros();
-    let under_way = if device.compute_capability >= 80 {
-        under_way
+    let stages = if device.compute_capability >= 80 {
+        under_way + 2
     } else {
-        0
+        1
     };
-    (under_way + 2) * Stage::new(tokens, shift, mins).bytes
+    stages * Stage::new(tokens, shift, mins).bytes
 }
 
 fn form(tokens: u32) -> Option<&'static (u32, &'static str, Form, u32)> {

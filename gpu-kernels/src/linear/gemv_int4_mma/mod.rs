@@ -1,8 +1,8 @@
-//! INT4 matrix by the activations of 1 to 8 tokens on the matrix units:
-//! `y[t, n] = sum_k w[n, k] x[t, k]`, with what comes before and after it in a decoder layer.
+//! INT4 matrix by the activations of a token on the matrix units:
+//! `y[n] = sum_k w[n, k] x[k]`, with what comes before and after it in a decoder layer.
 //!
 //! Shapes: quants, scales and mins as `models::quant::int4_tiled` lays them out, in tiles of 16 rows
-//! by 128 columns; x `(T, K)`, y `(T, N)`, with `w = scale q + min`, or `scale (q - 8)` without mins. With
+//! by 128 columns; x `(K,)`, y `(N,)`, with `w = scale q + min`, or `scale (q - 8)` without mins. With
 //! [`Operands::zeros`] mins hold zeros, `w = scale (q - zero)`: the minimum is `-scale zero`, made in single
 //! precision, which holds it exactly.
 //!
@@ -15,7 +15,7 @@
 //! Weights are operand A. A lane's word holds eight of them: the masks 0x000f000f and 0x00f000f0,
 //! on the word and on the word shifted by 8, put them into the mantissa of the half 1024, as
 //! `1024 + q` and `1024 + 16 q`. One shift and four three-input operations for eight weights, none
-//! of them a conversion. x is operand B, as halves, a token a column; a sixteenth of it where it
+//! of them a conversion. x is operand B, as halves, the same in every column; a sixteenth of it where it
 //! meets `16 q`. The 1024 and the zero point 8 multiply the sum of x over the group, which is
 //! computed once from the halves themselves: the sum of products starts from minus that, and what
 //! is left is `sum q x`. Groups are summed in single precision:
@@ -29,17 +29,16 @@
 //!
 //! Bytes moved: `N K / 2` quants, `2 N ceil(K/group)` scales (twice with mins), and x once a block, from
 //! L2. A warp has four tiles in flight, the next row tile's among them while this one's sums are put
-//! together, so the loads never pause. One token's tiles come by asynchronous copies into a ring in
-//! shared memory, each lane's part its own, which takes few registers; before capability 8.0, and for
-//! several tokens, they come straight to registers.
+//! together, so the loads never pause. Tiles come by asynchronous copies into a ring in shared memory,
+//! each lane's part its own, which takes few registers; before capability 8.0 they come straight to
+//! registers. Several tokens: [`gemm_int4`](super::gemm_int4).
 //!
 //! What decides is when x arrives: no product starts without it, and its loads queue up behind every
 //! load of weights that went before. So at most half of the tiles in flight are asked for before x. From
 //! capability 9.0 on these are asked for while the launch before still runs ([`ptx::griddep_wait`]).
 //!
 //! Shared memory holds x as halves in natural order: a warp reads it four lanes wide, the same for
-//! all rows (one token), or from eight columns whose strides differ by half the banks: no
-//! conflicts. For several tokens, x that does not fit is staged in chunks along K, once a round.
+//! all rows: no conflicts.
 //!
 //! Norm in front ([`Operands::gain`]): every block computes the mean square for itself.
 //! [`Epilogue::Add`] adds to y, for the residual. [`Epilogue::SwiGlu`] takes tiles of 8 gate and
@@ -57,7 +56,6 @@ mod plan;
 #[cfg(not(target_arch = "nvptx64"))]
 mod space;
 pub(super) mod tile;
-mod tokens;
 
 use cuda_std::{kernel, thread};
 
@@ -74,10 +72,7 @@ const TILE_ROWS: u32 = 16;
 /// Columns a tile.
 const TILE_COLS: u32 = 128;
 /// Threads a block at most: four warps to each quarter of a multiprocessor, 128 registers a thread.
-/// The scales of the smallest groups take more where tokens are several: three warps, 168 registers.
-const fn max_block_threads(group: u32, one: bool) -> u32 {
-    if group == 32 && !one { 384 } else { 512 }
-}
+const MAX_BLOCK_THREADS: u32 = 512;
 
 /// y is added to instead of written.
 const FLAG_ACCUMULATE: u32 = 1;
@@ -111,7 +106,7 @@ macro_rules! one_token {
             eps: f32,
             flags: u32,
         ) {
-            thread::max_block_threads::<{ max_block_threads($group, true) }>();
+            thread::max_block_threads::<MAX_BLOCK_THREADS>();
             let weights = tile::Weights { quants, scales, mins };
             let args = one::Args {
                 weights, bias, x, gain, y, rows, cols, row_tiles, depth_tiles, eps, flags,
@@ -169,7 +164,7 @@ macro_rules! heads {
             half: u32,
             context: u32,
         ) {
-            thread::max_block_threads::<{ max_block_threads($group, true) }>();
+            thread::max_block_threads::<MAX_BLOCK_THREADS>();
             let weights = tile::Weights { quants, scales, mins };
             let args = one::Args {
                 weights, bias, x, gain, y: q, rows, cols, row_tiles, depth_tiles, eps, flags,
@@ -190,47 +185,4 @@ heads! {
     linear_gemv_int4_mma_g32_min_heads: 32, true;
     linear_gemv_int4_mma_g64_min_heads: 64, true;
     linear_gemv_int4_mma_g128_min_heads: 128, true;
-}
-
-macro_rules! several_tokens {
-    ($($name:ident: $group:literal, $mins:literal;)*) => {$(
-        #[doc = concat!("Up to eight tokens. Groups of ", stringify!($group), "; minima: ",
-            stringify!($mins), ".")]
-        ///
-        /// # Safety
-        /// Launched as [`plan`] says.
-        #[kernel]
-        pub unsafe fn $name(
-            quants: *const u32, // (ceil(N/16), ceil(K/128), 256) int4
-            scales: *const u32, // (ceil(N/16), ceil(K/128), 8, 128/group) pairs of f16
-            mins: *const u32,   // as scales, or null
-            bias: *const f32,   // (N), or null
-            x: *const f32,      // (T, K)
-            gain: *const f32,   // (K), or null
-            y: *mut f32,        // (T, N)
-            rows: u32,
-            cols: u32,
-            tokens: u32,
-            chunk: u32,
-            eps: f32,
-            flags: u32,
-        ) {
-            thread::max_block_threads::<{ max_block_threads($group, false) }>();
-            let weights = tile::Weights { quants, scales, mins };
-            let args = tokens::Args {
-                weights, bias, x, gain, y, rows, cols, tokens, chunk, eps, flags,
-            };
-            // SAFETY: launched as `plan` says.
-            unsafe { tokens::gemv::<$group, $mins>(&args) }
-        }
-    )*};
-}
-
-several_tokens! {
-    linear_gemv_int4_mma_g32_tokens: 32, false;
-    linear_gemv_int4_mma_g64_tokens: 64, false;
-    linear_gemv_int4_mma_g128_tokens: 128, false;
-    linear_gemv_int4_mma_g32_min_tokens: 32, true;
-    linear_gemv_int4_mma_g64_min_tokens: 64, true;
-    linear_gemv_int4_mma_g128_min_tokens: 128, true;
 }

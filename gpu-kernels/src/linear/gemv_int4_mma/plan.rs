@@ -3,15 +3,12 @@
 mod heads;
 
 use super::{
-    FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS, TILE_COLS, TILE_ROWS, max_block_threads,
-    one, tokens,
+    FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS, MAX_BLOCK_THREADS, TILE_COLS, TILE_ROWS,
+    one,
 };
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
 use crate::tuned::Launches;
 pub use heads::{Heads, HeadsOperands, entry_heads, plan_heads};
-
-/// Most tokens: the columns of a matrix product.
-const MAX_TOKENS: usize = 8;
 
 /// What becomes of the products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -34,26 +31,23 @@ pub struct Shape {
     pub cols: usize,
     /// Weights that share a scale: 32, 64 or 128; the last group of a row may be short.
     pub group: usize,
-    /// T: 1 to 8.
-    pub tokens: usize,
     /// What becomes of the products.
     pub epilogue: Epilogue,
     /// Added to the mean square of the norm in front, if there is one.
     pub eps: f32,
-    /// x are halves. Only with one token, and without a norm.
+    /// x are halves. Not with a norm.
     pub half_x: bool,
-    /// y are halves. Only with one token, and not added to.
+    /// y are halves. Not where it is added to.
     pub half_y: bool,
 }
 
 impl Shape {
-    /// One token, nothing before or after.
+    /// Nothing before or after.
     pub fn plain(rows: usize, cols: usize, group: usize) -> Shape {
         Shape {
             rows,
             cols,
             group,
-            tokens: 1,
             epilogue: Epilogue::Store,
             eps: 0.0,
             half_x: false,
@@ -65,9 +59,6 @@ impl Shape {
     /// Groups and minima are in the entry's name.
     pub fn name(&self, norm: bool) -> String {
         let mut name = format!("{}x{}", self.rows, self.cols);
-        if self.tokens > 1 {
-            name.push_str(&format!(" {} tokens", self.tokens));
-        }
         name.push_str(if norm { " norm" } else { "" });
         name.push_str(match self.epilogue {
             Epilogue::Store => "",
@@ -107,11 +98,11 @@ pub struct Operands {
     pub zeros: bool,
     /// `(N,)` f32, or none. Not with [`Epilogue::SwiGlu`].
     pub bias: DeviceSlice,
-    /// `(T, K)` f32, or f16 with [`Shape::half_x`].
+    /// `(K,)` f32, or f16 with [`Shape::half_x`].
     pub x: DeviceSlice,
     /// `(K,)` f32: weights of an RMSNorm of x in front, or none: x as it is.
     pub gain: DeviceSlice,
-    /// `(T, N)` f32, or f16 with [`Shape::half_y`].
+    /// `(N,)` f32, or f16 with [`Shape::half_y`].
     pub y: DeviceSlice,
 }
 
@@ -173,18 +164,14 @@ pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
 
 /// Warps a block at most on `device`.
 pub fn max_warps(device: &DeviceInfo, shape: &Shape) -> u32 {
-    let warps = max_block_threads(shape.group as u32, shape.tokens == 1) / 32;
-    if shape.tokens > 1 {
-        return warps;
-    }
     let fits = |warps: &u32| {
-        one_token_bytes(device, shape, true, *warps) <= u64::from(device.shared_bytes_per_block)
+        block_bytes(device, shape, true, *warps) <= u64::from(device.shared_bytes_per_block)
     };
-    (1..=warps).rev().find(fits).unwrap_or(1)
+    (1..=MAX_BLOCK_THREADS / 32).rev().find(fits).unwrap_or(1)
 }
 
-/// Shared memory of a block of `warps` for one token.
-fn one_token_bytes(device: &DeviceInfo, shape: &Shape, mins: bool, warps: u32) -> u64 {
+/// Shared memory of a block of `warps`.
+fn block_bytes(device: &DeviceInfo, shape: &Shape, mins: bool, warps: u32) -> u64 {
     let group = shape.group as u32;
     // Past that no multiprocessor has room.
     let depth = shape.depth_tiles().min(1 << 16) as u32;
@@ -196,34 +183,28 @@ fn one_token_bytes(device: &DeviceInfo, shape: &Shape, mins: bool, warps: u32) -
     u64::from(one::Regions::new(depth, group, mins, warps).bytes + ring)
 }
 
-/// Entry of a format and number of tokens; `half_x` only matters for one token.
-pub fn entry(group: usize, mins: bool, tokens: usize, half_x: bool) -> &'static str {
-    match (group, mins, tokens == 1, half_x) {
-        (32, false, true, false) => "linear_gemv_int4_mma_g32",
-        (64, false, true, false) => "linear_gemv_int4_mma_g64",
-        (_, false, true, false) => "linear_gemv_int4_mma_g128",
-        (32, true, true, false) => "linear_gemv_int4_mma_g32_min",
-        (64, true, true, false) => "linear_gemv_int4_mma_g64_min",
-        (_, true, true, false) => "linear_gemv_int4_mma_g128_min",
-        (32, false, true, true) => "linear_gemv_int4_mma_g32_half",
-        (64, false, true, true) => "linear_gemv_int4_mma_g64_half",
-        (_, false, true, true) => "linear_gemv_int4_mma_g128_half",
-        (32, true, true, true) => "linear_gemv_int4_mma_g32_min_half",
-        (64, true, true, true) => "linear_gemv_int4_mma_g64_min_half",
-        (_, true, true, true) => "linear_gemv_int4_mma_g128_min_half",
-        (32, false, false, _) => "linear_gemv_int4_mma_g32_tokens",
-        (64, false, false, _) => "linear_gemv_int4_mma_g64_tokens",
-        (_, false, false, _) => "linear_gemv_int4_mma_g128_tokens",
-        (32, true, false, _) => "linear_gemv_int4_mma_g32_min_tokens",
-        (64, true, false, _) => "linear_gemv_int4_mma_g64_min_tokens",
-        (_, true, false, _) => "linear_gemv_int4_mma_g128_min_tokens",
+/// Entry of a format.
+pub fn entry(group: usize, mins: bool, half_x: bool) -> &'static str {
+    match (group, mins, half_x) {
+        (32, false, false) => "linear_gemv_int4_mma_g32",
+        (64, false, false) => "linear_gemv_int4_mma_g64",
+        (_, false, false) => "linear_gemv_int4_mma_g128",
+        (32, true, false) => "linear_gemv_int4_mma_g32_min",
+        (64, true, false) => "linear_gemv_int4_mma_g64_min",
+        (_, true, false) => "linear_gemv_int4_mma_g128_min",
+        (32, false, true) => "linear_gemv_int4_mma_g32_half",
+        (64, false, true) => "linear_gemv_int4_mma_g64_half",
+        (_, false, true) => "linear_gemv_int4_mma_g128_half",
+        (32, true, true) => "linear_gemv_int4_mma_g32_min_half",
+        (64, true, true) => "linear_gemv_int4_mma_g64_min_half",
+        (_, true, true) => "linear_gemv_int4_mma_g128_min_half",
     }
 }
 
 /// The launch of `linear_gemv_int4_mma_*`, with the tiling of [`rule`] or another.
 ///
 /// # Errors
-/// A K that is no multiple of 32, an unsupported group, more than 8 tokens, a bias with
+/// A K that is no multiple of 32, an unsupported group, a bias with
 /// [`Epilogue::SwiGlu`], halves where only floats can be, a K or a tiling that a block has no room for,
 /// a short or misaligned buffer.
 pub fn plan(
@@ -243,16 +224,12 @@ fn planned(
     tiling: Option<Tiling>,
 ) -> Result<Call, ShapeError> {
     let &Shape {
-        rows,
-        cols,
-        group,
-        tokens,
-        ..
+        rows, cols, group, ..
     } = shape;
     let mins = ops.mins != DeviceSlice::NONE;
     let mut call = CallBuilder::new(match heads {
         Some(_) => entry_heads(group, mins),
-        None => entry(group, mins, tokens, shape.half_x),
+        None => entry(group, mins, shape.half_x),
     });
     call.require(
         cols.is_multiple_of(32),
@@ -267,12 +244,6 @@ fn planned(
         "it must be 32, 64 or 128",
     )?;
     call.require(
-        (1..=MAX_TOKENS).contains(&tokens),
-        "tokens",
-        tokens,
-        "it must be in 1..=8",
-    )?;
-    call.require(
         mins || !ops.zeros,
         "zeros",
         group,
@@ -285,18 +256,17 @@ fn planned(
         rows,
         "SwiGLU takes none",
     )?;
-    let one_token = tokens == 1;
     call.require(
-        !shape.half_x || one_token && ops.gain == DeviceSlice::NONE,
+        !shape.half_x || ops.gain == DeviceSlice::NONE,
         "half_x",
-        tokens,
-        "halves are for one token and no norm",
+        cols,
+        "halves are not normed",
     )?;
     call.require(
-        !shape.half_y || one_token && shape.epilogue != Epilogue::Add,
+        !shape.half_y || shape.epilogue != Epilogue::Add,
         "half_y",
-        tokens,
-        "halves are for one token and are not added to",
+        rows,
+        "halves are not added to",
     )?;
     // Rows of y: with heads those of q.
     let y_rows = match heads {
@@ -305,9 +275,8 @@ fn planned(
     };
     let tiling = tiling.unwrap_or_else(|| rule(device, shape));
     let warps = tiling.split.saturating_mul(tiling.teams);
-    let most = max_block_threads(group as u32, one_token) / 32;
     call.require(
-        (1..=most).contains(&warps) && tiling.blocks > 0,
+        (1..=MAX_BLOCK_THREADS / 32).contains(&warps) && tiling.blocks > 0,
         "warps",
         warps as usize,
         "a block of this format has not as many",
@@ -327,11 +296,11 @@ fn planned(
     call.optional("mins", ops.mins, scale_bytes, 16)?;
     call.optional("bias", ops.bias, tensor_bytes(&[rows], 4), 4)?;
     let elem_bytes = |half| if half { 2 } else { 4 };
-    let x_bytes = tensor_bytes(&[tokens, cols], elem_bytes(shape.half_x));
+    let x_bytes = tensor_bytes(&[cols], elem_bytes(shape.half_x));
     call.tensor("x", ops.x, x_bytes, 16)?;
     call.optional("gain", ops.gain, tensor_bytes(&[cols], 4), 16)?;
     let y_elem = elem_bytes(shape.half_y);
-    let y_bytes = tensor_bytes(&[tokens, y_rows], y_elem);
+    let y_bytes = tensor_bytes(&[y_rows], y_elem);
     call.tensor("y", ops.y, y_bytes, y_elem)?;
     call.require(
         tiles < 1 << 31,
@@ -339,60 +308,28 @@ fn planned(
         tiles,
         "they must be fewer than 2^31",
     )?;
-    let rows = call.dim("rows", rows)?;
-    let cols = call.dim("cols", cols)?;
-    call.require(
-        tokens.saturating_mul(rows.max(cols) as usize) < 1 << 31,
-        "tokens",
-        tokens,
-        "x and y must be shorter than 2^31",
-    )?;
+    call.dim("rows", rows)?;
+    call.dim("cols", cols)?;
     let flags = match shape.epilogue {
         Epilogue::Store => 0,
         Epilogue::Add => FLAG_ACCUMULATE,
         Epilogue::SwiGlu => FLAG_SWIGLU,
     } | if ops.zeros { FLAG_ZEROS } else { 0 };
-    let mut launch = Launch {
+    let bytes = block_bytes(device, shape, mins, warps);
+    let launch = Launch {
         grid: [tiling.blocks, 1, 1],
         block: [32, tiling.split, tiling.teams],
-        shared_bytes: 0,
+        shared_bytes: bytes.min(u64::from(u32::MAX)) as u32,
     };
-    if one_token {
-        let bytes = one_token_bytes(device, shape, mins, warps);
-        launch.shared_bytes = bytes.min(u64::from(u32::MAX)) as u32;
-        call.dim("row_tiles", shape.row_tiles())?;
-        call.dim("depth_tiles", shape.depth_tiles())?;
-        call.f32(shape.eps);
-        call.u32(flags | if shape.half_y { FLAG_HALF_Y } else { 0 });
-        call.waits();
-        if let Some((heads, ops)) = heads {
-            heads.add(&mut call, ops)?;
-        }
-    } else {
-        let tokens = call.dim("tokens", tokens)?;
-        let regions = |chunk| tokens::Regions::new(chunk, group as u32, mins, tokens, warps);
-        let chunk = chunk(cols.div_ceil(TILE_COLS), tiling.split, |chunk| {
-            regions(chunk).bytes <= device.shared_bytes_per_block
-        });
-        launch.shared_bytes = regions(chunk).bytes;
-        call.u32(chunk);
-        call.f32(shape.eps);
-        call.u32(flags);
+    call.dim("row_tiles", shape.row_tiles())?;
+    call.dim("depth_tiles", shape.depth_tiles())?;
+    call.f32(shape.eps);
+    call.u32(flags | if shape.half_y { FLAG_HALF_Y } else { 0 });
+    call.waits();
+    if let Some((heads, ops)) = heads {
+        heads.add(&mut call, ops)?;
     }
     call.build(device, launch)
-}
-
-/// Tiles along K to stage at a time: as few chunks as fit, each whole rounds of the team or at least
-/// a tile for each of its warps, if that can be.
-fn chunk(depth: u32, split: u32, fits: impl Fn(u32) -> bool) -> u32 {
-    (1..=depth)
-        .flat_map(|chunks| {
-            let even = depth.div_ceil(chunks);
-            [tokens::DEPTH as u32 * split, split, 1]
-                .map(|unit| even.next_multiple_of(unit).min(depth))
-        })
-        .find(|&chunk| fits(chunk))
-        .unwrap_or(1)
 }
 
 #[cfg(test)]
@@ -443,15 +380,6 @@ mod tests {
         }
     }
 
-    #[test]
-    fn activations_that_do_not_fit_are_staged_in_chunks() {
-        assert_eq!(chunk(70, 4, |_| true), 70);
-        assert_eq!(chunk(70, 4, |tiles| tiles <= 40), 36);
-        assert_eq!(chunk(70, 4, |tiles| tiles <= 20), 20);
-        assert_eq!(chunk(3, 4, |tiles| tiles <= 3), 3);
-        assert_eq!(chunk(37, 13, |tiles| tiles <= 20), 19);
-    }
-
     fn operands() -> Operands {
         let slice = DeviceSlice {
             address: 0x1000,
@@ -478,8 +406,6 @@ mod tests {
         assert!(plan(Shape { cols: 1000, ..good }, operands()).is_err());
         assert!(plan(Shape { group: 16, ..good }, operands()).is_err());
         assert!(plan(Shape { group: 0, ..good }, operands()).is_err());
-        assert!(plan(Shape { tokens: 9, ..good }, operands()).is_err());
-        assert!(plan(Shape { tokens: 0, ..good }, operands()).is_err());
         assert!(
             plan(
                 Shape {
@@ -526,15 +452,10 @@ mod tests {
             y: huge,
             ..operands()
         };
-        for tokens in 1..=8 {
-            for (rows, cols) in [(1536, 8960), (4096, 18_944), (64, 32)] {
-                let shape = Shape {
-                    tokens,
-                    ..Shape::plain(rows, cols, 32)
-                };
-                let call = plan(&DeviceInfo::T4, &shape, &ops, None).unwrap();
-                assert!(call.launch.shared_bytes <= 64 * 1024, "{shape:?}");
-            }
+        for (rows, cols) in [(1536, 8960), (4096, 18_944), (64, 32)] {
+            let shape = Shape::plain(rows, cols, 32);
+            let call = plan(&DeviceInfo::T4, &shape, &ops, None).unwrap();
+            assert!(call.launch.shared_bytes <= 64 * 1024, "{shape:?}");
         }
     }
 }

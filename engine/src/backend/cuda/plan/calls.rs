@@ -383,7 +383,6 @@ impl Compiler<'_> {
             rows: tiles.rows,
             cols: tiles.cols,
             group: tiles.group,
-            tokens: 1,
             epilogue: match product.then {
                 Then::Store | Then::RopeKvAppend { .. } => gemv_int4_mma::Epilogue::Store,
                 Then::Add => gemv_int4_mma::Epilogue::Add,
@@ -436,7 +435,7 @@ impl Compiler<'_> {
             );
             return Ok((call.map_err(unsupported)?, format!("{name}: {chosen}")));
         }
-        let entry = gemv_int4_mma::entry(shape.group, mins, 1, shape.half_x);
+        let entry = gemv_int4_mma::entry(shape.group, mins, shape.half_x);
         let chosen = self.tuned.choose(entry, &name, rule);
         let call = gemv_int4_mma::plan(self.device, &shape, &operands, Some(chosen.launch))
             .map_err(unsupported)?;

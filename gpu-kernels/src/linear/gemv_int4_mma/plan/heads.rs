@@ -68,16 +68,8 @@ impl Heads {
         call: &CallBuilder,
         shape: &Shape,
     ) -> Result<usize, ShapeError> {
-        let plain = shape.tokens == 1
-            && shape.epilogue == Epilogue::Store
-            && !shape.half_x
-            && !shape.half_y;
-        call.require(
-            plain,
-            "tokens",
-            shape.tokens,
-            "heads are of one token of floats",
-        )?;
+        let plain = shape.epilogue == Epilogue::Store && !shape.half_x && !shape.half_y;
+        call.require(plain, "rows", shape.rows, "heads are products of floats")?;
         call.require(
             self.head_dim.is_multiple_of(TILE_ROWS as usize),
             "head_dim",

@@ -1,0 +1,160 @@
+//! Rows of what a prompt runs: products of many tokens, attention, rope, norm.
+
+use gpu_kernels::launch::{DeviceInfo, DeviceSlice};
+use gpu_kernels::linear::gemm_int4;
+use gpu_kernels::rope_kv_append::tokens::Strided;
+use gpu_kernels::{attention, rmsnorm, rope_kv_append};
+
+use super::{Row, floats, halves, ints, noise, planned};
+
+/// Tokens of a product.
+const TOKENS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048];
+
+pub(super) fn prompt_rows() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (n, k) in [(4096, 4096), (14_336, 4096), (8960, 1536), (1536, 8960)] {
+        rows.extend(TOKENS.map(|tokens| gemm_int4_row(n, k, 128, tokens)));
+    }
+    for tokens in [8, 512] {
+        rows.push(gemm_int4_row(8960, 1536, 32, tokens));
+    }
+    for (dims, tokens, position) in [
+        ([12, 2, 128], 512, 0),
+        ([12, 2, 128], 4096, 0),
+        ([12, 2, 128], 1024, 3072),
+        ([14, 2, 64], 512, 0),
+        ([14, 2, 64], 4096, 0),
+        ([32, 8, 96], 512, 0),
+    ] {
+        rows.push(attention_prompt(dims, tokens, position));
+    }
+    rows.push(rope_tokens([12, 2, 128], 512));
+    rows.push(norm_f16(512, 1536));
+    rows
+}
+
+fn gemm_int4_row(rows: usize, cols: usize, group: usize, tokens: usize) -> Row {
+    let shape = gemm_int4::Shape::plain(rows, cols, group, tokens);
+    let tiles = rows.div_ceil(16) * cols.div_ceil(128);
+    let groups = tiles * 16 * 128 / group;
+    Row {
+        // Which one does not depend on the device.
+        kernel: gemm_int4::entry(gemm_int4::rule(&DeviceInfo::T4, &shape).tokens),
+        shape: format!("{rows} x {cols} group {group}, {tokens} tokens"),
+        bytes: (rows * cols / 2 + 2 * groups + tokens * (2 * cols + 4 * rows)) as u64,
+        streams: true,
+        make: Box::new(move |device, memory| {
+            let scratch = gemm_int4::most_scratch_bytes(device);
+            let operands = gemm_int4::Operands {
+                quants: noise(memory, tiles * 1024)?,
+                scales: halves(memory, groups)?,
+                mins: DeviceSlice::NONE,
+                zeros: false,
+                bias: DeviceSlice::NONE,
+                x: halves(memory, tokens * cols)?,
+                y: floats(memory, tokens * rows)?,
+                scratch: memory.activations(&vec![0; scratch as usize])?,
+            };
+            planned(gemm_int4::plan(device, &shape, &operands, None))
+        }),
+    }
+}
+
+fn attention_prompt(
+    [heads, kv_heads, head_dim]: [usize; 3],
+    tokens: usize,
+    position: usize,
+) -> Row {
+    let context = position + tokens;
+    let elems = 2 * kv_heads * context * head_dim + 2 * tokens * heads * head_dim;
+    Row {
+        kernel: attention::prompt::entry(head_dim),
+        shape: format!("heads {heads}/{kv_heads} x {head_dim}, {tokens} tokens after {position}"),
+        bytes: 2 * elems as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let shape = attention::Shape {
+                heads,
+                kv_heads,
+                head_dim,
+                context,
+                scale: 1.0 / (head_dim as f32).sqrt(),
+            };
+            let operands = attention::prompt::Operands {
+                q: halves(memory, tokens * heads * head_dim)?,
+                k_cache: halves(memory, kv_heads * context * head_dim)?,
+                v_cache: halves(memory, kv_heads * context * head_dim)?,
+                state: ints(memory, &[position as u32])?,
+                out: memory.reserve((2 * tokens * heads * head_dim) as u64)?,
+            };
+            planned(attention::prompt::plan(device, &shape, tokens, &operands))
+        }),
+    }
+}
+
+fn rope_tokens([heads, kv_heads, head_dim]: [usize; 3], tokens: usize) -> Row {
+    let stride = (heads + 2 * kv_heads) * head_dim;
+    Row {
+        kernel: "rope_kv_append_tokens_f16",
+        shape: format!("heads {heads}/{kv_heads} x {head_dim}, {tokens} tokens"),
+        bytes: (tokens * (6 * stride + 4 * head_dim)) as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let all = floats(memory, tokens * stride)?;
+            let part = |first: usize| Strided {
+                slice: DeviceSlice {
+                    address: all.address + 4 * first as u64,
+                    bytes: all.bytes - 4 * first as u64,
+                },
+                stride,
+            };
+            let shape = rope_kv_append::Shape {
+                heads,
+                kv_heads,
+                head_dim,
+                context: tokens,
+            };
+            let operands = rope_kv_append::tokens::Operands {
+                q: part(0),
+                k: part(heads * head_dim),
+                v: part((heads + kv_heads) * head_dim),
+                in_tiles: true,
+                bias: floats(memory, stride)?,
+                q_gain: DeviceSlice::NONE,
+                k_gain: DeviceSlice::NONE,
+                eps: 0.0,
+                cos: floats(memory, tokens * head_dim / 2)?,
+                sin: floats(memory, tokens * head_dim / 2)?,
+                turned: memory.reserve((2 * tokens * heads * head_dim) as u64)?,
+                k_cache: memory.reserve((2 * tokens * kv_heads * head_dim) as u64)?,
+                v_cache: memory.reserve((2 * tokens * kv_heads * head_dim) as u64)?,
+                state: ints(memory, &[0])?,
+            };
+            planned(rope_kv_append::tokens::plan(
+                device, &shape, tokens, &operands,
+            ))
+        }),
+    }
+}
+
+fn norm_f16(tokens: usize, width: usize) -> Row {
+    Row {
+        kernel: "rmsnorm_f16",
+        shape: format!("{tokens} x {width}"),
+        bytes: (width * (6 * tokens + 4)) as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let shape = rmsnorm::Shape {
+                tokens,
+                width,
+                eps: 1e-6,
+            };
+            let operands = rmsnorm::Operands {
+                x: floats(memory, tokens * width)?,
+                weight: floats(memory, width)?,
+                out: memory.reserve((2 * tokens * width) as u64)?,
+            };
+            planned(rmsnorm::plan_f16(device, &shape, &operands))
+        }),
+    }
+}

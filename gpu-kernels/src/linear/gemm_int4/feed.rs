@@ -1,0 +1,123 @@
+//! The copies that bring a block its stages.
+
+use cuda_std::shared::Shared;
+use cuda_std::thread;
+
+use super::BLOCK_THREADS;
+use super::block::{
+    Args, BLOCK_TILES, COPY_BYTES, Stage, TILE_COLS, TILE_WORDS, X, X_BYTES, scale_bytes, x_offset,
+};
+use crate::ptx;
+use crate::unroll::unroll;
+
+/// What a thread copies to each stage, and how far it has come.
+#[derive(Clone, Copy)]
+pub(super) struct Feed {
+    /// 16 bytes of a tile of the block's first four row tiles; the other four are `second` words on.
+    words: *const u32,
+    second: usize,
+    words_there: [bool; 2],
+    /// 16 bytes of a token's activations; other tokens are `x_step` words apart.
+    x: *const u32,
+    x_step: usize,
+    /// The first of the thread's tokens, of its block.
+    token: u32,
+    /// Eight columns of 16 in a stage.
+    eight: u32,
+    /// 16 bytes of the scales, and their distance from tile to tile.
+    pair: usize,
+    pair_step: usize,
+    pairs_there: bool,
+    /// Tile along K.
+    tile: u32,
+}
+
+/// Tokens that a block's threads copy 16 bytes of at a time.
+const COPY_TOKENS: u32 = BLOCK_THREADS / 16;
+
+impl Feed {
+    #[inline(always)]
+    pub fn new(args: &Args, thread: u32, tokens: u32, tile: u32) -> Feed {
+        let first_tile = thread::block_idx_y() * BLOCK_TILES;
+        let row_tile = first_tile + thread / (TILE_WORDS / 4);
+        let at = |row_tile: u32| (row_tile * args.depth_tiles + tile) as usize;
+        let within = (thread % (TILE_WORDS / 4) * 4) as usize;
+        let (eight, first) = (thread % 16, thread / 16);
+        let token = thread::block_idx_x() * tokens + first;
+        let column = tile * TILE_COLS + eight * 8;
+        let pair_words = (scale_bytes(args.group_shift) / 4) as usize;
+        // 16-byte copies of a tile's scales: a power of two, 2 to 8.
+        let shift = 8 - args.group_shift;
+        let pair_tile = first_tile + (thread >> shift);
+        let pair_within = ((thread & ((1 << shift) - 1)) * 4) as usize;
+        Feed {
+            words: args
+                .quants
+                .wrapping_add(at(row_tile) * TILE_WORDS as usize + within),
+            second: 4 * args.depth_tiles as usize * TILE_WORDS as usize,
+            words_there: [row_tile < args.row_tiles, row_tile + 4 < args.row_tiles],
+            x: args
+                .x
+                .wrapping_add((token as usize * args.cols as usize + column as usize) / 2),
+            x_step: (COPY_TOKENS / 2) as usize * args.cols as usize,
+            token,
+            eight,
+            pair: at(pair_tile) * pair_words + pair_within,
+            pair_step: pair_words,
+            pairs_there: pair_tile < args.row_tiles,
+            tile,
+        }
+    }
+
+    /// Starts the copies of the next stage, of `tokens` tokens, to `at`.
+    ///
+    /// # Safety
+    /// All threads of the block call it; nobody reads what was there.
+    #[inline(always)]
+    pub unsafe fn bring(
+        &mut self,
+        args: &Args,
+        stage: &Stage,
+        tokens: u32,
+        thread: u32,
+        base: Shared,
+        at: u32,
+    ) {
+        let own = at + thread * COPY_BYTES;
+        // SAFETY: what is outside of the matrix or of x is not read.
+        unsafe {
+            ptx::cp_async_16_or_zero(self.words_there[0], base, own, self.words);
+            let second = self.words.wrapping_add(self.second);
+            let to = own + BLOCK_THREADS * COPY_BYTES;
+            ptx::cp_async_16_or_zero(self.words_there[1], base, to, second);
+
+            let in_row = self.tile * TILE_COLS + self.eight * 8 < args.cols;
+            let first = thread / 16;
+            // Tokens 16 apart: their rows are exchanged alike.
+            let to = at + X + x_offset(first, self.eight);
+            let mut x = self.x;
+            unroll!(I < 8 => {
+                let skip = I as u32 * COPY_TOKENS;
+                // Known when the kernel is compiled, but for eight tokens.
+                if skip + COPY_TOKENS <= tokens || first < tokens && I == 0 {
+                    let there = in_row && self.token + skip < args.tokens;
+                    ptx::cp_async_16_or_zero(there, base, to + skip * X_BYTES, x);
+                    x = x.wrapping_add(self.x_step);
+                }
+            });
+
+            if thread < BLOCK_TILES << (8 - args.group_shift) {
+                let scales = args.scales.wrapping_add(self.pair);
+                ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.scales, scales);
+                if !args.mins.is_null() {
+                    let mins = args.mins.wrapping_add(self.pair);
+                    ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.mins, mins);
+                }
+            }
+        }
+        self.words = self.words.wrapping_add(TILE_WORDS as usize);
+        self.x = self.x.wrapping_add((TILE_COLS / 2) as usize);
+        self.pair += self.pair_step;
+        self.tile += 1;
+    }
+}
