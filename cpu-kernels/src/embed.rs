@@ -2,8 +2,7 @@
 
 use models::quant::{F16Matrix, Int8Matrix};
 
-use crate::isa::Isa;
-use crate::linear::Matrix;
+use crate::linear::Packed;
 
 /// Writes `out[i] = table[tokens[i]]`; `out` is `(t, k)`.
 ///
@@ -41,23 +40,15 @@ pub fn reference_f16(table: &F16Matrix, tokens: &[u32], out: &mut [f32]) {
     }
 }
 
-/// As [`reference`], by the fastest instructions of this CPU.
+/// As [`reference`], from a table as linear layers read it.
 ///
 /// # Panics
 /// As [`reference`].
-pub fn forward<M: Matrix>(table: &M, tokens: &[u32], out: &mut [f32]) {
-    part(Isa::selected(), table, tokens, out);
-}
-
-/// [`forward`] with the instruction set given.
-///
-/// # Panics
-/// As [`reference`].
-pub fn part<M: Matrix>(isa: Isa, table: &M, tokens: &[u32], out: &mut [f32]) {
+pub fn part(table: &Packed, tokens: &[u32], out: &mut [f32]) {
     let k = table.cols();
     assert_eq!(out.len(), tokens.len() * k, "embed: out is (t, k)");
     for (out, &token) in out.chunks_exact_mut(k).zip(tokens) {
-        table.dequantize(isa, token as usize, out);
+        table.dequantize_row(token as usize, out);
     }
 }
 
@@ -67,33 +58,29 @@ mod tests {
     use crate::testing::Random;
 
     #[test]
-    fn every_variant_equals_the_reference() {
+    fn rows_of_the_layout_equal_the_reference() {
         let mut random = Random::new(5);
         for (rows, cols, group) in [(7, 160, 160), (193, 576, 32), (5, 1120, 128)] {
             let table = random.int8(rows, cols, group);
             let tokens = [rows as u32 - 1, 0, rows as u32 / 2];
             let mut expected = vec![0.0; 3 * cols];
             reference(&table, &tokens, &mut expected);
-            for isa in Isa::available() {
-                let mut out = vec![f32::NAN; 3 * cols];
-                part(isa, &table, &tokens, &mut out);
-                assert_eq!(out, expected, "{isa}");
-            }
+            let mut out = vec![f32::NAN; 3 * cols];
+            part(&Packed::int8(&table), &tokens, &mut out);
+            assert_eq!(out, expected);
         }
         let table = random.f16(7, 96);
         let mut expected = vec![0.0; 2 * 96];
         reference_f16(&table, &[6, 0], &mut expected);
-        for isa in Isa::available() {
-            let mut out = vec![f32::NAN; 2 * 96];
-            part(isa, &table, &[6, 0], &mut out);
-            assert_eq!(out, expected, "{isa}");
-        }
+        let mut out = vec![f32::NAN; 2 * 96];
+        part(&Packed::f16(&table), &[6, 0], &mut out);
+        assert_eq!(out, expected);
     }
 
     #[test]
     #[should_panic(expected = "row 7")]
     fn a_token_outside_the_table_panics() {
         let table = Random::new(6).int8(7, 32, 32);
-        forward(&table, &[7], &mut [0.0; 32]);
+        part(&Packed::int8(&table), &[7], &mut [0.0; 32]);
     }
 }

@@ -3,7 +3,8 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-/// Environment variable that forces an instruction set: `scalar`, `avx2`, `avx512` or `neon`.
+/// Environment variable that forces an instruction set: one of the names in
+/// [`Isa::available`].
 pub const OVERRIDE: &str = "EDGELLM_CPU";
 
 /// An instruction set that this CPU has. There is no other way to get one than to ask for those
@@ -18,8 +19,12 @@ pub(crate) enum Kind {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
     #[cfg(target_arch = "aarch64")]
     Neon,
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod,
 }
 
 impl Isa {
@@ -39,10 +44,18 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl")
             {
                 found.push(Isa(Kind::Avx512));
+                if is_x86_feature_detected!("avx512vnni") {
+                    found.push(Isa(Kind::Avx512Vnni));
+                }
             }
         }
         #[cfg(target_arch = "aarch64")]
-        found.push(Isa(Kind::Neon));
+        {
+            found.push(Isa(Kind::Neon));
+            if std::arch::is_aarch64_feature_detected!("dotprod") {
+                found.push(Isa(Kind::NeonDotprod));
+            }
+        }
         found
     }
 
@@ -85,6 +98,31 @@ impl Isa {
         *SELECTED.get_or_init(|| Isa::from_environment().unwrap_or_else(|e| panic!("{e}")))
     }
 
+    /// The instructions that each operation uses.
+    pub fn operations(self) -> [(&'static str, &'static str); 5] {
+        let name = self.name();
+        let (products, attention, floats) = match self.0 {
+            Kind::Scalar => ("i32", "plain loops", "scalar"),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => ("vpmaddubsw", name, name),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => ("vpmaddubsw, 512 bits", name, name),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Vnni => ("vpdpbusd, 512 bits", "avx512", "avx512"),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => ("smlal", "compiled for neon", "compiled for neon"),
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonDotprod => ("sdot", "compiled for neon", "compiled for neon"),
+        };
+        [
+            ("linear int4, int8, ternary", products),
+            ("linear f16", floats),
+            ("attention", attention),
+            ("softmax, rmsnorm, rope, swiglu, relu2_glu, add", floats),
+            ("rounding to levels", floats),
+        ]
+    }
+
     /// Name as in [`OVERRIDE`].
     pub fn name(self) -> &'static str {
         match self.0 {
@@ -93,8 +131,12 @@ impl Isa {
             Kind::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Vnni => "avx512-vnni",
             #[cfg(target_arch = "aarch64")]
             Kind::Neon => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonDotprod => "neon-dotprod",
         }
     }
 }
@@ -128,9 +170,11 @@ macro_rules! per_isa {
                 $crate::isa::Kind::Avx2 => unsafe { avx2($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                $crate::isa::Kind::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::isa::Kind::Avx512 | $crate::isa::Kind::Avx512Vnni => unsafe {
+                    avx512($($arg),*)
+                },
                 #[cfg(target_arch = "aarch64")]
-                $crate::isa::Kind::Neon => $body::<true>($($arg),*),
+                $crate::isa::Kind::Neon | $crate::isa::Kind::NeonDotprod => $body::<true>($($arg),*),
             }
         }
     };
@@ -147,6 +191,11 @@ mod tests {
         assert_eq!(available[0].name(), "scalar");
         for isa in available {
             assert_eq!(Isa::named(isa.name()), Ok(isa));
+            assert!(
+                isa.operations()
+                    .iter()
+                    .all(|(op, how)| !op.is_empty() && !how.is_empty())
+            );
         }
         let error = Isa::named("sse9").unwrap_err();
         assert!(

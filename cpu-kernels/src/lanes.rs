@@ -1,5 +1,8 @@
 //! Plain loops over 16 lanes that the compiler turns into vector code inside `per_isa!`.
 
+#[cfg(any(test, target_arch = "aarch64"))]
+use half::f16;
+
 /// Lanes that the loops keep apart: one AVX-512 register of f32.
 pub(crate) const LANES: usize = 16;
 
@@ -75,6 +78,27 @@ pub(crate) fn max(values: &[f32]) -> f32 {
     fold(lanes, greater)
 }
 
+/// Halves as floats, where there is no instruction for it: by the bits: a subnormal is what remains of `1.m` with its one taken away again. No NaN and
+/// no infinity is among them.
+#[cfg(any(test, target_arch = "aarch64"))]
+#[inline(always)]
+pub(crate) fn widen(halves: &[f16], out: &mut [f32]) {
+    // 2^-14, where f16's subnormals begin.
+    const LEAST: u32 = (127 - 14) << 23;
+    for (out, half) in out.iter_mut().zip(halves) {
+        let bits = u32::from(half.to_bits());
+        let (sign, magnitude) = ((bits & 0x8000) << 16, (bits & 0x7fff) << 13);
+        let normal = magnitude + (112 << 23);
+        let small = f32::from_bits(LEAST | magnitude) - f32::from_bits(LEAST);
+        let value = if magnitude < 1 << 23 {
+            small.to_bits()
+        } else {
+            normal
+        };
+        *out = f32::from_bits(sign | value);
+    }
+}
+
 #[inline(always)]
 fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = LANES / 2;
@@ -107,6 +131,19 @@ mod tests {
         assert!(exp::<true>(f32::INFINITY) > 1e38);
         assert!(exp::<true>(f32::NAN).is_nan());
         assert_eq!(exp::<true>(0.0), 1.0);
+    }
+
+    #[test]
+    fn every_finite_half_becomes_its_float() {
+        let halves: Vec<f16> = (0..=u16::MAX)
+            .map(f16::from_bits)
+            .filter(|half| half.is_finite())
+            .collect();
+        let mut out = vec![f32::NAN; halves.len()];
+        widen(&halves, &mut out);
+        for (half, out) in halves.iter().zip(out) {
+            assert_eq!(out.to_bits(), half.to_f32().to_bits(), "{half:?}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod embed;
 pub mod isa;
 pub mod kv_append;
 mod lanes;
+pub mod levels;
 pub mod linear;
 pub mod logits;
 pub mod read;

@@ -20,7 +20,7 @@ use random::{Spread, fill_tensor};
 pub struct Shape {
     /// Name under which [`shape`] finds it.
     pub name: &'static str,
-    /// `llama` or `qwen2`.
+    /// `llama`, `qwen2` or `bitnet-b1.58`.
     pub architecture: &'static str,
     /// Layers.
     pub layers: usize,
@@ -48,6 +48,8 @@ pub struct Shape {
     pub tied: bool,
     /// q, k and v have a bias.
     pub qkv_bias: bool,
+    /// A norm before each output projection.
+    pub sub_norms: bool,
     /// Pre-tokeniser that the metadata names (`tokenizer.ggml.pre`).
     pub pre_tokenizer: &'static str,
 }
@@ -71,6 +73,7 @@ const QWEN2_5: Shape = Shape {
     norm_eps: 1e-6,
     tied: true,
     qkv_bias: true,
+    sub_norms: false,
     pre_tokenizer: "qwen2",
 };
 
@@ -95,6 +98,7 @@ const LLAMA_3_2: Shape = Shape {
     norm_eps: 1e-5,
     tied: true,
     qkv_bias: false,
+    sub_norms: false,
     pre_tokenizer: "llama-bpe",
 };
 
@@ -114,7 +118,29 @@ const SMOLLM2: Shape = Shape {
     norm_eps: 1e-5,
     tied: true,
     qkv_bias: false,
+    sub_norms: false,
     pre_tokenizer: "smollm",
+};
+
+/// BitNet b1.58 2B-4T (<https://arxiv.org/abs/2504.12285>).
+const BITNET_2B: Shape = Shape {
+    name: "bitnet-2b-4t",
+    architecture: "bitnet-b1.58",
+    layers: 30,
+    width: 2560,
+    heads: 20,
+    kv_heads: 5,
+    head_dim: 128,
+    ffn: 6912,
+    vocab: 128_256,
+    context: 4096,
+    rope_theta: 5e5,
+    rope_stretch: None,
+    norm_eps: 1e-5,
+    tied: true,
+    qkv_bias: false,
+    sub_norms: true,
+    pre_tokenizer: "llama-bpe",
 };
 
 const TINY: Shape = Shape {
@@ -164,6 +190,7 @@ pub const SHAPES: &[Shape] = &[
         ..LLAMA_3_2
     },
     SMOLLM2,
+    BITNET_2B,
     TINY,
     Shape {
         name: "tiny-qwen2",
@@ -210,7 +237,7 @@ pub fn shape(name: &str) -> Result<&'static Shape, Error> {
 pub struct Options {
     /// Two files of one shape are equal exactly when their options are.
     pub seed: u64,
-    /// Type of the linear layers: Q4_0, Q4_1 or Q8_0.
+    /// Type of the linear layers: Q4_0, Q4_1, Q8_0 or TQ2_0.
     pub linear: DType,
     /// Type of the embedding and output tables: Q8_0, Q4_0, Q4_1, F16, BF16 or F32.
     pub embedding: DType,
@@ -362,6 +389,10 @@ fn tensors(shape: &Shape, options: &Options) -> Vec<Tensor> {
             if shape.qkv_bias {
                 tensors.push(vector(name(&format!("{part}.bias")), rows, 0.0, 0.3));
             }
+        }
+        if shape.sub_norms {
+            tensors.push(vector(name("attn_sub_norm.weight"), attended, 1.0, 0.1));
+            tensors.push(vector(name("ffn_sub_norm.weight"), ffn, 1.0, 0.1));
         }
         tensors.push(linear(name("attn_output.weight"), width, attended, branch));
         tensors.push(vector(name("ffn_norm.weight"), width, 1.0, 0.1));

@@ -102,12 +102,15 @@ fn real_shapes_have_their_parameters() {
         ("qwen2.5-3b", 3085.9),
         ("llama-3.2-1b", 1235.8),
         ("llama-3.2-3b", 3212.7),
+        ("bitnet-2b-4t", 2412.8),
     ] {
         let s = shape(name).unwrap();
         let (attended, keys) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
         let biases = if s.qkv_bias { attended + 2 * keys } else { 0 };
         let linears = s.width * (2 * attended + 2 * keys + 3 * s.ffn);
-        let parameters = s.layers * (linears + biases + 2 * s.width) + s.width + s.vocab * s.width;
+        let norms = if s.sub_norms { attended + s.ffn } else { 0 };
+        let layer = linears + biases + norms + 2 * s.width;
+        let parameters = s.layers * layer + s.width + s.vocab * s.width;
         assert!(
             (parameters as f64 / 1e6 - millions).abs() < 0.06,
             "{name}: {parameters}"

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use clap::Args as ClapArgs;
-use cuda_builder::setup::install_ptxas;
+use cuda_builder::setup::{aarch64 as arm, install_ptxas};
 
 use crate::progress::Shown;
 use crate::{Error, check, model, ptx, setup, workspace};
@@ -68,7 +68,11 @@ pub fn run(_: &Args) -> Result<(), Error> {
     steps.run("kernel resources", kernel_resources);
     let mut report = Report::default();
     steps.run("tests", || {
-        report = tests()?;
+        tests(workspace::cargo(&ALL_TESTS), &mut report)?;
+        report.verdict()
+    });
+    steps.run("kernels on AArch64", || {
+        aarch64(&mut report)?;
         report.verdict()
     });
     steps.run("clippy", || {
@@ -94,22 +98,58 @@ fn kernel_resources() -> Result<(), Error> {
     ptx::judge(&ptx::figures(&ptxas, &progress)?)
 }
 
-/// Runs every test and passes on what cargo prints.
-fn tests() -> Result<Report, Error> {
-    let arguments = [
-        "test",
-        "--workspace",
-        "--all-features",
-        "--no-fail-fast",
-        "--",
-        "--show-output",
-    ];
-    let mut cargo = workspace::cargo(&arguments)
+/// CPUs that the kernels' tests run on: one with `dotprod` and one without.
+const AARCH64_CPUS: [&str; 2] = ["max", "cortex-a57"];
+
+/// Runs the tests of the CPU kernels for AArch64 under an emulator. Where it cannot be fetched they count as
+/// skipped.
+fn aarch64(report: &mut Report) -> Result<(), Error> {
+    let qemu = match arm::install(&Shown::new()) {
+        Ok(qemu) => qemu,
+        Err(why) => {
+            report.skip(format!("no AArch64 ({why})"));
+            return Ok(());
+        }
+    };
+    for cpu in AARCH64_CPUS {
+        eprintln!("AArch64, {cpu}");
+        let mut cargo = workspace::cargo(&[
+            "test",
+            "--package",
+            "cpu-kernels",
+            "--lib",
+            "--target",
+            arm::TARGET,
+            "--",
+            "--show-output",
+        ]);
+        cargo
+            .env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER", "rust-lld")
+            .env(
+                "CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_RUNNER",
+                format!("{} -cpu {cpu}", qemu.display()),
+            );
+        tests(cargo, report)?;
+    }
+    Ok(())
+}
+
+const ALL_TESTS: [&str; 6] = [
+    "test",
+    "--workspace",
+    "--all-features",
+    "--no-fail-fast",
+    "--",
+    "--show-output",
+];
+
+/// Runs tests, counts them and passes on what cargo prints.
+fn tests(mut cargo: Command, report: &mut Report) -> Result<(), Error> {
+    let mut cargo = cargo
         .stdout(Stdio::piped())
         .spawn()
         .map_err(Error::io("cannot run", "cargo"))?;
     let stdout = cargo.stdout.take().expect("stdout is piped");
-    let mut report = Report::default();
     for line in BufReader::new(stdout).split(b'\n') {
         let line = line.map_err(Error::io("cannot read the output of", "cargo test"))?;
         let line = String::from_utf8_lossy(&line);
@@ -121,8 +161,8 @@ fn tests() -> Result<Report, Error> {
     let status = cargo
         .wait()
         .map_err(Error::io("cannot wait for", "cargo test"))?;
-    report.cargo_succeeded = status.success();
-    Ok(report)
+    report.cargo_failed |= !status.success();
+    Ok(())
 }
 
 /// The tests of all binaries, read from what libtest prints.
@@ -133,8 +173,10 @@ struct Report {
     ignored: u64,
     /// Reasons of the tests that said they were skipped, with their number.
     skipped: BTreeMap<String, u64>,
-    /// Whether `cargo test` succeeded: a test that does not compile is counted nowhere else.
-    cargo_succeeded: bool,
+    /// Of these, what libtest did not count.
+    not_tried: u64,
+    /// Whether `cargo test` failed: a test that does not compile is counted nowhere else.
+    cargo_failed: bool,
     section: Section,
     /// A binary has said `running` and not yet `test result`.
     binary_runs: bool,
@@ -185,15 +227,21 @@ impl Report {
         self.section = Section::Results;
     }
 
+    /// Counts what could not be tried at all.
+    fn skip(&mut self, reason: String) {
+        self.not_tried += 1;
+        *self.skipped.entry(reason).or_default() += 1;
+    }
+
     fn said_skipped(&self) -> u64 {
         self.skipped.values().sum()
     }
 
     fn verdict(&self) -> Result<(), Error> {
-        match (self.failed, self.cargo_succeeded) {
-            (0, true) if self.passed == 0 => Err(Error::failed("no test ran")),
-            (0, true) => Ok(()),
-            (0, false) => Err(Error::failed("`cargo test` failed: see above")),
+        match (self.failed, self.cargo_failed) {
+            (0, false) if self.passed == 0 => Err(Error::failed("no test ran")),
+            (0, false) => Ok(()),
+            (0, true) => Err(Error::failed("`cargo test` failed: see above")),
             (count, _) => Err(Error::failed(format!("{count} failed"))),
         }
     }
@@ -214,7 +262,7 @@ impl Report {
     fn totals(&self) -> String {
         // libtest counts a test that returned early as passed.
         let skipped = self.said_skipped();
-        let passed = self.passed.saturating_sub(skipped);
+        let passed = self.passed.saturating_sub(skipped - self.not_tried);
         format!(
             "{passed} passed, {} failed, {} skipped\n",
             self.failed,
@@ -321,7 +369,7 @@ test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; 
 
     fn report(output: &str) -> (Report, String) {
         let mut report = Report {
-            cargo_succeeded: true,
+            cargo_failed: false,
             ..Report::default()
         };
         let shown: Vec<&str> = output.lines().filter(|line| report.take(line)).collect();
@@ -360,7 +408,7 @@ test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; 
         assert!(report.verdict().is_err(), "no test ran");
         report.passed = 1;
         assert!(report.verdict().is_ok());
-        report.cargo_succeeded = false;
+        report.cargo_failed = true;
         assert!(report.verdict().is_err());
     }
 

@@ -1,100 +1,91 @@
-//! Linear kernels without vector instructions of their own: they run on any CPU.
+//! Plain Rust, for any CPU.
 
-use std::ops::Range;
+use half::f16;
 
-use models::quant::int4::{CELL_BYTES, CELL_WEIGHTS};
-use models::quant::{Int4Matrix, Int8Matrix};
+use super::kernel::Vector;
+use super::{LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
 
-use super::{Kernels, TILE_ROWS};
-use crate::lanes::LANES;
+pub(super) struct Scalar;
 
-pub(super) static KERNELS: Kernels = Kernels {
-    int4_rows,
-    int4_dequantize,
-    int8_rows,
-    int8_dequantize,
-    tile_tokens: 4,
-    tile,
-};
+impl Vector for Scalar {
+    type Ints = [i32; TILE_ROWS];
+    type Floats = [f32; TILE_ROWS];
+    const TOKENS: usize = 1;
 
-/// Cell `cell` of a row as floats.
-fn int4_cell(w: &Int4Matrix, row: usize, cell: usize, out: &mut [f32]) {
-    let group = row * w.cols.div_ceil(w.group) + cell * CELL_WEIGHTS / w.group;
-    let scale = w.scales[group].to_f32();
-    let min = match &w.mins {
-        Some(zeros) if w.zeros => -scale * zeros[group].to_f32(),
-        Some(mins) => mins[group].to_f32(),
-        None => -8.0 * scale,
-    };
-    let start = row * w.cols / 2 + cell * CELL_BYTES;
-    let (low, high) = out.split_at_mut(CELL_BYTES);
-    for ((byte, low), high) in w.quants[start..start + CELL_BYTES]
-        .iter()
-        .zip(low)
-        .zip(high)
-    {
-        *low = scale * (byte & 15) as f32 + min;
-        *high = scale * (byte >> 4) as f32 + min;
-    }
-}
-
-/// Cell `cell` of a row as floats.
-fn int8_cell(w: &Int8Matrix, row: usize, cell: usize, out: &mut [f32]) {
-    let scale = w.scales[row * w.cols.div_ceil(w.group) + cell * CELL_WEIGHTS / w.group].to_f32();
-    let start = row * w.cols + cell * CELL_WEIGHTS;
-    for (out, &q) in out.iter_mut().zip(&w.quants[start..start + CELL_WEIGHTS]) {
-        *out = scale * q as f32;
-    }
-}
-
-fn accumulate(lanes: &mut [f32; LANES], w: &[f32], x: &[f32]) {
-    for (w, x) in w.chunks_exact(LANES).zip(x.chunks_exact(LANES)) {
-        for ((lane, w), x) in lanes.iter_mut().zip(w).zip(x) {
-            *lane += w * x;
+    #[inline(always)]
+    unsafe fn dots<const BITS: usize, const T: usize>(
+        lines: *const u8,
+        levels: [*const i8; T],
+        mut sums: [Self::Ints; T],
+    ) -> [Self::Ints; T] {
+        let per_line = STEPS / BITS;
+        for step in 0..STEPS {
+            // SAFETY: `BITS` lines, 32 levels.
+            let line = unsafe {
+                &*lines
+                    .add(step / per_line * LINE_BYTES)
+                    .cast::<[u8; LINE_BYTES]>()
+            };
+            let shift = step % per_line * BITS;
+            let mask = ((1u32 << BITS) - 1) as u8;
+            for (sums, levels) in sums.iter_mut().zip(levels) {
+                // SAFETY: as above.
+                let x = unsafe { &*levels.add(step * STEP_COLS).cast::<[i8; STEP_COLS]>() };
+                for (sum, bytes) in sums.iter_mut().zip(line.as_chunks::<STEP_COLS>().0) {
+                    for (byte, x) in bytes.iter().zip(x) {
+                        *sum += (byte >> shift & mask) as i32 * *x as i32;
+                    }
+                }
+            }
         }
+        sums
     }
-}
 
-fn row<M>(w: &M, row: usize, x: &[f32], decode: impl Fn(&M, usize, usize, &mut [f32])) -> f32 {
-    let mut lanes = [0.0; LANES];
-    let mut weights = [0.0; CELL_WEIGHTS];
-    for (cell, x) in x.chunks_exact(CELL_WEIGHTS).enumerate() {
-        decode(w, row, cell, &mut weights);
-        accumulate(&mut lanes, &weights, x);
+    #[inline(always)]
+    unsafe fn ints(value: i32) -> Self::Ints {
+        [value; TILE_ROWS]
     }
-    lanes.iter().sum()
-}
 
-fn int4_rows(w: &Int4Matrix, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
-    for (y, i) in y.iter_mut().zip(rows) {
-        *y = row(w, i, x, int4_cell);
+    #[inline(always)]
+    unsafe fn add(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        std::array::from_fn(|i| a[i] + b[i])
     }
-}
 
-fn int8_rows(w: &Int8Matrix, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
-    for (y, i) in y.iter_mut().zip(rows) {
-        *y = row(w, i, x, int8_cell);
+    #[inline(always)]
+    unsafe fn join(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        std::array::from_fn(|i| (a[i] << 8) + b[i])
     }
-}
 
-fn int4_dequantize(w: &Int4Matrix, row: usize, out: &mut [f32]) {
-    for (cell, out) in out.chunks_exact_mut(CELL_WEIGHTS).enumerate() {
-        int4_cell(w, row, cell, out);
+    #[inline(always)]
+    unsafe fn to_floats(ints: Self::Ints) -> Self::Floats {
+        ints.map(|v| v as f32)
     }
-}
 
-fn int8_dequantize(w: &Int8Matrix, row: usize, out: &mut [f32]) {
-    for (cell, out) in out.chunks_exact_mut(CELL_WEIGHTS).enumerate() {
-        int8_cell(w, row, cell, out);
+    #[inline(always)]
+    unsafe fn floats(value: f32) -> Self::Floats {
+        [value; TILE_ROWS]
     }
-}
 
-fn tile(w: &[f32], x: &[f32], k: usize, out: &mut [[f32; TILE_ROWS]]) {
-    for (x, out) in x.chunks_exact(k).zip(out) {
-        for (w, out) in w.chunks_exact(k).zip(out) {
-            let mut lanes = [0.0; LANES];
-            accumulate(&mut lanes, w, x);
-            *out = lanes.iter().sum();
-        }
+    #[inline(always)]
+    unsafe fn mul_add(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats {
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(numbers: *const f16) -> Self::Floats {
+        // SAFETY: 16 numbers.
+        unsafe { *numbers.cast::<[f16; TILE_ROWS]>() }.map(f16::to_f32)
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(numbers: *const f32) -> Self::Floats {
+        // SAFETY: 16 numbers.
+        unsafe { *numbers.cast::<[f32; TILE_ROWS]>() }
+    }
+
+    #[inline(always)]
+    unsafe fn store(floats: Self::Floats, to: *mut f32) {
+        // SAFETY: room for 16 numbers.
+        unsafe { *to.cast::<[f32; TILE_ROWS]>() = floats };
     }
 }

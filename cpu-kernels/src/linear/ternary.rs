@@ -1,13 +1,7 @@
-//! Linear layer with ternary weights and float activations: plain loops over whole rows, which become
-//! floats once and then meet every token.
-
-use std::ops::Range;
+//! Linear layer with ternary weights and float activations.
 
 use models::quant::TernaryMatrix;
-use models::quant::ternary::{CELL_BYTES, CELL_WEIGHTS, decode_cell};
-
-use super::Matrix;
-use crate::isa::{Isa, per_isa};
+use models::quant::ternary::{CELL_BYTES, CELL_WEIGHTS};
 
 /// `y = w x + bias` for `x` `(t, k)` into `y` `(t, n)`; `bias` is `(n,)`.
 ///
@@ -26,62 +20,6 @@ pub fn reference(w: &TernaryMatrix, bias: Option<&[f32]>, x: &[f32], y: &mut [f3
                 sum += scale * (code as f64 - 1.0) * x as f64;
             }
             *y = sum as f32;
-        }
-    }
-}
-
-/// As [`reference`], over rayon's current pool.
-///
-/// # Panics
-/// If a length does not fit the shape of `w`.
-pub fn forward(w: &TernaryMatrix, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
-    super::forward(w, bias, x, y);
-}
-
-impl Matrix for TernaryMatrix {
-    const ONE_TOKEN_KERNELS: bool = false;
-
-    fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn cols(&self) -> usize {
-        self.cols
-    }
-
-    fn row_bytes(&self) -> usize {
-        self.cols / 4 + self.groups_per_row() * size_of::<f32>()
-    }
-
-    fn dequantize(&self, isa: Isa, row: usize, out: &mut [f32]) {
-        assert!(
-            row < self.rows && out.len() == self.cols,
-            "linear: row {row} or its length"
-        );
-        widen(
-            isa,
-            self.row_quants(row),
-            self.row_scales(row),
-            self.group,
-            out,
-        );
-    }
-
-    fn multiply(&self, _: Isa, _: Range<usize>, _: &[f32], _: &mut [f32]) {
-        unreachable!("one token goes the way of several");
-    }
-}
-
-per_isa!(fn widen(quants: &[u8], scales: &[f32], group: usize, out: &mut [f32]) = widen_body);
-
-#[inline(always)]
-fn widen_body<const FMA: bool>(quants: &[u8], scales: &[f32], group: usize, out: &mut [f32]) {
-    let groups = quants.chunks(group / 4).zip(out.chunks_mut(group));
-    for ((cells, out), &scale) in groups.zip(scales) {
-        let cells = cells.as_chunks::<CELL_BYTES>().0;
-        let outs = out.as_chunks_mut::<CELL_WEIGHTS>().0;
-        for (cell, out) in cells.iter().zip(outs) {
-            decode_cell(cell, scale, out);
         }
     }
 }

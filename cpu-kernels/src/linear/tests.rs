@@ -1,6 +1,11 @@
-//! Every variant against the reference, at shapes that are not round.
+//! Every instruction set against the references, at shapes that are not round.
+
+use models::quant::Weight;
 
 use super::*;
+use crate::isa::Isa;
+use crate::levels::{self, Levels, Precision, token_words};
+use crate::team::SharedSlice;
 use crate::testing::Random;
 
 /// N, K, group, T.
@@ -19,56 +24,105 @@ const SHAPES: [(usize, usize, usize, usize); 12] = [
     (66, 96, 32, 7),
 ];
 
-fn run<M: Matrix>(isa: Isa, w: &M, bias: Option<&[f32]>, x: &[f32], parts: usize) -> Vec<f32> {
-    let (n, k) = (w.rows(), w.cols());
-    let mut y = vec![f32::NAN; x.len() / k * n];
-    let shared = SharedSlice::new(&mut y);
-    let mut scratch = vec![f32::NAN; scratch_elems(k)];
-    for index in 0..parts {
-        let rows = crate::team::split(n, TILE_ROWS, index, parts);
+/// Words of the levels of `x` `(t, k)`.
+fn words(isa: Isa, precision: Precision, x: &[f32], k: usize) -> Vec<f32> {
+    let mut words = vec![f32::NAN; x.len() / k * token_words(k)];
+    for (x, words) in x
+        .chunks_exact(k)
+        .zip(words.chunks_exact_mut(token_words(k)))
+    {
         // SAFETY: one thread.
-        unsafe { part(isa, w, bias, x, shared, rows, &mut scratch) };
+        unsafe { levels::part(isa, precision, x, SharedSlice::new(words), 0..k) };
+    }
+    words
+}
+
+/// What the levels in `words` stand for, `(t, k)`.
+fn values(words: &[f32], k: usize, precision: Precision) -> Vec<f32> {
+    let levels = Levels::new(words, k, precision);
+    let mut values = Vec::new();
+    for token in 0..levels.tokens() {
+        let token = levels.token(token);
+        for i in 0..k {
+            let level = match precision {
+                Precision::Byte => i32::from(token.high[i]),
+                Precision::Word => 256 * i32::from(token.high[i]) + i32::from(token.low[i]),
+            };
+            values.push(token.scales[i / CHUNK_COLS] * level as f32);
+        }
+    }
+    values
+}
+
+fn run(
+    isa: Isa,
+    w: &Packed,
+    bias: Option<&[f32]>,
+    x: Input<'_>,
+    tokens: usize,
+    parts: usize,
+) -> Vec<f32> {
+    let mut y = vec![f32::NAN; tokens * w.rows()];
+    let shared = SharedSlice::new(&mut y);
+    for index in 0..parts {
+        let rows = crate::team::split(w.rows(), TILE_ROWS, index, parts);
+        // SAFETY: one thread.
+        unsafe { part(isa, w, bias, x, shared, rows) };
     }
     y
 }
 
-fn compare<M: Matrix>(
-    w: &M,
-    tokens: usize,
-    random: &mut Random,
-    reference: impl Fn(Option<&[f32]>, &[f32], &mut [f32]),
-    forward: impl Fn(Option<&[f32]>, &[f32], &mut [f32]),
-    what: &str,
-) {
-    let (n, k) = (w.rows(), w.cols());
+fn reference(w: &Weight, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
+    match w {
+        Weight::Int4(w) => int4::reference(w, bias, x, y),
+        Weight::Int8(w) => int8::reference(w, bias, x, y),
+        Weight::Ternary(w) => ternary::reference(w, bias, x, y),
+        Weight::F16(w) => float16::reference(w, bias, x, y),
+        Weight::Vector(_) => panic!("no matrix"),
+    }
+}
+
+/// Compares with the reference over the activations that the levels stand for.
+fn compare(w: &Weight, tokens: usize, random: &mut Random, what: &str) {
+    let (n, k) = w.shape();
+    let packed = Packed::new(w).unwrap();
     let x = random.floats(tokens * k, 2.0);
     let bias = random.floats(n, 3.0);
-    // Sum of the absolute terms of each output: what its rounding error is measured by.
-    let mut sizes = vec![0.0; tokens * n];
     let mut weights = vec![0.0; k];
-    for row in 0..n {
-        w.dequantize(Isa::available()[0], row, &mut weights);
-        for (x, sizes) in x.chunks_exact(k).zip(sizes.chunks_exact_mut(n)) {
-            let terms = weights.iter().zip(x).map(|(w, x)| (w * x).abs());
-            sizes[row] = terms.sum::<f32>() + bias[row].abs();
-        }
-    }
-    for bias in [None, Some(&bias[..])] {
-        let mut expected = vec![0.0; tokens * n];
-        reference(bias, &x, &mut expected);
-        let mut y = vec![f32::NAN; tokens * n];
-        forward(bias, &x, &mut y);
-        let check = |y: &[f32], what: &str| {
-            for (i, ((y, expected), size)) in y.iter().zip(&expected).zip(&sizes).enumerate() {
-                let error = (y - expected).abs();
-                assert!(error <= 1e-6 * size, "{what}: {y} for {expected} at {i}");
+    for precision in [Precision::Word, Precision::Byte] {
+        let words = words(Isa::available()[0], precision, &x, k);
+        let (input, x) = match packed.takes_levels() {
+            true => {
+                let levels = Levels::new(&words, k, precision);
+                (Input::Levels(levels), values(&words, k, precision))
             }
+            false => (Input::Floats(&x), x.clone()),
         };
-        check(&y, &format!("{what} forward"));
-        for isa in Isa::available() {
-            for parts in [1, 3] {
-                let y = run(isa, w, bias, &x, parts);
-                check(&y, &format!("{what} {isa}, {parts} parts"));
+        // Sum of the absolute terms of each output: what its rounding error is measured by.
+        let mut sizes = vec![0.0; tokens * n];
+        for row in 0..n {
+            w.dequantize_row(row, &mut weights);
+            for (x, sizes) in x.chunks_exact(k).zip(sizes.chunks_exact_mut(n)) {
+                let terms = weights.iter().zip(x).map(|(w, x)| (w * x).abs());
+                sizes[row] = terms.sum::<f32>() + bias[row].abs();
+            }
+        }
+        for bias in [None, Some(&bias[..])] {
+            let mut expected = vec![0.0; tokens * n];
+            reference(w, bias, &x, &mut expected);
+            for isa in Isa::available() {
+                for parts in [1, 3] {
+                    let y = run(isa, &packed, bias, input, tokens, parts);
+                    for (i, ((y, expected), size)) in
+                        y.iter().zip(&expected).zip(&sizes).enumerate()
+                    {
+                        let error = (y - expected).abs();
+                        assert!(
+                            error <= 2e-6 * size,
+                            "{what} {precision:?} {isa}, {parts} parts: {y} for {expected} at {i}"
+                        );
+                    }
+                }
             }
         }
     }
@@ -83,18 +137,10 @@ fn int4_is_close_to_the_reference() {
             random.int4(n, k, group, true),
             random.int4_zeros(n, k, group),
         ] {
-            compare(
-                &w,
-                tokens,
-                &mut random,
-                |bias, x, y| int4::reference(&w, bias, x, y),
-                |bias, x, y| int4::forward(&w, bias, x, y),
-                &format!(
-                    "int4 n={n} k={k} group={group} t={tokens} mins={} zeros={}",
-                    w.mins.is_some(),
-                    w.zeros
-                ),
-            );
+            let (mins, zeros) = (w.mins.is_some(), w.zeros);
+            let what =
+                format!("int4 n={n} k={k} group={group} t={tokens} mins={mins} zeros={zeros}");
+            compare(&Weight::Int4(w), tokens, &mut random, &what);
         }
     }
 }
@@ -103,16 +149,10 @@ fn int4_is_close_to_the_reference() {
 fn int8_is_close_to_the_reference() {
     let mut random = Random::new(11);
     for (n, k, group, tokens) in SHAPES {
-        for group in [group, k] {
-            let w = random.int8(n, k, group);
-            compare(
-                &w,
-                tokens,
-                &mut random,
-                |bias, x, y| int8::reference(&w, bias, x, y),
-                |bias, x, y| int8::forward(&w, bias, x, y),
-                &format!("int8 n={n} k={k} group={group} t={tokens}"),
-            );
+        for group in [group.min(k), k] {
+            let w = Weight::Int8(random.int8(n, k, group));
+            let what = format!("int8 n={n} k={k} group={group} t={tokens}");
+            compare(&w, tokens, &mut random, &what);
         }
     }
 }
@@ -121,25 +161,55 @@ fn int8_is_close_to_the_reference() {
 fn f16_and_ternary_are_close_to_the_reference() {
     let mut random = Random::new(15);
     for (n, k, group, tokens) in SHAPES {
-        let w = random.f16(n, k);
+        let w = Weight::F16(random.f16(n, k));
         compare(
             &w,
             tokens,
             &mut random,
-            |bias, x, y| float16::reference(&w, bias, x, y),
-            |bias, x, y| float16::forward(&w, bias, x, y),
             &format!("f16 n={n} k={k} t={tokens}"),
         );
         for group in [group.min(k), k] {
-            let w = random.ternary(n, k, group);
-            compare(
-                &w,
-                tokens,
-                &mut random,
-                |bias, x, y| ternary::reference(&w, bias, x, y),
-                |bias, x, y| ternary::forward(&w, bias, x, y),
-                &format!("ternary n={n} k={k} group={group} t={tokens}"),
-            );
+            let w = Weight::Ternary(random.ternary(n, k, group));
+            let what = format!("ternary n={n} k={k} group={group} t={tokens}");
+            compare(&w, tokens, &mut random, &what);
+        }
+    }
+}
+
+#[test]
+fn sums_of_ternary_weights_and_bytes_are_exact() {
+    let mut random = Random::new(16);
+    for (n, k, tokens) in [(33, 2560, 1), (17, 6912, 7), (5, 96, 3)] {
+        let w = random.ternary(n, k, k);
+        let x = random.floats(tokens * k, 50.0);
+        let packed = Packed::ternary(&w);
+        for isa in Isa::available() {
+            let words = words(isa, Precision::Byte, &x, k);
+            let levels = Levels::new(&words, k, Precision::Byte);
+            let y = run(isa, &packed, None, Input::Levels(levels), tokens, 2);
+            for (t, y) in y.chunks_exact(n).enumerate() {
+                let token = levels.token(t);
+                for (row, y) in y.iter().enumerate() {
+                    let mut signs = vec![0.0; k];
+                    let unit = [1.0];
+                    for (cell, out) in w
+                        .row_quants(row)
+                        .as_chunks()
+                        .0
+                        .iter()
+                        .zip(signs.as_chunks_mut().0)
+                    {
+                        models::quant::ternary::decode_cell(cell, unit[0], out);
+                    }
+                    let sum: i32 = signs
+                        .iter()
+                        .zip(token.high)
+                        .map(|(w, x)| *w as i32 * i32::from(*x))
+                        .sum();
+                    let expected = w.row_scales(row)[0] * (token.scales[0] * sum as f32);
+                    assert_eq!(*y, expected, "{isa} n={n} k={k} row {row}");
+                }
+            }
         }
     }
 }
@@ -148,55 +218,49 @@ fn f16_and_ternary_are_close_to_the_reference() {
 fn several_tokens_equal_one_by_one() {
     let mut random = Random::new(12);
     let (n, k, tokens) = (66, 576, 17);
-    let four = random.int4(n, k, 32, true);
-    let eight = random.int8(n, k, 32);
-    let (half, two) = (random.f16(n, k), random.ternary(n, k, 64));
     let x = random.floats(tokens * k, 2.0);
-    for isa in Isa::available() {
-        for (what, run) in [
-            (
-                "int4",
-                &(|x: &[f32]| run(isa, &four, None, x, 1)) as &dyn Fn(&[f32]) -> Vec<f32>,
-            ),
-            ("int8", &|x| run(isa, &eight, None, x, 1)),
-            ("f16", &|x| run(isa, &half, None, x, 1)),
-            ("ternary", &|x| run(isa, &two, None, x, 1)),
-        ] {
-            let single: Vec<f32> = x.chunks_exact(k).flat_map(run).collect();
-            assert_eq!(run(&x), single, "{what} {isa}: the same bits");
+    for w in [
+        Weight::Int4(random.int4(n, k, 32, true)),
+        Weight::Int8(random.int8(n, k, 32)),
+        Weight::F16(random.f16(n, k)),
+        Weight::Ternary(random.ternary(n, k, 64)),
+    ] {
+        let packed = Packed::new(&w).unwrap();
+        for isa in Isa::available() {
+            for precision in [Precision::Word, Precision::Byte] {
+                let run = |x: &[f32]| {
+                    let words = words(isa, precision, x, k);
+                    let input = match packed.takes_levels() {
+                        true => Input::Levels(Levels::new(&words, k, precision)),
+                        false => Input::Floats(x),
+                    };
+                    run(isa, &packed, None, input, x.len() / k, 1)
+                };
+                let single: Vec<f32> = x.chunks_exact(k).flat_map(run).collect();
+                assert_eq!(run(&x), single, "{} {isa}: the same bits", packed.format());
+            }
         }
     }
 }
 
 #[test]
-fn dequantized_rows_are_the_weights_bit_for_bit() {
+fn rows_of_the_layout_are_the_weights_bit_for_bit() {
     let mut random = Random::new(13);
     for w in [
-        random.int4(3, 160, 64, false),
-        random.int4(3, 1120, 128, true),
-        random.int4(3, 32, 32, true),
-        random.int4_zeros(3, 96, 32),
-        random.int4_zeros(3, 1120, 128),
+        Weight::Int4(random.int4(19, 160, 64, false)),
+        Weight::Int4(random.int4(3, 1120, 128, true)),
+        Weight::Int4(random.int4_zeros(17, 96, 32)),
+        Weight::Int8(random.int8(18, 160, 160)),
+        Weight::Ternary(random.ternary(18, 160, 32)),
+        Weight::F16(random.f16(18, 160)),
     ] {
-        let (k, group) = (w.cols, w.group);
-        for isa in Isa::available() {
-            for row in 0..3 {
-                let mut got = vec![0.0; k];
-                w.dequantize(isa, row, &mut got);
-                for (j, got) in got.into_iter().enumerate() {
-                    let byte = w.quants[row * k / 2 + j / 32 * 16 + j % 16];
-                    let q = if j % 32 < 16 { byte & 15 } else { byte >> 4 } as f32;
-                    let i = row * k.div_ceil(group) + j / group;
-                    let scale = w.scales[i].to_f32();
-                    let weight = match &w.mins {
-                        // Exact, as the product of an f16 and four bits is: one rounding at most.
-                        Some(zeros) if w.zeros => scale * (q - zeros[i].to_f32()),
-                        Some(mins) => scale * q + mins[i].to_f32(),
-                        None => scale * (q - 8.0),
-                    };
-                    assert_eq!(got, weight, "{isa} row {row} column {j}");
-                }
-            }
+        let (rows, cols) = w.shape();
+        let packed = Packed::new(&w).unwrap();
+        let (mut got, mut expected) = (vec![f32::NAN; cols], vec![0.0; cols]);
+        for row in 0..rows {
+            w.dequantize_row(row, &mut expected);
+            packed.dequantize_row(row, &mut got);
+            assert_eq!(got, expected, "{} row {row}", packed.format());
         }
     }
 }
@@ -206,5 +270,5 @@ fn dequantized_rows_are_the_weights_bit_for_bit() {
 fn a_matrix_with_missing_scales_is_refused() {
     let mut w = Random::new(14).int4(4, 64, 32, true);
     w.scales.to_mut().pop();
-    int4::forward(&w, None, &[0.0; 64], &mut [0.0; 4]);
+    Packed::int4(&w);
 }

@@ -6,36 +6,45 @@
 
 mod forward;
 mod program;
-mod read;
+mod system;
 mod team;
+
+pub use system::System;
 
 use std::sync::Arc;
 
 use cpu_kernels::attention::{self, AttentionShape};
 use cpu_kernels::buffer::AlignedBuffer;
-use cpu_kernels::isa::{Isa, OVERRIDE};
-use cpu_kernels::linear::{self, TILE_ROWS};
+use cpu_kernels::isa::Isa;
+use cpu_kernels::levels::{self, Levels};
+use cpu_kernels::linear::{self, Input, Packed};
 use cpu_kernels::team::{Phases, SharedSlice, split};
-use cpu_kernels::{add, embed, kv_append, relu2_glu, rmsnorm, rope, round_int8, sample, swiglu};
+use cpu_kernels::{
+    add, embed, kv_append, read, relu2_glu, rmsnorm, rope, round_int8, sample, swiglu,
+};
 use half::f16;
 use half::slice::HalfBitsSliceExt;
 use models::quant::Weight;
-use models::recipe::{Buffer, Step, WeightId};
+use models::recipe::{Buffer, Recipe, Step, WeightId};
+use rayon::prelude::*;
 
-use self::program::Program;
+use self::program::{Cut, Op, Program};
 use self::team::Team;
 use super::{Backend, BackendInfo, LoadedModel, Profile};
 use crate::Error;
 use crate::sampler::{self, Sampling};
 
-/// Tokens of a prompt that go through the list together: enough that turning weights into floats
-/// is lost in the multiplications, few enough that their activations stay in the second-level cache.
-pub const CHUNK_TOKENS: usize = 32;
+/// Tokens of a prompt that go through the list together: enough that reading the weights once for all of them is
+/// lost in the products, few enough that their levels stay in the second-level cache. A multiple of the tokens
+/// that the products take at once.
+pub const CHUNK_TOKENS: usize = 48;
 
 /// Runs a model on the CPU.
 pub struct CpuBackend {
     info: BackendInfo,
-    model: Arc<LoadedModel>,
+    recipe: Recipe,
+    /// Indexed by [`WeightId`].
+    weights: Vec<Operand>,
     program: Program,
     isa: Isa,
     team: Team,
@@ -50,7 +59,7 @@ pub struct CpuBackend {
     activations: AlignedBuffer,
     /// `(layers, 2, kv, s, dh)` as bits of f16: keys, then values of each layer.
     cache: Vec<u16>,
-    /// A scratch area for each thread: see [`Scratch`].
+    /// Scores of attention for each thread.
     scratch: AlignedBuffer,
     /// What the cache holds.
     tokens: Vec<u32>,
@@ -68,11 +77,7 @@ impl CpuBackend {
     /// `EDGELLM_CPU` names an instruction set that this CPU lacks; [`Error::Machine`] if the cache
     /// does not fit in memory or threads cannot be started.
     pub fn new(model: Arc<LoadedModel>, context: usize) -> Result<CpuBackend, Error> {
-        let isa = Isa::from_environment().map_err(Error::Input)?;
-        let why = match std::env::var_os(OVERRIDE) {
-            Some(_) => format!("set by {OVERRIDE}"),
-            None => "the fastest instruction set of this CPU".to_owned(),
-        };
+        let (isa, why) = system::chosen()?;
         CpuBackend::with(model, context, isa, team::default_threads()?, why)
     }
 
@@ -88,7 +93,9 @@ impl CpuBackend {
         }
         let program = Program::compile(&model, CHUNK_TOKENS)?;
         let team = Team::new(threads)?;
-        let c = &model.recipe.config;
+        let bytes_per_token = model.bytes_per_token();
+        let (recipe, weights) = operands(model);
+        let c = &recipe.config;
         // First: where it fits, the tables do.
         let cache = [2, c.layers, c.kv_heads, c.head_dim]
             .into_iter()
@@ -99,21 +106,22 @@ impl CpuBackend {
                     "no memory for a cache of {context} tokens: lower --context"
                 ))
             })?;
-        let (cos, sin) = model.recipe.rope_tables(context);
-        let scratch = Scratch::elems(&program, context) * threads;
+        let (cos, sin) = recipe.rope_tables(context);
+        let scratch = scores_elems(context) * threads;
         let info = BackendInfo {
             name: "cpu",
             tier: isa.name().to_owned(),
-            device: format!("{}, {threads} threads", team::cpu_name()),
+            device: format!("{}, {threads} threads", system::cpu_name()),
             reason: format!("{isa}, {why}"),
-            bytes_per_token: model.bytes_per_token(),
+            bytes_per_token,
         };
         Ok(CpuBackend {
             info,
             activations: AlignedBuffer::zeroed(program.activation_elems),
             scratch: AlignedBuffer::zeroed(scratch),
             phases: Phases::new(program.phases.len()),
-            model,
+            recipe,
+            weights,
             program,
             isa,
             team,
@@ -128,7 +136,7 @@ impl CpuBackend {
 
     /// Tokens are usable and fit.
     fn check(&self, tokens: &[u32]) -> Result<(), Error> {
-        let vocab = self.model.recipe.config.vocab;
+        let vocab = self.recipe.config.vocab;
         if tokens.is_empty() {
             return Err(Error::input("no tokens to append"));
         }
@@ -150,7 +158,7 @@ impl CpuBackend {
 
     /// Runs the list for at most [`CHUNK_TOKENS`] checked tokens.
     fn run(&mut self, tokens: &[u32], logits: Logits<'_>) {
-        let scratch_elems = Scratch::elems(&self.program, self.context);
+        let scratch_elems = scores_elems(self.context);
         let position = self.tokens.len();
         let has_logits = !matches!(logits, Logits::Unwanted);
         let activations = SharedSlice::new(&mut self.activations);
@@ -161,16 +169,16 @@ impl CpuBackend {
         };
         let job = Job {
             program: &self.program,
-            weights: &self.model.weights,
+            weights: &self.weights,
             isa: self.isa,
             tokens,
             logits,
             position,
             context: self.context,
             shape: AttentionShape {
-                heads: self.model.recipe.config.heads,
-                kv_heads: self.model.recipe.config.kv_heads,
-                head_dim: self.model.recipe.config.head_dim,
+                heads: self.recipe.config.heads,
+                kv_heads: self.recipe.config.kv_heads,
+                head_dim: self.recipe.config.head_dim,
                 capacity: self.context,
                 position,
                 scale: 1.0,
@@ -187,16 +195,14 @@ impl CpuBackend {
         self.team.run(|thread| {
             let own = thread * scratch_elems..(thread + 1) * scratch_elems;
             // SAFETY: each thread of the team takes the area of its own number.
-            let scratch = unsafe { scratch.slice_mut(own) };
-            let (matrix, scores) = scratch.split_at_mut(job.program.matrix_scratch_elems);
-            let mut scratch = Scratch { matrix, scores };
+            let scores = unsafe { scratch.slice_mut(own) };
             for (i, phase) in job.program.phases.iter().enumerate() {
                 let shares = phase.shares(threads, tokens.len(), positions);
                 phases.run(i, shares, |share| {
-                    for step in &phase.steps {
+                    for op in &phase.ops {
                         // SAFETY: all threads run the same job phase by phase, each share is taken
                         // once, and the program put steps into one phase only where that is enough.
-                        unsafe { job.call(step, share, shares, &mut scratch) };
+                        unsafe { job.call(op, phase.unit, share, shares, scores) };
                     }
                 });
             }
@@ -276,7 +282,8 @@ impl Backend for CpuBackend {
 
     fn profile(&mut self, _: bool) -> Result<Profile, Error> {
         Ok(Profile {
-            read_bytes_per_second: read::bytes_per_second(self.team.threads())?,
+            read_bytes_per_second: read::bytes_per_second(self.team.threads())
+                .ok_or_else(|| Error::machine("no memory to measure its speed with"))?,
             kernels: Vec::new(),
         })
     }
@@ -290,18 +297,41 @@ fn zeroed(elems: usize) -> Option<Vec<u16>> {
     Some(vec![0; elems])
 }
 
-/// Memory of one thread for the length of a call.
-struct Scratch<'a> {
-    /// For [`linear::part`].
-    matrix: &'a mut [f32],
-    /// For [`attention::part`].
-    scores: &'a mut [f32],
+/// Floats that attention scores of one thread take, a whole number of cache lines.
+fn scores_elems(context: usize) -> usize {
+    context.next_multiple_of(16)
 }
 
-impl Scratch<'_> {
-    /// Floats of one thread, a whole number of cache lines.
-    fn elems(program: &Program, context: usize) -> usize {
-        (program.matrix_scratch_elems + context).next_multiple_of(16)
+/// A weight as the calls read it.
+enum Operand {
+    Matrix(Packed),
+    Vector(Vec<f32>),
+}
+
+/// Lays all matrices out for the kernels, each freed as soon as it is, if nobody else holds the model.
+fn operands(model: Arc<LoadedModel>) -> (Recipe, Vec<Operand>) {
+    let pack = |weight: &Weight| Packed::new(weight).map(Operand::Matrix);
+    match Arc::try_unwrap(model) {
+        Ok(model) => {
+            let own = |weight| match weight {
+                Weight::Vector(vector) => Operand::Vector(vector),
+                matrix => pack(&matrix).expect("no vector"),
+            };
+            (
+                model.recipe,
+                model.weights.into_par_iter().map(own).collect(),
+            )
+        }
+        Err(shared) => {
+            let copy = |weight: &Weight| match weight {
+                Weight::Vector(vector) => Operand::Vector(vector.clone()),
+                matrix => pack(matrix).expect("no vector"),
+            };
+            (
+                shared.recipe.clone(),
+                shared.weights.par_iter().map(copy).collect(),
+            )
+        }
     }
 }
 
@@ -317,7 +347,7 @@ enum Logits<'a> {
 /// What the threads of a team share while they run the list once.
 struct Job<'a> {
     program: &'a Program,
-    weights: &'a [Weight],
+    weights: &'a [Operand],
     isa: Isa,
     tokens: &'a [u32],
     /// `(n, V)`: where the logits of the last `n` tokens go, if they are wanted.
@@ -355,19 +385,33 @@ impl Job<'_> {
 
     fn vector(&self, id: WeightId) -> &[f32] {
         match &self.weights[id] {
-            Weight::Vector(vector) => vector,
-            _ => unreachable!("the program was compiled with a vector here"),
+            Operand::Vector(vector) => vector,
+            Operand::Matrix(_) => unreachable!("the program was compiled with a vector here"),
         }
     }
 
-    /// Share `part` of `parts` of one step.
+    fn matrix(&self, id: WeightId) -> &Packed {
+        match &self.weights[id] {
+            Operand::Matrix(matrix) => matrix,
+            Operand::Vector(_) => unreachable!("the program was compiled with a matrix here"),
+        }
+    }
+
+    /// Share `part` of `parts` of one operation, whose columns are cut at multiples of `unit`.
     ///
     /// # Safety
     /// Shares of one step have equal `parts` and `part`s of their own; whatever another share wrote
     /// that this one reads, or reads that this one writes, lies in an earlier phase. [`program`]
     /// knows for every step which share touches which elements.
-    unsafe fn call(&self, step: &Step, part: usize, parts: usize, scratch: &mut Scratch<'_>) {
+    unsafe fn call(&self, op: &Op, unit: usize, part: usize, parts: usize, scores: &mut [f32]) {
         let (isa, tokens) = (self.isa, self.tokens.len());
+        let (step, levels) = match op {
+            Op::Step(step, levels) => (step, *levels),
+            Op::Round { src, levels, cut } => {
+                // SAFETY: the caller's contract.
+                return unsafe { self.round(*src, *levels, *cut, unit, part, parts) };
+            }
+        };
         match *step {
             Step::Embed { table, dst } => {
                 let own = split(tokens, 1, part, parts);
@@ -375,11 +419,7 @@ impl Job<'_> {
                 let width = dst.len() / tokens;
                 // SAFETY: the rows of this share's tokens.
                 let dst = unsafe { dst.slice_mut(own.start * width..own.end * width) };
-                match &self.weights[table] {
-                    Weight::Int8(table) => embed::part(isa, table, &self.tokens[own], dst),
-                    Weight::F16(table) => embed::part(isa, table, &self.tokens[own], dst),
-                    _ => unreachable!("the program was compiled with an INT8 or F16 table"),
-                }
+                embed::part(self.matrix(table), &self.tokens[own], dst);
             }
             Step::RmsNorm {
                 weight,
@@ -406,12 +446,13 @@ impl Job<'_> {
                 dst,
             } => {
                 let bias = bias.map(|bias| self.vector(bias));
-                // SAFETY: `src` was complete before this phase.
-                let src = unsafe { self.read(src) };
                 let dst = self.buffer(dst);
-                let own = split(dst.len() / tokens, TILE_ROWS, part, parts);
-                // SAFETY: this share's columns of `dst`.
-                unsafe { self.linear(weight, bias, src, dst, own, scratch) };
+                let own = split(dst.len() / tokens, unit, part, parts);
+                // SAFETY: `src` was complete before this phase; this share's columns of `dst`.
+                unsafe {
+                    let x = self.input(src, levels, tokens);
+                    linear::part(isa, self.matrix(weight), bias, x, dst, own);
+                }
             }
             Step::Logits {
                 table,
@@ -422,14 +463,12 @@ impl Job<'_> {
                     return;
                 };
                 let vocab = self.program.buffer(dst_buffer, 1).len();
-                let rows = dst.len() / vocab;
-                // SAFETY: `src` was complete before this phase.
-                let src = unsafe { self.read(src) };
-                let width = src.len() / tokens;
-                let own = split(vocab, TILE_ROWS, part, parts);
-                let last = &src[(tokens - rows) * width..];
-                // SAFETY: this share's columns of `dst`.
-                unsafe { self.linear(table, None, last, dst, own, scratch) };
+                let own = split(vocab, unit, part, parts);
+                // SAFETY: as above.
+                unsafe {
+                    let x = self.input(src, levels, dst.len() / vocab);
+                    linear::part(isa, self.matrix(table), None, x, dst, own);
+                }
             }
             Step::HeadNorm {
                 weight,
@@ -500,13 +539,12 @@ impl Job<'_> {
                     // SAFETY: a head of this share.
                     let (q, out) = unsafe { (query.slice(own.clone()), dst.slice_mut(own)) };
                     let (token, head) = (unit / heads, unit % heads);
-                    let scores = &mut *scratch.scores;
                     attention::part(isa, q, keys, values, out, &shape, token, head, scores);
                 }
             }
             Step::SwiGlu { gate, up, dst } => {
                 let (gate, up, dst) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
-                for own in columns(dst.len(), tokens, part, parts) {
+                for own in columns(dst.len(), tokens, unit, part, parts) {
                     // SAFETY: this share's columns of all three.
                     unsafe {
                         let (gate, up) = (gate.slice(own.clone()), up.slice(own.clone()));
@@ -516,7 +554,7 @@ impl Job<'_> {
             }
             Step::ReluSquaredGlu { gate, up, dst } => {
                 let (gate, up, dst) = (self.buffer(gate), self.buffer(up), self.buffer(dst));
-                for own in columns(dst.len(), tokens, part, parts) {
+                for own in columns(dst.len(), tokens, unit, part, parts) {
                     // SAFETY: this share's columns of all three.
                     unsafe {
                         let (gate, up) = (gate.slice(own.clone()), up.slice(own.clone()));
@@ -526,7 +564,7 @@ impl Job<'_> {
             }
             Step::Add { src, dst } => {
                 let (src, dst) = (self.buffer(src), self.buffer(dst));
-                for own in columns(dst.len(), tokens, part, parts) {
+                for own in columns(dst.len(), tokens, unit, part, parts) {
                     // SAFETY: this share's columns of both.
                     unsafe { add::part(isa, src.slice(own.clone()), dst.slice_mut(own)) };
                 }
@@ -534,38 +572,66 @@ impl Job<'_> {
         }
     }
 
-    /// Rows `own` of a matrix.
+    /// What a matrix reads, of the last `count` tokens.
     ///
     /// # Safety
-    /// As [`linear::part`].
-    unsafe fn linear(
+    /// No thread writes it in this phase.
+    unsafe fn input(&self, src: Buffer, levels: Option<usize>, count: usize) -> Input<'_> {
+        let tokens = self.tokens.len();
+        // SAFETY: the caller excludes writers.
+        unsafe {
+            match levels {
+                Some(id) => {
+                    let (range, place) = self.program.levels(id, tokens);
+                    let words = self.activations.slice(range);
+                    Input::Levels(Levels::new(words, place.cols, place.precision).last(count))
+                }
+                None => {
+                    let x = self.read(src);
+                    Input::Floats(&x[(tokens - count) * (x.len() / tokens)..])
+                }
+            }
+        }
+    }
+
+    /// Rounds a share of a buffer to levels.
+    ///
+    /// # Safety
+    /// As [`Job::call`].
+    unsafe fn round(
         &self,
-        weight: WeightId,
-        bias: Option<&[f32]>,
-        src: &[f32],
-        dst: SharedSlice<'_, f32>,
-        own: std::ops::Range<usize>,
-        scratch: &mut Scratch<'_>,
+        src: Buffer,
+        id: usize,
+        cut: Cut,
+        unit: usize,
+        part: usize,
+        parts: usize,
     ) {
-        let scratch = &mut *scratch.matrix;
-        match &self.weights[weight] {
-            // SAFETY: the caller keeps to the same contract.
-            Weight::Int4(w) => unsafe {
-                linear::part(self.isa, w, bias, src, dst, own, scratch);
-            },
-            // SAFETY: as above.
-            Weight::Int8(w) => unsafe {
-                linear::part(self.isa, w, bias, src, dst, own, scratch);
-            },
-            // SAFETY: as above.
-            Weight::Ternary(w) => unsafe {
-                linear::part(self.isa, w, bias, src, dst, own, scratch);
-            },
-            // SAFETY: as above.
-            Weight::F16(w) => unsafe {
-                linear::part(self.isa, w, bias, src, dst, own, scratch);
-            },
-            Weight::Vector(_) => unreachable!("the program was compiled with a matrix here"),
+        let tokens = self.tokens.len();
+        let (range, place) = self.program.levels(id, tokens);
+        let (src, k) = (self.buffer(src), place.cols);
+        let words = self.activations.part(range);
+        let stride = words.len() / tokens;
+        let round = |token: usize, cols: std::ops::Range<usize>| {
+            let words = words.part(token * stride..(token + 1) * stride);
+            // SAFETY: columns of this share, complete since its last operation.
+            unsafe {
+                let start = token * k;
+                let x = src.slice(start + cols.start..start + cols.end);
+                levels::part(self.isa, place.precision, x, words, cols);
+            }
+        };
+        match cut {
+            Cut::Tokens => split(tokens, 1, part, parts).for_each(|token| round(token, 0..k)),
+            Cut::Columns => (0..tokens).for_each(|token| round(token, split(k, unit, part, parts))),
+            Cut::Heads => {
+                let (dh, heads) = (self.shape.head_dim, k / self.shape.head_dim);
+                for unit in split(tokens * heads, 1, part, parts) {
+                    let head = unit % heads;
+                    round(unit / heads, head * dh..(head + 1) * dh);
+                }
+            }
+            Cut::Whole => unreachable!("rounding is shared out"),
         }
     }
 }
@@ -575,11 +641,12 @@ impl Job<'_> {
 fn columns(
     len: usize,
     tokens: usize,
+    unit: usize,
     part: usize,
     parts: usize,
 ) -> impl Iterator<Item = std::ops::Range<usize>> {
     let n = len / tokens;
-    let own = split(n, TILE_ROWS, part, parts);
+    let own = split(n, unit, part, parts);
     (0..tokens).map(move |token| token * n + own.start..token * n + own.end)
 }
 

@@ -73,7 +73,7 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
     let start = Instant::now();
     let needed = needed_context(&args)?;
     let model = Arc::new(load(&args, needed)?);
-    let config = &model.recipe.config;
+    let config = &model.recipe.config.clone();
     let context = args.model.context.unwrap_or(needed);
     for (what, tokens) in [
         ("the model was trained for", config.context),
@@ -91,7 +91,7 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
         reason,
     } = select(
         args.model.backend.into(),
-        Arc::clone(&model),
+        model,
         context,
         args.model.tier.map(u32::from),
     )?;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use engine::Error;
+use engine::backend::cpu::System;
 use engine::weights::ModelFile;
 use models::arch::Config;
 use models::file::Source;
@@ -24,8 +25,12 @@ use super::{Failure, model_path, positive, set_threads, stdout_failure};
 pub struct InfoArgs {
     /// GGUF file, Hugging Face folder, file of `edgellm quantize`, or the name of a model in the
     /// catalogue.
-    #[arg(value_name = "FILE")]
-    model: PathBuf,
+    #[arg(value_name = "FILE", required_unless_present = "system")]
+    model: Option<PathBuf>,
+
+    /// Show this machine instead: what the CPU has and what each operation uses of it.
+    #[arg(long, conflicts_with_all = ["model", "context"])]
+    system: bool,
 
     /// Tokens that the key/value cache shall hold. Without it, as many as the model was trained for.
     #[arg(long, value_name = "TOKENS", value_parser = positive)]
@@ -40,7 +45,8 @@ const EXAMPLES: &str = "\
 Examples:
   edgellm info model.gguf
   edgellm info Qwen2.5-1.5B-Instruct --context 4096
-  edgellm info qwen.edgellm --json";
+  edgellm info qwen.edgellm --json
+  EDGELLM_CPU=avx2 edgellm info --system";
 
 /// Tensors of one use.
 #[derive(Debug, Default, Serialize)]
@@ -77,8 +83,11 @@ struct Report {
 
 /// Runs the command.
 pub fn execute(args: InfoArgs) -> Result<ExitCode, Failure> {
+    let Some(model) = args.model else {
+        return system(args.json);
+    };
     set_threads(None);
-    let mapped = ModelFile::open(&model_path::resolve(Some(&args.model))?)?;
+    let mapped = ModelFile::open(&model_path::resolve(Some(&model))?)?;
     let file = mapped.parse()?;
     let recipe = mapped.recipe(&file)?;
     let report = inspect(file.source(), recipe, args.context)?;
@@ -86,10 +95,36 @@ pub fn execute(args: InfoArgs) -> Result<ExitCode, Failure> {
         true => serde_json::to_string(&report).map_err(Error::machine)? + "\n",
         false => show(&report),
     };
+    print(&text)
+}
+
+fn print(text: &str) -> Result<ExitCode, Failure> {
     std::io::stdout()
         .write_all(text.as_bytes())
         .map_err(stdout_failure)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// `--system`.
+fn system(json: bool) -> Result<ExitCode, Failure> {
+    let system = System::detect()?;
+    if json {
+        return print(&(serde_json::to_string(&system).map_err(Error::machine)? + "\n"));
+    }
+    let mut text = format!(
+        "CPU           {}, {} threads\n\
+         has           {}\n\
+         uses          {}, {}\n",
+        system.cpu,
+        system.threads,
+        system.available.join(", "),
+        system.used,
+        system.reason,
+    );
+    for operation in &system.operations {
+        text += &format!("  {:<48}{}\n", operation.operation, operation.instructions);
+    }
+    print(&text)
 }
 
 fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Result<Report, Error> {

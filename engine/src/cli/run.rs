@@ -173,10 +173,10 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
     let context = context_tokens(args.model.context, trained, prompt.len(), tokens)?;
     check_prompt(prompt.len(), context)?;
 
-    let model = Arc::new(model?);
+    // Given away: a backend that lays weights out anew frees them as it goes.
     let selected = select(
         args.model.backend.into(),
-        Arc::clone(&model),
+        Arc::new(model?),
         context,
         args.model.tier.map(u32::from),
     )?;
@@ -184,6 +184,7 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
         mut backend,
         reason,
     } = selected;
+    mapped.release();
     if args.trace && backend.info().name != "cuda" {
         return Err(Error::Input(format!(
             "--trace shows the kernels of the CUDA backend, this is {} ({reason})",

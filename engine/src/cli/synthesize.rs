@@ -23,7 +23,7 @@ Examples:
   edgellm run -m /tmp/qwen.gguf --raw --greedy -n 128 -i \"Hello\"")]
 pub struct SynthesizeArgs {
     /// Shape: qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-3b, llama-3.2-1b, llama-3.2-3b, smollm2-135m,
-    /// tiny, tiny-qwen2, tiny-llama3.
+    /// bitnet-2b-4t, tiny, tiny-qwen2, tiny-llama3.
     name: String,
 
     /// File to write.
@@ -50,6 +50,9 @@ pub enum LinearArg {
     /// 8 bits, a scale for 32 weights.
     #[value(name = "q8_0")]
     Q8_0,
+    /// -1, 0 and 1 in 2 bits, a scale for 256 weights.
+    #[value(name = "tq2_0")]
+    TQ2_0,
 }
 
 impl From<LinearArg> for DType {
@@ -58,6 +61,7 @@ impl From<LinearArg> for DType {
             LinearArg::Q4_0 => DType::Q4_0,
             LinearArg::Q4_1 => DType::Q4_1,
             LinearArg::Q8_0 => DType::Q8_0,
+            LinearArg::TQ2_0 => DType::TQ2_0,
         }
     }
 }

@@ -1,5 +1,5 @@
 //! The distribution after each of 256 tokens of text against `transformers` in float32: mean
-//! Kullback-Leibler divergence and agreement of the likeliest token.
+//! Kullback-Leibler divergence, agreement of the likeliest token, and perplexity.
 //!
 //! The reference holds, for each position, the likeliest tokens up to 99% of the probability (at
 //! most 3584) and the rest as one bucket. The divergence of the bucketed distributions is never
@@ -15,6 +15,8 @@ use crate::support::{self, Device, on_every_device};
 
 const MAX_MEAN_KL: f64 = 0.0005;
 const MIN_TOP1: f64 = 0.99;
+/// Over the tokens of the text that the reference stores: nearly all.
+const MAX_PERPLEXITY_CHANGE: f64 = 0.005;
 const POSITIONS: usize = 256;
 
 #[derive(Deserialize)]
@@ -80,6 +82,15 @@ impl Position {
         }
         kl + rest * (rest.ln() - left.max(1e-12).ln())
     }
+
+    /// Log-probabilities of `token` in this reference and by `logits`; `None` where it is not stored.
+    fn log_probabilities(&self, token: u32, logits: &[f32]) -> Option<(f64, f64)> {
+        let at = self.ids.iter().position(|id| *id == token)?;
+        Some((
+            self.probabilities[at].ln(),
+            log_softmax(logits)[token as usize],
+        ))
+    }
 }
 
 /// Divergence from full logits.
@@ -118,6 +129,7 @@ fn close_to_transformers(device: Device) {
     });
     let mut backend = support::backend(device, &loaded.model, POSITIONS);
     let (mut kl, mut truth, mut agreed) = (Vec::new(), Vec::new(), 0);
+    let mut next = Vec::new();
     for (at, (id, want)) in text.ids.iter().zip(&reference).enumerate() {
         backend.decode(*id).expect("decode");
         let logits = backend.logits().expect("logits");
@@ -127,6 +139,8 @@ fn close_to_transformers(device: Device) {
         );
         agreed += usize::from(argmax(&logits) == want.ids[0]);
         kl.push(want.kl(&logits));
+        let following = text.ids.get(at + 1);
+        next.extend(following.and_then(|token| want.log_probabilities(*token, &logits)));
         if let Some(full) = &full {
             let vocab = full.len() / POSITIONS;
             truth.push(true_kl(&full[at * vocab..(at + 1) * vocab], &logits));
@@ -135,19 +149,24 @@ fn close_to_transformers(device: Device) {
     let mean = |kl: &[f64]| kl.iter().sum::<f64>() / kl.len() as f64;
     let max = kl.iter().copied().fold(0.0, f64::max);
     let top1 = agreed as f64 / POSITIONS as f64;
+    assert!(next.len() > POSITIONS * 9 / 10, "{} stored", next.len());
+    let loss = next.iter().map(|(want, have)| want - have).sum::<f64>() / next.len() as f64;
+    let change = (loss.exp() - 1.0).abs();
     let info = backend.info();
     println!(
-        "{} {}: mean KL {:.7}, max {max:.6}, top-1 {:.2}%",
+        "{} {}: mean KL {:.7}, max {max:.6}, top-1 {:.2}%, perplexity changed by {:.4}%",
         info.name,
         info.tier,
         mean(&kl),
-        100.0 * top1
+        100.0 * top1,
+        100.0 * change
     );
     if !truth.is_empty() {
         println!("true mean KL {:.7}", mean(&truth));
     }
     assert!(mean(&kl) <= MAX_MEAN_KL, "mean KL {}", mean(&kl));
     assert!(top1 >= MIN_TOP1, "top-1 {top1}");
+    assert!(change <= MAX_PERPLEXITY_CHANGE, "perplexity {change}");
     check_prompts(&mut *backend, &text.ids, &reference);
 }
 

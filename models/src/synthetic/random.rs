@@ -12,6 +12,8 @@ const BLOCKS_A_WRITE: u64 = 2048;
 const NIBBLE_DEVIATION: f32 = 4.609_772;
 /// Standard deviation of a level drawn evenly from -128 to 127.
 const BYTE_DEVIATION: f32 = 73.900_38;
+/// Standard deviation of a level drawn from -1, 0, 0 and 1.
+const TERNARY_DEVIATION: f32 = std::f32::consts::FRAC_1_SQRT_2;
 /// Standard deviation of a number drawn evenly from -1 to 1.
 const UNIT_DEVIATION: f32 = 0.577_350_26;
 
@@ -97,6 +99,12 @@ pub(super) fn fill_tensor(
         DType::Q8_0 => |random, _, deviation, out| {
             out.extend(random.scale(deviation / BYTE_DEVIATION).to_le_bytes());
             out.extend(random.bytes::<32>());
+        },
+        DType::TQ2_0 => |random, _, deviation, out| {
+            // Codes 0, 1 and 2: the sum of two bits.
+            let bytes = random.bytes::<64>().into_iter().zip(random.bytes::<64>());
+            out.extend(bytes.map(|(a, b)| (a & 0x55) + (b & 0x55)));
+            out.extend(random.scale(deviation / TERNARY_DEVIATION).to_le_bytes());
         },
         other => {
             return Err(Error::Tensor {

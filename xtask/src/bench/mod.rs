@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: a kernel from its source to its figures, in one command.
 
+mod cpu;
 mod estimate;
 mod known;
 mod revision;
@@ -34,7 +35,8 @@ use revision::Revision;
     cargo xtask bench --model qwen2.5-1.5b --json /tmp/1.5b.json\n  \
     cargo xtask bench attention --watch           (again whenever a kernel is saved)\n  \
     cargo xtask bench int4 --compare main~3       (that revision's kernels beside these)\n  \
-    cargo xtask ptx --show linear_gemv_int4_multirow --sass   (the code, with Rust lines)"
+    cargo xtask ptx --show linear_gemv_int4_multirow --sass   (the code, with Rust lines)\n  \
+    cargo xtask bench --cpu ternary"
 )]
 pub struct Args {
     /// Only kernels whose name contains this.
@@ -75,10 +77,17 @@ pub struct Args {
     /// Show what can be known without a GPU, even where there is one.
     #[arg(long)]
     no_gpu: bool,
+    /// The CPU's kernels instead: GB/s and products a second for every number of threads, beside what
+    /// reading memory and products from the first cache reach. KERNEL also selects by shape.
+    #[arg(long, conflicts_with_all = ["shape", "model", "variant", "group", "minima", "tier", "compare", "json", "watch", "estimate", "no_gpu"])]
+    cpu: bool,
 }
 
 /// Runs the task.
 pub fn run(args: &Args) -> Result<(), Error> {
+    if args.cpu {
+        return cpu::run(args.kernel.as_deref());
+    }
     setup::core()?;
     if !args.watch {
         return once(args);

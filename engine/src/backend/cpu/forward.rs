@@ -21,7 +21,7 @@ impl CpuBackend {
     ) -> Result<Vec<Vec<f32>>, Error> {
         self.rewind(0);
         self.check(tokens)?;
-        let elems = |buffer: Buffer| self.model.recipe.elems(buffer);
+        let elems = |buffer: Buffer| self.recipe.elems(buffer);
         for (buffer, values) in inputs {
             if values.len() != tokens.len() * elems(*buffer) {
                 return Err(Error::input(format!(

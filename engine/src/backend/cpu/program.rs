@@ -9,23 +9,52 @@
 //! | columns | linear (what it writes), add, gated activations | a range of columns of every token |
 //! | heads | norm of heads, rope, KV append, attention | whole `(token, head)` pairs |
 //!
+//! Most matrices read their source as levels. Rounding to them follows whoever wrote the source, with the
+//! same cut where 32 columns stay together, so that it seldom costs a phase of its own.
+//!
 //! What a share wrote it may read again by the same cut in the same phase. Whatever is cut
 //! differently, above all the source of a linear step and the cache that attention reads, which are
 //! read whole, waits for the next phase.
 
 use std::ops::Range;
 
-use cpu_kernels::linear::{Matrix, scratch_elems};
+use cpu_kernels::levels::{self, Precision, token_words};
+use cpu_kernels::linear::TILE_ROWS;
 use models::quant::Weight;
 use models::recipe::{Buffer, Recipe, Step, WeightId};
 
 use super::super::LoadedModel;
 use crate::Error;
 
+/// What a share does.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Op {
+    /// A step of the recipe; a matrix reads its source from these levels.
+    Step(Step, Option<usize>),
+    /// Rounds a buffer to levels.
+    Round {
+        src: Buffer,
+        levels: usize,
+        cut: Cut,
+    },
+}
+
+/// Where the levels of a buffer lie.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct LevelsPlace {
+    src: Buffer,
+    pub precision: Precision,
+    start: usize,
+    /// Of the buffer, a token.
+    pub cols: usize,
+}
+
 /// Steps that need nothing from each other's shares, and what bounds the number of shares.
 #[derive(Debug)]
 pub(super) struct Phase {
-    pub steps: Vec<Step>,
+    pub ops: Vec<Op>,
+    /// Columns that stay in one share.
+    pub unit: usize,
     /// Bytes of matrices that the phase reads.
     matrix_bytes: usize,
     /// Elements that a token's share of the other steps goes over.
@@ -52,33 +81,38 @@ impl Phase {
         }
     }
 
-    fn add(&mut self, model: &LoadedModel, step: &Step) {
+    fn add(&mut self, model: &LoadedModel, op: Op) {
         let (recipe, config) = (&model.recipe, &model.recipe.config);
-        match step {
-            Step::Linear { weight: id, .. } | Step::Logits { table: id, .. } => {
-                self.matrix_bytes += match model.weights.get(*id) {
-                    Some(Weight::Int4(m)) => m.rows * m.row_bytes(),
-                    Some(Weight::Int8(m)) => m.rows * m.row_bytes(),
-                    Some(Weight::Ternary(m)) => m.rows * m.row_bytes(),
-                    Some(Weight::F16(m)) => m.rows * m.row_bytes(),
-                    _ => 0,
-                };
+        match &op {
+            Op::Step(Step::Linear { weight: id, .. } | Step::Logits { table: id, .. }, _) => {
+                self.matrix_bytes += model.weights.get(*id).map_or(0, |w| w.bytes() as usize);
             }
-            Step::Attention { query, .. } => {
+            Op::Step(Step::Attention { query, .. }, _) => {
                 // Every query head reads keys and values, two bytes each.
                 self.cache_bytes += 2 * 2 * recipe.elems(*query);
             }
-            Step::KvAppend { .. } => self.elems += 2 * config.kv_heads * config.head_dim,
-            Step::Embed { dst: buffer, .. }
-            | Step::RmsNorm { dst: buffer, .. }
-            | Step::HeadNorm { buffer, .. }
-            | Step::RoundToInt8 { buffer }
-            | Step::Rope { buffer, .. }
-            | Step::SwiGlu { dst: buffer, .. }
-            | Step::ReluSquaredGlu { dst: buffer, .. }
-            | Step::Add { dst: buffer, .. } => self.elems += recipe.elems(*buffer),
+            Op::Step(Step::KvAppend { .. }, _) => {
+                self.elems += 2 * config.kv_heads * config.head_dim;
+            }
+            Op::Step(
+                Step::Embed { dst: buffer, .. }
+                | Step::RmsNorm { dst: buffer, .. }
+                | Step::HeadNorm { buffer, .. }
+                | Step::RoundToInt8 { buffer }
+                | Step::Rope { buffer, .. }
+                | Step::SwiGlu { dst: buffer, .. }
+                | Step::ReluSquaredGlu { dst: buffer, .. }
+                | Step::Add { dst: buffer, .. },
+                _,
+            ) => self.elems += recipe.elems(*buffer),
+            Op::Round { src, cut, .. } => {
+                self.elems += recipe.elems(*src);
+                if *cut == Cut::Columns {
+                    self.unit = self.unit.max(levels::CHUNK_COLS);
+                }
+            }
         }
-        self.steps.push(step.clone());
+        self.ops.push(op);
     }
 }
 
@@ -90,8 +124,8 @@ pub(super) struct Program {
     places: [(usize, usize); Buffer::ALL.len()],
     /// Floats that all buffers take together.
     pub activation_elems: usize,
-    /// Floats of scratch memory that the matrices need.
-    pub matrix_scratch_elems: usize,
+    /// Levels among the activations.
+    levels: Vec<LevelsPlace>,
 }
 
 /// Buffers start at a cache line.
@@ -101,12 +135,8 @@ impl Program {
     /// Checks `model` and lays its buffers out for up to `tokens` tokens at once.
     pub(super) fn compile(model: &LoadedModel, tokens: usize) -> Result<Program, Error> {
         let recipe = &model.recipe;
-        let mut matrix_cols = 0;
         for step in &recipe.steps {
             check(model, step)?;
-            if let Step::Linear { src, .. } | Step::Logits { src, .. } = step {
-                matrix_cols = matrix_cols.max(recipe.elems(*src));
-            }
         }
         let mut places = [(0, 0); Buffer::ALL.len()];
         let mut next = 0;
@@ -117,12 +147,24 @@ impl Program {
             places[buffer as usize] = (next, elems);
             next += (tokens * elems).next_multiple_of(LINE_ELEMS);
         }
+        let (ops, mut levels) = with_levels(model);
+        for place in &mut levels {
+            place.start = next;
+            next += (tokens * token_words(place.cols)).next_multiple_of(LINE_ELEMS);
+        }
         Ok(Program {
-            phases: phases(model),
+            phases: phases(model, ops),
             places,
             activation_elems: next,
-            matrix_scratch_elems: scratch_elems(matrix_cols),
+            levels,
         })
+    }
+
+    /// Where the levels of the first `tokens` tokens lie among the activations.
+    pub(super) fn levels(&self, id: usize, tokens: usize) -> (Range<usize>, LevelsPlace) {
+        let place = self.levels[id];
+        let words = tokens * token_words(place.cols);
+        (place.start..place.start + words, place)
     }
 
     /// Where the first `tokens` tokens of `buffer` lie among the activations.
@@ -238,7 +280,7 @@ fn check_layer(recipe: &Recipe, layer: usize) -> Result<(), Error> {
 
 /// How a step's work is cut into shares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cut {
+pub(super) enum Cut {
     Tokens,
     Columns,
     Heads,
@@ -250,6 +292,7 @@ enum Cut {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
     Buffer(Buffer),
+    Levels(usize),
     Cache { layer: usize },
 }
 
@@ -258,6 +301,24 @@ struct Access {
     place: Place,
     cut: Cut,
     write: bool,
+}
+
+/// What an operation touches.
+fn accesses_of(op: &Op) -> Vec<Access> {
+    let access = |place, cut, write| Access { place, cut, write };
+    match op {
+        Op::Round { src, levels, cut } => vec![
+            access(Place::Buffer(*src), *cut, false),
+            access(Place::Levels(*levels), *cut, true),
+        ],
+        Op::Step(step, None) => accesses(step),
+        Op::Step(step, Some(levels)) => {
+            let mut all = accesses(step);
+            all.retain(|access| access.write);
+            all.push(access(Place::Levels(*levels), Cut::Whole, false));
+            all
+        }
+    }
 }
 
 fn accesses(step: &Step) -> Vec<Access> {
@@ -307,18 +368,91 @@ fn accesses(step: &Step) -> Vec<Access> {
     }
 }
 
-fn phases(model: &LoadedModel) -> Vec<Phase> {
+/// The steps of the recipe with the roundings that their matrices need, and the levels that these write.
+fn with_levels(model: &LoadedModel) -> (Vec<Op>, Vec<LevelsPlace>) {
+    let recipe = &model.recipe;
+    let mut places: Vec<LevelsPlace> = Vec::new();
+    // After each step; the first entry: before all of them.
+    let mut rounds: Vec<Vec<Op>> = vec![Vec::new(); recipe.steps.len() + 1];
+    // For each buffer the step that wrote it last, from 1 on, and how that was cut.
+    let mut writers = [(0, Cut::Tokens); Buffer::ALL.len()];
+    let mut used: Vec<Option<usize>> = Vec::new();
+    for (i, step) in recipe.steps.iter().enumerate() {
+        let mut levels = None;
+        if let Step::Linear { weight, src, .. }
+        | Step::Logits {
+            table: weight, src, ..
+        } = step
+            && matches!(
+                model.weights.get(*weight),
+                Some(Weight::Int4(_) | Weight::Int8(_) | Weight::Ternary(_))
+            )
+        {
+            let (writer, cut) = writers[*src as usize];
+            let is_rounded =
+                writer > 0 && matches!(recipe.steps[writer - 1], Step::RoundToInt8 { .. });
+            let precision = match is_rounded {
+                true => Precision::Byte,
+                false => Precision::Word,
+            };
+            let same = |place: &LevelsPlace| (place.src, place.precision) == (*src, precision);
+            let id = places.iter().position(same).unwrap_or_else(|| {
+                places.push(LevelsPlace {
+                    src: *src,
+                    precision,
+                    start: 0,
+                    cols: recipe.elems(*src),
+                });
+                places.len() - 1
+            });
+            let cut = match cut {
+                Cut::Columns if precision == Precision::Word => Cut::Columns,
+                Cut::Heads
+                    if precision == Precision::Word
+                        && recipe.config.head_dim.is_multiple_of(levels::CHUNK_COLS) =>
+                {
+                    Cut::Heads
+                }
+                _ => Cut::Tokens,
+            };
+            let round = Op::Round {
+                src: *src,
+                levels: id,
+                cut,
+            };
+            if !rounds[writer].contains(&round) {
+                rounds[writer].push(round);
+            }
+            levels = Some(id);
+        }
+        used.push(levels);
+        for access in accesses(step).iter().filter(|access| access.write) {
+            if let Place::Buffer(buffer) = access.place {
+                writers[buffer as usize] = (i + 1, access.cut);
+            }
+        }
+    }
+    let mut ops = std::mem::take(&mut rounds[0]);
+    for ((step, levels), rounds) in recipe.steps.iter().zip(used).zip(&mut rounds[1..]) {
+        ops.push(Op::Step(step.clone(), levels));
+        ops.append(rounds);
+    }
+    (ops, places)
+}
+
+fn phases(model: &LoadedModel, ops: Vec<Op>) -> Vec<Phase> {
     let mut touched: Vec<Access> = Vec::new();
     let mut phases: Vec<Phase> = Vec::new();
-    for step in &model.recipe.steps {
-        let new = accesses(step);
+    for op in ops {
+        let new = accesses_of(&op);
         let meets =
             |a: &Access, b: &Access| a.place == b.place && a.cut != b.cut && (a.write || b.write);
         let waits = new.iter().any(|a| touched.iter().any(|b| meets(a, b)));
         if waits || phases.is_empty() {
             touched.clear();
             phases.push(Phase {
-                steps: Vec::new(),
+                ops: Vec::new(),
+                unit: TILE_ROWS,
                 matrix_bytes: 0,
                 elems: 0,
                 cache_bytes: 0,
@@ -326,7 +460,7 @@ fn phases(model: &LoadedModel) -> Vec<Phase> {
         }
         touched.extend(new);
         let phase = phases.last_mut().expect("one was pushed");
-        phase.add(model, step);
+        phase.add(model, op);
     }
     phases
 }
@@ -362,8 +496,13 @@ mod tests {
             recipe,
             weights: Vec::new(),
         };
-        let phases = phases(&model);
-        let lengths: Vec<usize> = phases.iter().map(|phase| phase.steps.len()).collect();
+        let ops = model
+            .recipe
+            .steps
+            .iter()
+            .map(|step| Op::Step(step.clone(), None));
+        let phases = phases(&model, ops.collect());
+        let lengths: Vec<usize> = phases.iter().map(|phase| phase.ops.len()).collect();
         let expected = [
             (2, "embed and norm: the same tokens"),
             (3, "q, k, v read the norm whole"),
@@ -377,14 +516,21 @@ mod tests {
             (1, "logits"),
         ];
         assert_eq!(lengths, expected.map(|(length, _)| length));
-        let steps: Vec<Step> = phases.into_iter().flat_map(|phase| phase.steps).collect();
+        let ops = phases.into_iter().flat_map(|phase| phase.ops);
+        let steps: Vec<Step> = ops
+            .map(|op| match op {
+                Op::Step(step, None) => step,
+                other => panic!("{other:?}"),
+            })
+            .collect();
         assert_eq!(steps, layer());
     }
 
     #[test]
     fn shares_grow_with_the_work_up_to_a_bound() {
         let phase = Phase {
-            steps: vec![],
+            ops: vec![],
+            unit: TILE_ROWS,
             matrix_bytes: 200_000,
             elems: 100,
             cache_bytes: 0,
@@ -393,7 +539,8 @@ mod tests {
         assert_eq!(phase.shares(2, 1, 10), 6);
         assert_eq!(phase.shares(2, 32, 10), 2 * SHARES_PER_THREAD);
         let phase = Phase {
-            steps: vec![],
+            ops: vec![],
+            unit: TILE_ROWS,
             matrix_bytes: 0,
             elems: 0,
             cache_bytes: 2304,

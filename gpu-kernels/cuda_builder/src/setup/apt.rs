@@ -76,24 +76,54 @@ pub(super) fn fetch_rust_src(
 
 /// Fetches the distribution's `python3-pip` and returns the folder to put on Python's module path.
 pub(super) fn fetch_pip(cache: &Path, progress: &dyn Progress) -> Result<PathBuf, Error> {
-    let unpacked = cache.join("python3-pip");
-    let modules = unpacked.join("usr/lib/python3/dist-packages");
-    if modules.join("pip").is_dir() {
-        return Ok(modules);
+    let modules = "usr/lib/python3/dist-packages";
+    let unpacked = fetch(
+        "python3-pip",
+        &format!("{modules}/pip"),
+        None,
+        cache,
+        progress,
+    )?;
+    Ok(unpacked.join(modules))
+}
+
+/// Fetches the file `member` of the distribution's package `package` and returns its path.
+pub(super) fn fetch_member(
+    package: &str,
+    member: &str,
+    cache: &Path,
+    progress: &dyn Progress,
+) -> Result<PathBuf, Error> {
+    let only = format!("./{member}");
+    Ok(fetch(package, member, Some(&only), cache, progress)?.join(member))
+}
+
+/// Unpacks a package of the distribution, or `only` one file of it, into a folder of the cache, if `proof` is
+/// not there already. Returns the folder.
+fn fetch(
+    package: &str,
+    proof: &str,
+    only: Option<&str>,
+    cache: &Path,
+    progress: &dyn Progress,
+) -> Result<PathBuf, Error> {
+    let unpacked = cache.join(package);
+    if unpacked.join(proof).exists() {
+        return Ok(unpacked);
     }
     need_apt()?;
     // Not the lock of the cache folder: the caller may hold that one.
-    let _lock = super::lock(&cache.join("pip"))?;
-    let scratch = Scratch::new(cache.join("pip.part"))?;
+    let _lock = super::lock(&cache.join(format!("{package}.lock")))?;
+    let scratch = Scratch::new(cache.join(format!("{package}.part")))?;
     progress.step("package lists");
     let apt = Apt::with_system_sources(scratch.path())?;
     apt.update(progress)?;
-    progress.step("python3-pip");
-    let package = apt.download("python3-pip", progress)?;
+    progress.step(package);
+    let archive = apt.download(package, progress)?;
     let staged = scratch.path().join("unpacked");
-    unpack(&package, &staged, None)?;
+    unpack(&archive, &staged, only)?;
     replace_dir(&staged, &unpacked)?;
-    Ok(modules)
+    Ok(unpacked)
 }
 
 /// Writes the gzip-compressed file `member` of the distribution's package `package` to `to`,

@@ -3,6 +3,7 @@
 //! Everything fetched is kept under [`crate::cache::dir`]; of the system nothing is changed but one
 //! symbolic link in the Rust toolchain's own folder, where cargo looks for the library's sources.
 
+pub mod aarch64;
 mod apt;
 pub mod python;
 

@@ -136,6 +136,9 @@ impl Launches for Tiling {
     }
 }
 
+/// Warps of a block that has little to do, where launches overlap.
+const SMALL_BLOCK_WARPS: u32 = 12;
+
 /// The tiling for a shape: a block a multiprocessor, all its warps with as many tiles in flight as
 /// there is room for, where the matrix has that many.
 pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
@@ -149,7 +152,14 @@ pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
     let teams = (warps / split).min(tiles_per_block);
     // Warps that are left over shorten everybody's part; as few as do that.
     let split = (warps / teams).min(depth).max(1);
-    let split = depth.div_ceil(depth.div_ceil(split)).max(1);
+    let mut split = depth.div_ceil(depth.div_ceil(split)).max(1);
+    // Where launches overlap, a smaller block leaves room for the next one's beside it: worth more than a
+    // warp a tile where a tile or two is all that a warp has to do.
+    let few = (SMALL_BLOCK_WARPS / teams).max(1);
+    let short = teams == tiles_per_block && depth.div_ceil(split) <= 2;
+    if device.compute_capability >= 90 && short && few < split {
+        split = depth.div_ceil(depth.div_ceil(few));
+    }
     // Where launches overlap, blocks of the next one fill idle multiprocessors two at a time: a block
     // without work keeps its place until the launch before has ended. Not worth it for short rows.
     if device.compute_capability >= 90 && split * one::DEPTH < depth {
@@ -354,6 +364,8 @@ mod tests {
     #[test]
     fn every_multiprocessor_has_its_share_in_flight() {
         assert_eq!(of(1536, 1536), [12, 1, 96]);
+        assert_eq!(of(2048, 2048), [8, 1, 128]);
+        assert_eq!(of(2560, 2048), [6, 2, 132]);
         assert_eq!(of(8960, 1536), [3, 5, 132]);
         assert_eq!(of(1536, 8960), [14, 1, 132]);
         assert_eq!(of(4096, 4096), [8, 2, 132]);
