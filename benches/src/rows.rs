@@ -8,13 +8,14 @@ use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
 use gpu_kernels::tuned::Tuned;
 use gpu_kernels::variant::{Choice, INT4_GEMV, VariantId};
 use gpu_kernels::{
-    add, attention, embed, kv_append, linear, logits, read as read_kernel, rmsnorm, rope,
-    rope_kv_append, sample, swiglu,
+    add, embed, kv_append, linear, logits, read as read_kernel, rmsnorm, rope, rope_kv_append,
+    sample, swiglu,
 };
 use half::f16;
 
 use crate::select::SEVEN;
 
+pub use attention::attention_over;
 use choice::{logits_top, sample_topk};
 use float::float_rows;
 use heads::heads_rows;
@@ -22,6 +23,7 @@ use prompt::prompt_rows;
 use tiled::fused_int4;
 pub use tiled::{Tiled, gemv_int4_mma, gemv_int4_mma_in};
 
+pub mod attention;
 mod choice;
 mod float;
 mod heads;
@@ -91,32 +93,7 @@ pub fn all() -> Vec<Row> {
     }
     rows.push(logits_top(151_936, 1536, 1536));
     rows.push(sample_topk(151_936));
-    // SmolLM2-135M, Qwen2.5-0.5B, 1.5B and 3B, Llama 8B.
-    for (heads, kv_heads, head_dim) in [
-        (9, 3, 64),
-        (14, 2, 64),
-        (12, 2, 128),
-        (16, 2, 128),
-        (32, 8, 128),
-    ] {
-        for tokens in [1, 128, 512, 1024, 4096, 16_384] {
-            rows.push(attention_split(heads, kv_heads, head_dim, tokens));
-        }
-    }
-    for tokens in [65_536, 131_072] {
-        rows.push(attention_split(12, 2, 128, tokens));
-    }
-    for tokens in [512, 4096, 16_384, 131_072] {
-        rows.push(attention_split_v8(12, 2, 128, tokens));
-    }
-    rows.push(attention_split_v8(16, 2, 128, 16_384));
-    rows.push(attention_split_v8(14, 2, 64, 4096));
-    rows.push(attention_split_v8(32, 32, 80, 4096));
-    // Widths of other models, and the kernel for widths that the split one does not take.
-    rows.push(attention_split(32, 32, 80, 4096));
-    rows.push(attention_split(32, 32, 96, 4096));
-    rows.push(attention_split(8, 4, 256, 4096));
-    rows.push(attention_block_a_head(12, 2, 128, 1024));
+    rows.extend(attention::all());
     for (vocab, width) in [(49_152, 576), (151_936, 1536)] {
         rows.push(embed_int8(vocab, width));
         rows.push(rmsnorm_f32(width));
@@ -147,14 +124,6 @@ pub fn matrix(n: usize, k: usize, group: usize, mins: bool) -> Vec<Row> {
 /// The output matrix of a model, INT8, one scale a row.
 pub fn output_matrix(vocab: usize, width: usize) -> Row {
     logits_int8(vocab, width, width)
-}
-
-/// Attention of one token over `context` cached ones, itself included.
-pub fn attention_over(heads: usize, kv_heads: usize, head_dim: usize, context: usize) -> Vec<Row> {
-    vec![
-        attention_block_a_head(heads, kv_heads, head_dim, context),
-        attention_split(heads, kv_heads, head_dim, context),
-    ]
 }
 
 /// The kernel that reads `bytes`, rounded up to what it can load, and does nothing with them.
@@ -323,90 +292,6 @@ fn logits_int8(vocab: usize, width: usize, group: usize) -> Row {
                 advance: false,
             };
             planned(logits::plan(device, &shape, &operands, Some(&greedy)))
-        }),
-    }
-}
-
-/// Shape and operands of attention over a full cache of `tokens`.
-fn attention_operands(
-    [heads, kv_heads, head_dim]: [usize; 3],
-    tokens: usize,
-    device: &DeviceInfo,
-    memory: &mut dyn Operands,
-) -> Result<(attention::Shape, attention::Operands), Error> {
-    let shape = attention::Shape {
-        heads,
-        kv_heads,
-        head_dim,
-        context: tokens,
-        scale: 1.0 / (head_dim as f32).sqrt(),
-    };
-    let cache = kv_heads * tokens * head_dim;
-    let scratch_bytes = attention::scratch_bytes(device, &shape) as usize;
-    let operands = attention::Operands {
-        q: floats(memory, heads * head_dim)?,
-        k_cache: halves(memory, cache)?,
-        v_cache: halves(memory, cache)?,
-        v_scales: DeviceSlice::NONE,
-        // A step's layers share them, so they sit in L2.
-        state: memory.activations(&(tokens as u32 - 1).to_le_bytes())?,
-        out: memory.activations(&vec![0; 4 * heads * head_dim])?,
-        partials: match scratch_bytes {
-            0 => DeviceSlice::NONE,
-            bytes => memory.activations(&attention::UNWRITTEN.to_le_bytes().repeat(bytes / 4))?,
-        },
-    };
-    Ok((shape, operands))
-}
-
-/// Bytes of keys, values, queries and results. What the splits leave for each other is not among
-/// them: it is the kernel's choice.
-fn attention_bytes([heads, kv_heads, head_dim]: [usize; 3], tokens: usize) -> u64 {
-    (4 * kv_heads * tokens * head_dim + 8 * heads * head_dim) as u64
-}
-
-fn attention_split(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize) -> Row {
-    let dims = [heads, kv_heads, head_dim];
-    Row {
-        kernel: attention::split::kernel(head_dim),
-        shape: format!("heads {heads}/{kv_heads} x {head_dim}, {tokens} tokens"),
-        bytes: attention_bytes(dims, tokens),
-        streams: true,
-        make: Box::new(move |device, memory| {
-            let (shape, operands) = attention_operands(dims, tokens, device, memory)?;
-            planned(attention::plan(device, &shape, &operands))
-        }),
-    }
-}
-
-/// Keys f16, values of 8 bits: `KV (3 Dh + 2)` bytes a token.
-fn attention_split_v8(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize) -> Row {
-    let dims = [heads, kv_heads, head_dim];
-    let bytes = kv_heads * tokens * (3 * head_dim + 2) + 8 * heads * head_dim;
-    Row {
-        kernel: attention::split::kernel_v8(head_dim),
-        shape: format!("heads {heads}/{kv_heads} x {head_dim}, {tokens} tokens"),
-        bytes: bytes as u64,
-        streams: true,
-        make: Box::new(move |device, memory| {
-            let (shape, mut operands) = attention_operands(dims, tokens, device, memory)?;
-            operands.v_cache = noise(memory, kv_heads * tokens * head_dim)?;
-            operands.v_scales = halves(memory, kv_heads * tokens)?;
-            planned(attention::plan(device, &shape, &operands))
-        }),
-    }
-}
-
-fn attention_block_a_head(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize) -> Row {
-    let dims = [heads, kv_heads, head_dim];
-    Row {
-        kernel: "attention_decode_f16",
-        shape: format!("heads {heads}/{kv_heads} x {head_dim}, {tokens} tokens"),
-        bytes: attention_bytes(dims, tokens),
-        streams: true,
-        make: Box::new(move |device, memory| {
-            let (shape, operands) = attention_operands(dims, tokens, device, memory)?;
-            planned(attention::block_a_head::plan(device, &shape, &operands))
         }),
     }
 }

@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use engine::Error;
 use engine::backend::cuda::device::Gpu;
+use gpu_kernels::attention::split;
 use gpu_kernels::launch::{Call, DeviceInfo};
 use gpu_kernels::linear::gemv_int4_mma;
 use gpu_kernels::tuned::{self, Launches, Row};
 
 use crate::models;
+use crate::rows::attention::Attended;
 use crate::rows::{self, Operands, Tiled};
 use crate::select::{SEVEN, Selection};
 use crate::time::{self, Forms};
@@ -20,6 +22,10 @@ const FIRST_SAMPLES: usize = 5;
 const FINALISTS: usize = 6;
 /// By how much a launch has to beat the rule's: differences below come and go between runs.
 const WORTH: f64 = 0.99;
+
+/// Positions that attention is tuned at. Its launch serves all of them: below, the time hardly depends
+/// on the launch, and above, the bytes decide.
+const TOKENS: usize = 4096;
 
 /// Plans the calls of all launches over one copy of the operands.
 type Make = Box<dyn Fn(&DeviceInfo, &mut dyn Operands) -> Result<Vec<Call>, Error>>;
@@ -72,6 +78,21 @@ impl Job {
     }
 }
 
+impl Job {
+    /// Attention split over the context.
+    fn attention(device: &DeviceInfo, attended: Attended) -> Job {
+        let shape = attended.shape();
+        let tunings = split::candidates(device, &shape);
+        Job::new(
+            attended.kernel(),
+            split::name(&shape),
+            attended.bytes(),
+            &tunings.clone(),
+            Box::new(move |device, memory| attended.calls(&tunings, device, memory)),
+        )
+    }
+}
+
 /// The kernels and shapes that a selection means: those of a model as the engine fuses them, a bare
 /// matrix, or the seven bare ones and every model.
 fn jobs(device: &DeviceInfo, selection: &Selection) -> Result<Vec<Job>, Error> {
@@ -96,9 +117,23 @@ fn jobs(device: &DeviceInfo, selection: &Selection) -> Result<Vec<Job>, Error> {
             all
         }
     };
+    let attended = match selection.shape {
+        Some(_) => Vec::new(),
+        None => models::named(selection.model.as_deref().unwrap_or(models::ALL))?,
+    };
+    let attended = attended.iter().flat_map(|model| {
+        [false, true].map(|of_8_bits| Attended {
+            dims: [model.heads, model.kv_heads, model.head_dim],
+            tokens: TOKENS,
+            of_8_bits,
+        })
+    });
+    let products = products
+        .into_iter()
+        .map(|product| Job::tiled(device, product));
+    let attended = attended.map(|attended| Job::attention(device, attended));
     let mut jobs: Vec<Job> = Vec::new();
-    for product in products {
-        let job = Job::tiled(device, product);
+    for job in products.chain(attended) {
         let known = |other: &Job| other.kernel == job.kernel && other.shape == job.shape;
         if selection.takes(job.kernel) && !jobs.iter().any(known) {
             jobs.push(job);
@@ -216,6 +251,8 @@ mod tests {
                 "linear_gemv_int4_mma_g32 1536x1536 add",
                 "linear_gemv_int4_mma_g32 8960x1536 norm swiglu to halves",
                 "linear_gemv_int4_mma_g32_half 1536x8960 add",
+                "attention_split_f16_d128 heads 12/2 x 128",
+                "attention_split_v8_d128 heads 12/2 x 128",
             ]
         );
     }

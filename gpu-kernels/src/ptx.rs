@@ -448,6 +448,28 @@ pub unsafe fn ld_shared_v4_u32(base: Shared, offset_bytes: u32) -> [u32; 4] {
     access::load_shared(address)
 }
 
+/// `ld.shared.v2.u32`: two values at `base` + `offset_bytes`, a multiple of 8.
+///
+/// # Safety
+/// As [`ld_shared_u32`], for 8 bytes.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+pub unsafe fn ld_shared_v2_u32(base: Shared, offset_bytes: u32) -> [u32; 2] {
+    let address = base.offset_bytes(offset_bytes).address();
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let (a, b);
+        // SAFETY: the caller vouches for the address.
+        unsafe {
+            asm!("ld.shared.v2.u32 {{{}, {}}}, [{}];", out(reg32) a, out(reg32) b,
+                in(reg32) address, options(pure, readonly, nostack));
+        }
+        [a, b]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    access::load_shared(address)
+}
+
 /// `st.shared.v2.u32`: two values at `base` + `offset_bytes`, a multiple of 8.
 ///
 /// # Safety
@@ -479,6 +501,17 @@ pub fn griddep_wait() {
     #[cfg(all(target_arch = "nvptx64", target_feature = "sm_90"))]
     unsafe {
         asm!("griddepcontrol.wait;", options(nostack));
+    }
+}
+
+/// `nanosleep`: the thread does nothing for about that long; between two looks at memory that others
+/// need too. Nothing on the host.
+#[inline(always)]
+pub fn nanosleep(_ns: u32) {
+    // SAFETY: touches no memory; with a clobber, so that it stays where it is put.
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("nanosleep.u32 {};", in(reg32) _ns, options(nostack));
     }
 }
 

@@ -210,11 +210,10 @@ impl Best {
     #[inline(always)]
     pub(crate) unsafe fn of_shared(smem: Shared, offset_bytes: u32) -> Best {
         // SAFETY: by the caller's promise.
-        unsafe {
-            Best {
-                value: ptx::ld_shared_f32(smem, offset_bytes),
-                index: ptx::ld_shared_u32(smem, offset_bytes + 4),
-            }
+        let [value, index] = unsafe { ptx::ld_shared_v2_u32(smem, offset_bytes) };
+        Best {
+            value: f32::from_bits(value),
+            index,
         }
     }
 }

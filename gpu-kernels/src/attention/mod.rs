@@ -18,6 +18,8 @@ pub mod split;
 
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, ShapeError, tensor_bytes};
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::tuned::{Chosen, Tuned};
 
 /// A word of [`Operands::partials`] that no block has written yet: a NaN that no result is.
 pub const UNWRITTEN: u32 = u32::MAX;
@@ -63,12 +65,31 @@ pub struct Operands {
     pub partials: DeviceSlice,
 }
 
-/// Bytes of [`Operands::partials`] that [`plan`] needs for this shape: launches that do not overlap
+/// How [`split`] is launched for this shape: as the table says, or else its rule. `of_8_bits`: whether
+/// the values are.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn choose(
+    device: &DeviceInfo,
+    tuned: &Tuned,
+    shape: &Shape,
+    of_8_bits: bool,
+) -> Chosen<split::Tuning> {
+    let kernel = if of_8_bits {
+        split::kernel_v8
+    } else {
+        split::kernel
+    };
+    tuned.choose(kernel(shape.head_dim), &split::name(shape), || {
+        split::Tuning::of(device, shape)
+    })
+}
+
+/// Bytes of [`Operands::partials`] that [`plan`] needs for this launch: launches that do not overlap
 /// can share them. None where nothing is split.
 #[cfg(not(target_arch = "nvptx64"))]
-pub fn scratch_bytes(device: &DeviceInfo, shape: &Shape) -> u64 {
+pub fn scratch_bytes(shape: &Shape, tuning: split::Tuning) -> u64 {
     if split::takes(shape) {
-        split::Tuning::of(device, shape).scratch_bytes(shape)
+        tuning.scratch_bytes(shape)
     } else {
         0
     }
@@ -79,9 +100,14 @@ pub fn scratch_bytes(device: &DeviceInfo, shape: &Shape) -> u64 {
 /// # Errors
 /// Heads that kv heads do not divide, an odd or too wide head, a short or misaligned buffer.
 #[cfg(not(target_arch = "nvptx64"))]
-pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, ShapeError> {
+pub fn plan(
+    device: &DeviceInfo,
+    shape: &Shape,
+    ops: &Operands,
+    tuning: split::Tuning,
+) -> Result<Call, ShapeError> {
     if split::takes(shape) || ops.v_scales != DeviceSlice::NONE {
-        split::plan(device, shape, ops, split::Tuning::of(device, shape))
+        split::plan(device, shape, ops, tuning)
     } else {
         block_a_head::plan(device, shape, ops)
     }

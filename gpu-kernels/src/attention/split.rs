@@ -8,7 +8,7 @@
 //!   values       -> positions 2t, 2t + 1, 2t + 8, 2t + 9, elements 64b + 8g .. +8
 //!   scores       -> head g, positions 2t, 2t + 1, 2t + 8, 2t + 9
 //! end of a block -> thread: 4 elements of a head, over the warps' results in warp order
-//! block (x, groups + y) -> head y splits + x: the same over the splits' results in split order
+//! block (x, groups + y) -> part y splits + x: 32 elements of a head over the splits, in their order
 //! ```
 //!
 //! Both products are `mma.m16n8k16` with the heads as rows, so K and V are read once for all heads
@@ -17,13 +17,18 @@
 //! rows 0..8 and the low parts in rows 8..16 of the same product, which keeps 22 bits. Scores and
 //! sums are single precision (scores of Qwen2 overflow halves). Which element of a head stands for
 //! which k of the product is free as long as both factors agree: it is chosen so that every load
-//! is 16 bytes of a row, straight from the cache into the product's registers.
+//! is 16 bytes of a row, in the order of the product's registers.
 //!
 //! The grid is fixed by the device and the shape, while the position comes from device memory: a
-//! split gets `max(tiles / splits, min_tiles)` tiles, up to 8 tiles are one split, and blocks
-//! without any return at once. q is
-//! fetched while the position is on its way. The next tile's keys are fetched as soon as the scores
-//! are done, its values as soon as the weighted sum is.
+//! split gets `max(tiles / splits, min_tiles)` tiles, up to 16 tiles are one split, and blocks
+//! without any return at once.
+//!
+//! From sm_80 on tiles go through a ring in shared memory, filled by asynchronous copies: bytes in
+//! flight come from the ring rather than from registers, which leaves room for blocks of the launches
+//! before and after. On sm_90 a block starts while the launch before it still runs, and
+//! asks for all tiles that are full before it waits. What is in them was written before the last
+//! attention, and that one lets launches after it start only once all before it have ended. The
+//! position may be one too old then, which is checked after the wait.
 //!
 //! What is critical is latency, so the splits meet without a fence, a counter or a flag: a word of
 //! a partial result tells by itself whether it is there. Before a launch all of them are
@@ -35,10 +40,10 @@
 //! Values of 8 bits have a scale a position and kv head, which goes to the softmax weights: a byte
 //! becomes a half, exactly, on its way into the product.
 //!
-//! Bytes moved: `4 KV Dh (position + 1)`, with values of 8 bits `KV (3 Dh + 2) (position + 1)`, and `4 Dh` a head and split that is written, read back
-//! and marked in L2. Shared memory: q in the order of the product's lanes; the warps' results in
-//! rows of 8 words more than a multiple of 32, 16-byte chunks exchanged pairwise in half of them:
-//! no bank conflicts in either direction.
+//! Bytes moved: `4 KV Dh (position + 1)`, with values of 8 bits `KV (3 Dh + 2) (position + 1)`, and
+//! `4 Dh` a head and split that is written, read back and marked in L2. Shared memory: q in the order
+//! of the product's lanes; each warp's tiles, later its results in rows of 8 words more than a
+//! multiple of 32, 16-byte chunks exchanged pairwise in half of them: no bank conflicts.
 
 mod combine;
 mod layout;
@@ -46,14 +51,16 @@ mod layout;
 mod plan;
 mod tile;
 
-use cuda_std::shared::Shared;
-use cuda_std::{kernel, shared, thread, warp};
+use cuda_std::{atomic, kernel, shared, thread, warp};
 
-use self::combine::{Partials, Target, combine_head, combine_warps};
+use self::combine::{Partials, Target, combine_part, combine_warps, parts};
 use self::layout::Layout;
 #[cfg(not(target_arch = "nvptx64"))]
-pub use self::plan::{Tuning, kernel, kernel_v8, plan, takes};
-use self::tile::{Bytes, Halves, Query, Rows, Sums, Values, add_scores, load_keys, pack_rest};
+pub use self::plan::{Tuning, candidates, kernel, kernel_v8, name, plan, takes};
+use self::tile::{
+    Bytes, Feed, Halves, Query, Rows, Sums, Values, add_scores, pack_rest, tile_bytes,
+};
+use crate::product::at_least_sm_80;
 use crate::ptx;
 use crate::unroll::unroll;
 
@@ -65,6 +72,19 @@ const HEADS: u32 = 8;
 const TILE: u32 = 16;
 /// Splits at most: four a lane where a warp goes over them.
 const MAX_SPLITS: u32 = 128;
+/// Chunks of four elements that a block combines.
+const PART_CHUNKS: u32 = 8;
+/// Tiles of a warp under way at most, and bytes of them that a block has: with one block a
+/// multiprocessor they cover the memory's latency several times over, and a second block on one while
+/// another has none costs more than anything gains.
+const MAX_DEPTH: u32 = 3;
+#[cfg(not(target_arch = "nvptx64"))]
+const MAX_RING_BYTES: u32 = 128 * 1024;
+/// Tiles that are one split: they take less time than to combine several.
+const ALONE_TILES: u32 = 2 * WARPS;
+/// Pause of a block that waits for the splits, for each of a split's tiles: a small part of what a
+/// tile takes a multiprocessor, 8 KB of some 20 bytes a nanosecond.
+const PAUSE_NS: u32 = 16;
 /// Weights of the softmax are computed times 2^15, which is in the range of a half and leaves the
 /// low parts of small ones above its subnormals. The factor cancels.
 const WEIGHT_BITS: f32 = 15.0;
@@ -74,46 +94,6 @@ const WEIGHT_BITS: f32 = 15.0;
 struct Place {
     g: u32,
     t: u32,
-}
-
-/// How the values of a tile are fetched.
-trait Tile<const NV: usize> {
-    /// Bytes of an element in the cache.
-    const ELEM_BYTES: usize;
-    /// Whether keys and values are fetched a tile ahead.
-    const AHEAD: bool;
-    /// All values of a tile.
-    type Ahead: Values<NV>;
-    /// 64 elements of them.
-    type One: Values<1>;
-}
-
-/// Halves, a tile ahead.
-struct HalvesAhead;
-/// Halves, 64 elements at a time.
-struct HalvesInTurn;
-/// Bytes, a tile ahead.
-struct BytesAhead;
-
-impl<const NV: usize> Tile<NV> for HalvesAhead {
-    const ELEM_BYTES: usize = 2;
-    const AHEAD: bool = true;
-    type Ahead = Halves<NV>;
-    type One = Halves<1>;
-}
-
-impl<const NV: usize> Tile<NV> for HalvesInTurn {
-    const ELEM_BYTES: usize = 2;
-    const AHEAD: bool = false;
-    type Ahead = Halves<NV>;
-    type One = Halves<1>;
-}
-
-impl<const NV: usize> Tile<NV> for BytesAhead {
-    const ELEM_BYTES: usize = 1;
-    const AHEAD: bool = true;
-    type Ahead = Bytes<NV>;
-    type One = Bytes<1>;
 }
 
 /// The cache of a layer.
@@ -150,6 +130,8 @@ struct Dims {
     head_dim: u32,
     context: u32,
     min_tiles: u32,
+    /// Tiles of a warp under way.
+    depth: u32,
 }
 
 impl Dims {
@@ -158,15 +140,60 @@ impl Dims {
     fn groups_per_kv(self) -> u32 {
         self.heads_per_kv.div_ceil(HEADS)
     }
+
+    /// Tiles that `keys` positions are, and those of a split.
+    #[inline(always)]
+    fn spread(self, keys: u32, splits: u32) -> (u32, u32) {
+        let tiles = keys.div_ceil(TILE);
+        let mut per_split = self.min_tiles;
+        if tiles <= ALONE_TILES {
+            per_split = per_split.max(ALONE_TILES);
+        }
+        if tiles > splits * per_split {
+            per_split = tiles.div_ceil(splits);
+        }
+        (tiles, per_split)
+    }
 }
 
-/// The body. `NK` loads of keys cover a head, `NV` of values. With `AHEAD` they are fetched a tile
-/// ahead, which a wide head leaves no registers for: `V` is then of one block of 64.
+/// What a warp works through: the tiles `first, first + 8, ...` below `end`.
+#[derive(Clone, Copy)]
+struct Tiles {
+    keys: u32,
+    first: u32,
+    end: u32,
+    /// Whether the block has any, and whether nobody else has.
+    some: bool,
+    alone: bool,
+}
+
+impl Tiles {
+    #[inline(always)]
+    fn new(dims: Dims, keys: u32, split: u32, splits: u32, warp: u32) -> Tiles {
+        let (tiles, per_split) = dims.spread(keys, splits);
+        let first = split * per_split;
+        Tiles {
+            keys,
+            first: first + warp,
+            end: (first + per_split).min(tiles),
+            some: first < tiles,
+            alone: per_split >= tiles,
+        }
+    }
+
+    /// Whether the tile is one of the warp's, and all its rows are older than the newest.
+    #[inline(always)]
+    fn is_full(self, tile: u32) -> bool {
+        tile < self.end && (tile + 1) * TILE < self.keys
+    }
+}
+
+/// The body. `NK` loads of keys cover a head, `NV` blocks of 64 values.
 ///
 /// # Safety
 /// Launched as [`plan`] says.
 #[inline(always)]
-unsafe fn attend<const NK: usize, const NV: usize, V: Tile<NV>>(
+unsafe fn attend<const NK: usize, const NV: usize, V: Values>(
     q: *const f32,
     caches: Caches,
     state: *const u32,
@@ -176,43 +203,42 @@ unsafe fn attend<const NK: usize, const NV: usize, V: Tile<NV>>(
     dims: Dims,
     scale_log2: f32,
 ) {
-    ptx::griddep_launch();
-    ptx::griddep_wait();
     let (split, y) = (thread::block_idx_x(), thread::block_idx_y());
     let splits = thread::grid_dim_x();
-    // SAFETY: a launch argument.
-    let position = unsafe { ptx::ld_global_u32(state) };
+    let tile_bytes = tile_bytes(NK as u32, NV as u32, V::ELEM_BYTES);
+    let smem = shared::dynamic_shared_mem();
+    let layout = Layout::new(
+        NK as u32,
+        NV as u32,
+        dims.heads_per_kv.min(HEADS),
+        dims.depth * tile_bytes,
+    );
     let partials = Partials {
         base: partials,
         head_dim: dims.head_dim,
         splits,
         groups,
     };
-    let spread = |keys: u32| {
-        let tiles = keys.div_ceil(TILE);
-        let mut per_split = dims.min_tiles;
-        // What the warps of one block take at once is not worth a second one.
-        if tiles <= WARPS {
-            per_split = per_split.max(WARPS);
-        }
-        if tiles > splits * per_split {
-            per_split = tiles.div_ceil(splits);
-        }
-        (tiles, per_split)
-    };
-    let smem = shared::dynamic_shared_mem();
-    let layout = Layout::new(NK as u32, NV as u32, dims.heads_per_kv.min(HEADS));
     if y >= groups {
-        let head = (y - groups) * splits + split;
-        let (tiles, per_split) = spread(position + 1);
-        if head < dims.heads && per_split < tiles {
-            let (kv, of_kv) = (head / dims.heads_per_kv, head % dims.heads_per_kv);
-            let group = kv * dims.groups_per_kv() + of_kv / HEADS;
-            let to = out.wrapping_add((head * dims.head_dim) as usize);
-            // SAFETY: all threads of the block get here, and the plan sized buffers and memory.
-            unsafe {
+        ptx::griddep_wait();
+        ptx::griddep_launch();
+        let parts = parts(dims.head_dim);
+        let block = (y - groups) * splits + split;
+        let (head, part) = (block / parts, block % parts);
+        // SAFETY: a launch argument; all threads of the block get here, and the plan sized buffers
+        // and memory.
+        unsafe {
+            let (tiles, per_split) = dims.spread(ptx::ld_global_u32(state) + 1, splits);
+            if head < dims.heads && per_split < tiles {
+                let (kv, of_kv) = (head / dims.heads_per_kv, head % dims.heads_per_kv);
+                let group = kv * dims.groups_per_kv() + of_kv / HEADS;
+                let to = out.wrapping_add((head * dims.head_dim) as usize);
                 let active = tiles.div_ceil(per_split);
-                combine_head(&partials, group, of_kv % HEADS, active, to, smem, layout);
+                let row = of_kv % HEADS;
+                let pause_ns = (per_split * PAUSE_NS).min(1000);
+                combine_part(
+                    &partials, group, row, part, active, pause_ns, to, smem, layout,
+                );
             }
         }
         return;
@@ -221,100 +247,138 @@ unsafe fn attend<const NK: usize, const NV: usize, V: Tile<NV>>(
     let head = kv * dims.heads_per_kv + group * HEADS;
     let heads = (dims.heads_per_kv - group * HEADS).min(HEADS);
     let first = (head * dims.head_dim) as usize;
-    // SAFETY: the heads are among those of q.
-    let query = unsafe { Query::<NK>::load(q.wrapping_add(first), heads, dims.head_dim) };
-
-    let keys = position + 1;
-    let (tiles, per_split) = spread(keys);
-    let first_tile = split * per_split;
-    if first_tile >= tiles {
-        return;
-    }
-    let target = Target {
-        out: out.wrapping_add(first),
-        alone: per_split >= tiles,
-        split,
-        group: y,
-        heads,
-        partials,
-    };
-    let end = (first_tile + per_split).min(tiles);
-    // SAFETY: the tiles are below those that are filled.
-    unsafe {
-        attend_tiles::<NK, NV, V>(
-            query, caches, kv, keys, first_tile, end, dims, scale_log2, smem, layout, &target,
-        );
-    }
-}
-
-/// Attention over the tiles `first_tile .. end` of a kv head, by all warps of the block.
-///
-/// # Safety
-/// As [`attend`]; there is at least one tile, and the cache holds `keys` rows.
-#[inline(always)]
-unsafe fn attend_tiles<const NK: usize, const NV: usize, V: Tile<NV>>(
-    query: Query<NK>,
-    caches: Caches,
-    kv: u32,
-    keys: u32,
-    first_tile: u32,
-    end: u32,
-    dims: Dims,
-    scale_log2: f32,
-    smem: Shared,
-    layout: Layout,
-    target: &Target,
-) {
-    let lane = warp::lane_id();
-    let warp_id = warp::warp_id();
+    let (lane, warp_id) = (warp::lane_id(), warp::warp_id());
     let at = Place {
         g: lane / 4,
         t: lane % 4,
     };
-    let head_dim = dims.head_dim;
     let first_row = kv as usize * dims.context as usize;
-    let elems = first_row * head_dim as usize;
-    let k_rows = Rows {
-        base: caches.keys.wrapping_add(elems),
-        scales: core::ptr::null(),
-        head_dim,
-        keys,
-    };
-    let v_rows = Rows {
-        base: caches.values.wrapping_byte_add(elems * V::ELEM_BYTES),
-        scales: caches.scales.wrapping_add(first_row),
-        ..k_rows
-    };
+    let elems = first_row * dims.head_dim as usize;
+    // SAFETY: the tiles are below those that are filled, copies are made of full ones before the wait
+    // and of the others after it; the heads are among those of q.
+    unsafe {
+        // Another block of the launch before this one may be moving it on, by one.
+        let expected = ptx::ld_global_u32(state);
+        let mut tiles = Tiles::new(dims, expected + 1, split, splits, warp_id);
+        let feed = |keys: u32| {
+            let rows = Rows {
+                base: caches.keys.wrapping_add(elems),
+                scales: caches.scales.wrapping_add(first_row),
+                head_dim: dims.head_dim,
+                keys,
+            };
+            Feed {
+                keys: rows,
+                values: Rows {
+                    base: caches
+                        .values
+                        .wrapping_byte_add(elems * V::ELEM_BYTES as usize),
+                    ..rows
+                },
+                at,
+                smem,
+                ring: layout.warp(warp_id),
+            }
+        };
+        let copy = |tiles: Tiles, full: bool| {
+            let feed = feed(tiles.keys);
+            for ahead in 0..dims.depth {
+                let tile = tiles.first + ahead * WARPS;
+                if tile < tiles.end && tiles.is_full(tile) == full {
+                    feed.copy::<NK, NV, V>(tile, ahead * tile_bytes);
+                }
+            }
+        };
+        copy(tiles, true);
+        ptx::griddep_wait();
+        ptx::griddep_launch();
+        let query = Query::<NK>::load(q.wrapping_add(first), heads, dims.head_dim);
+        // Past the caches, which may hold what it was.
+        let position = atomic::load_acquire_gpu_u32(state);
+        if position != expected {
+            ptx::cp_async_commit();
+            ptx::cp_async_wait::<0>();
+            tiles = Tiles::new(dims, position + 1, split, splits, warp_id);
+            copy(tiles, true);
+        }
+        if !tiles.some {
+            return;
+        }
+        copy(tiles, false);
+        let target = Target {
+            out: out.wrapping_add(first),
+            alone: tiles.alone,
+            split,
+            group: y,
+            heads,
+            partials,
+        };
+        let feed = feed(tiles.keys);
+        attend_tiles::<NK, NV, V>(query, &feed, tiles, dims.depth, scale_log2, layout, &target);
+    }
+}
 
-    let mut tile = first_tile + warp_id;
-    let mut next_keys = [[[0; 4]; NK]; 2];
-    let mut next_values = V::Ahead::NONE;
+/// Waits until the copies that a ring of `depth` tiles had under way before its last `depth - 1`
+/// groups are there.
+#[inline(always)]
+fn wait_for_oldest(depth: u32) {
+    const { assert!(MAX_DEPTH == 3) };
+    match depth {
+        0 | 1 => ptx::cp_async_wait::<0>(),
+        2 => ptx::cp_async_wait::<1>(),
+        _ => ptx::cp_async_wait::<2>(),
+    }
+}
+
+/// Attention over a warp's tiles, the first `depth` of which have been asked for.
+///
+/// # Safety
+/// As [`attend`]; the block has at least one tile.
+#[inline(always)]
+unsafe fn attend_tiles<const NK: usize, const NV: usize, V: Values>(
+    query: Query<NK>,
+    feed: &Feed,
+    tiles: Tiles,
+    depth: u32,
+    scale_log2: f32,
+    layout: Layout,
+    target: &Target,
+) {
+    let (at, smem) = (feed.at, feed.smem);
+    let mut tile = tiles.first;
+    let tile_bytes = tile_bytes(NK as u32, NV as u32, V::ELEM_BYTES);
+    let mut slot = 0;
     let mut maximum = f32::NEG_INFINITY;
     // Of this lane's positions only, until the end.
     let mut weight = 0.0f32;
     let mut sums: Sums<NV> = [[[0.0; 4]; 8]; NV];
     // SAFETY: rows are clamped to those that are filled; q is staged before the barrier.
     unsafe {
-        if V::AHEAD && tile < end {
-            next_keys = load_keys::<NK>(&k_rows, tile, 0, at);
-            next_values = V::Ahead::load(&v_rows, tile, 0, at);
-        }
+        // The first group is all that has been asked for, the others are empty.
+        unroll!(I < 4 => {
+            if (I as u32) < depth {
+                ptx::cp_async_commit();
+            }
+        });
+        let mut next_scales = V::scales(&feed.values, tile, at);
         query.stage(smem, layout);
         thread::sync_threads();
 
-        while tile < end {
-            let next = tile + WARPS;
+        while tile < tiles.end {
+            if at_least_sm_80() {
+                wait_for_oldest(depth);
+            }
+            let scales = next_scales;
+            next_scales = V::scales(&feed.values, tile + WARPS, at);
             let mut products = [[0.0; 4]; 2];
-            if V::AHEAD {
-                add_scores::<NK>(&mut products, &next_keys, 0, smem, layout);
-                if next < end {
-                    next_keys = load_keys::<NK>(&k_rows, next, 0, at);
-                }
-            } else {
+            if NK > 4 {
                 unroll!(I < NK => {
-                    let keys = load_keys::<1>(&k_rows, tile, I, at);
+                    let keys = feed.keys::<NK, 1>(tile, slot, I);
                     add_scores::<1>(&mut products, &keys, I, smem, layout);
                 });
+            } else {
+                let keys = feed.keys::<NK, NK>(tile, slot, 0);
+                add_scores::<NK>(&mut products, &keys, 0, smem, layout);
             }
             let [near, far] = products;
             let mut s = [
@@ -328,7 +392,7 @@ unsafe fn attend_tiles<const NK: usize, const NV: usize, V: Tile<NV>>(
             unroll!(I < 4 => {
                 let position = position + (I % 2 + I / 2 * 8) as u32;
                 let scaled = s[I] * scale_log2;
-                s[I] = if position < keys { scaled } else { f32::NEG_INFINITY };
+                s[I] = if position < tiles.keys { scaled } else { f32::NEG_INFINITY };
             });
             let mut new_maximum = s[0].max(s[1]).max(s[2].max(s[3])).max(maximum);
             new_maximum = new_maximum.max(warp::shuffle_xor_f32(warp::FULL_MASK, new_maximum, 1));
@@ -353,25 +417,29 @@ unsafe fn attend_tiles<const NK: usize, const NV: usize, V: Tile<NV>>(
                 ptx::exp2(s[3] + offset),
             ];
             weight += (p[0] + p[1]) + (p[2] + p[3]);
-            if V::AHEAD {
-                next_values.add(&mut sums, pack(next_values.weigh(p)), 0);
-                if next < end {
-                    next_values = V::Ahead::load(&v_rows, next, 0, at);
+            let p = pack(V::weigh(scales, p));
+            unroll!(B < NV => {
+                feed.values::<NK, V>(tile, slot, B).add(&mut sums[B], p);
+            });
+            let ahead = tile + depth * WARPS;
+            if at_least_sm_80() {
+                if ahead < tiles.end {
+                    feed.copy::<NK, NV, V>(ahead, slot);
                 }
-            } else {
-                unroll!(B < NV => {
-                    let values = V::One::load(&v_rows, tile, B, at);
-                    values.add(&mut sums, pack(values.weigh(p)), B);
-                });
+                ptx::cp_async_commit();
+                slot += tile_bytes;
+                if slot == depth * tile_bytes {
+                    slot = 0;
+                }
             }
-            tile = next;
+            tile += WARPS;
         }
 
         weight += warp::shuffle_xor_f32(warp::FULL_MASK, weight, 1);
         weight += warp::shuffle_xor_f32(warp::FULL_MASK, weight, 2);
         if at.t == 0 {
-            ptx::st_shared_f32(smem, layout.maximum(warp_id, at.g), maximum);
-            ptx::st_shared_f32(smem, layout.weight(warp_id, at.g), weight);
+            ptx::st_shared_f32(smem, layout.maximum(warp::warp_id(), at.g), maximum);
+            ptx::st_shared_f32(smem, layout.weight(warp::warp_id(), at.g), weight);
         }
     }
 
@@ -381,7 +449,7 @@ unsafe fn attend_tiles<const NK: usize, const NV: usize, V: Tile<NV>>(
 
 /// The kernels: one for each count of loads that cover a head, and kind of values.
 macro_rules! kernels {
-    ($($name:ident$([$scales:ident])?: $limits:literal, [$nk:literal, $nv:literal, $tile:ty];)*) => {$(
+    ($($name:ident$([$scales:ident])?: $limits:literal, [$nk:literal, $nv:literal, $values:ty];)*) => {$(
         #[doc = concat!("Attention of a split of the positions, heads of ", $limits, ".")]
         ///
         /// # Safety
@@ -394,13 +462,14 @@ macro_rules! kernels {
             state: *const u32,   // (1) position
             out: *mut f32,       // (H, Dh)
             $($scales: *const u16,)? // (KV, S) f16
-            partials: *mut f32,  // (groups, 8, splits, Dh), then (groups, 8, splits, 4)
+            partials: *mut f32,  // (groups, 8, splits, Dh), then (groups, 8, splits, parts, 4)
             groups: u32,
             heads: u32,
             heads_per_kv: u32,
             head_dim: u32,
             context: u32,
             min_tiles: u32,
+            depth: u32,
             scale_log2: f32,
         ) {
             let dims = Dims {
@@ -409,6 +478,7 @@ macro_rules! kernels {
                 head_dim,
                 context,
                 min_tiles,
+                depth,
             };
             let scales = [$($scales,)? core::ptr::null()][0];
             let caches = Caches {
@@ -418,7 +488,7 @@ macro_rules! kernels {
             };
             // SAFETY: launched as `plan` says.
             unsafe {
-                attend::<$nk, $nv, $tile>(
+                attend::<$nk, $nv, $values>(
                     q, caches, state, out, partials, groups, dims, scale_log2,
                 );
             }
@@ -427,11 +497,11 @@ macro_rules! kernels {
 }
 
 kernels! {
-    attention_split_f16_d64: "8 to 64 elements", [2, 1, HalvesAhead];
-    attention_split_f16_d96: "72 to 96 elements", [3, 2, HalvesAhead];
-    attention_split_f16_d128: "104 to 128 elements", [4, 2, HalvesAhead];
-    attention_split_f16_d256: "136 to 256 elements", [8, 4, HalvesInTurn];
-    attention_split_v8_d64[v_scales]: "8 to 64 elements, values of 8 bits", [2, 1, BytesAhead];
-    attention_split_v8_d96[v_scales]: "72 to 96 elements, values of 8 bits", [3, 2, BytesAhead];
-    attention_split_v8_d128[v_scales]: "104 to 128 elements, values of 8 bits", [4, 2, BytesAhead];
+    attention_split_f16_d64: "8 to 64 elements", [2, 1, Halves];
+    attention_split_f16_d96: "72 to 96 elements", [3, 2, Halves];
+    attention_split_f16_d128: "104 to 128 elements", [4, 2, Halves];
+    attention_split_f16_d256: "136 to 256 elements", [8, 4, Halves];
+    attention_split_v8_d64[v_scales]: "8 to 64 elements, values of 8 bits", [2, 1, Bytes];
+    attention_split_v8_d96[v_scales]: "72 to 96 elements, values of 8 bits", [3, 2, Bytes];
+    attention_split_v8_d128[v_scales]: "104 to 128 elements, values of 8 bits", [4, 2, Bytes];
 }

@@ -291,7 +291,8 @@ impl Builder<'_> {
             scale: SCALE,
         };
         let out = self.floats(HEADS * HEAD_DIM)?;
-        let words = attention::scratch_bytes(&info, &shape) as usize / 4;
+        let tuning = attention::split::Tuning::of(&info, &shape);
+        let words = attention::scratch_bytes(&shape, tuning) as usize / 4;
         let ops = attention::Operands {
             q,
             k_cache,
@@ -301,7 +302,8 @@ impl Builder<'_> {
             out,
             partials: self.device.put_u32(&vec![attention::UNWRITTEN; words])?,
         };
-        self.calls.push(attention::plan(&info, &shape, &ops)?);
+        self.calls
+            .push(attention::plan(&info, &shape, &ops, tuning)?);
         let projected = self.linear(&layer.o, None, out)?;
         self.add(projected, x)?;
         let normed = self.norm(x, &layer.ffn_norm)?;

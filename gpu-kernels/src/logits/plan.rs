@@ -65,7 +65,7 @@ pub fn scratch_bytes(device: &DeviceInfo) -> u64 {
 
 /// As many as run at once: at 128 registers a thread a multiprocessor has room for two.
 fn most_blocks(device: &DeviceInfo) -> u32 {
-    2 * device.multiprocessors
+    (2 * device.multiprocessors).min(top::MAX_BLOCKS)
 }
 
 /// The launch of `logits_int8`, or of `logits_int8_by_row` where a row has one scale. Without

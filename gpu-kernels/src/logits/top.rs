@@ -29,6 +29,11 @@ const SEGMENT: u32 = 128;
 const IN_FLIGHT: usize = 4;
 const _: () = assert!(IN_FLIGHT == 4, "they are unrolled");
 const THREADS: u32 = WARPS * warp::SIZE;
+/// Bests that a thread compares at a time.
+const COMPARED: u32 = 8;
+/// Blocks of a grid at most: a thread remembers a bit for each of its share of their warps.
+#[cfg(not(target_arch = "nvptx64"))]
+pub const MAX_BLOCKS: u32 = 32 * THREADS / WARPS;
 
 /// Where things lie in shared memory, in bytes. Nothing of the product is needed any more.
 #[derive(Clone, Copy)]
@@ -55,10 +60,16 @@ impl Layout {
         Self::count(2, 0) + block * BEST_BYTES
     }
 
+    /// Places for the blocks' bests.
+    #[inline(always)]
+    fn places(self) -> u32 {
+        self.blocks.next_multiple_of(COMPARED)
+    }
+
     /// A warp of the grid that is gone over.
     #[inline(always)]
     fn listed(self, i: u32) -> u32 {
-        self.block(self.blocks) + i * 4
+        self.block(self.places()) + i * 4
     }
 
     #[inline(always)]
@@ -165,9 +176,11 @@ unsafe fn bound(rows: &Rows, smem: Shared, layout: Layout) {
         if block == 0 {
             Best::NONE.put(smem, Layout::BOUND);
         }
-        while block < rows.blocks {
+        while block < layout.places() {
             let mut best = Best::NONE;
-            unroll!(W < 8 => { best = best.or(rows.best(block * WARPS + W as u32)); });
+            if block < rows.blocks {
+                unroll!(W < 8 => { best = best.or(rows.best(block * WARPS + W as u32)); });
+            }
             best.put(smem, layout.block(block));
             block += THREADS;
         }
@@ -178,9 +191,11 @@ unsafe fn bound(rows: &Rows, smem: Shared, layout: Layout) {
             let mut before = 0;
             let mut other = 0;
             while other < rows.blocks {
-                let other_best = Best::of_shared(smem, layout.block(other));
-                before += u32::from(other_best.before(best));
-                other += 1;
+                unroll!(I < 8 => {
+                    let other = Best::of_shared(smem, layout.block(other + I as u32));
+                    before += u32::from(other.before(best));
+                });
+                other += COMPARED;
             }
             // Equal ones are blocks without any number.
             if before == MAX_CANDIDATES as u32 - 1 && best != Best::NONE {
@@ -203,17 +218,28 @@ unsafe fn list(rows: &Rows, smem: Shared, layout: Layout) -> u32 {
     // SAFETY: as `select`.
     unsafe {
         let bound = Best::of_shared(smem, Layout::BOUND);
-        let reaches = |first: u32| {
-            let grid_warp = first + thread::thread_idx_x();
-            let there = grid_warp < warps;
-            (grid_warp, there && rows.best(grid_warp).reaches(bound))
-        };
-        // Once to count, once to write.
+        // Once to count, and remembered to write.
+        let mut reach = 0u32;
         let mut count = 0;
-        let mut first = 0;
-        while first < warps {
-            count += place(reaches(first).1).1;
-            first += THREADS;
+        let mut round = 0;
+        while round * THREADS < warps {
+            let mut bests = [Best::NONE; IN_FLIGHT];
+            unroll!(I < 4 => {
+                let grid_warp = (round + I as u32) * THREADS + thread::thread_idx_x();
+                if grid_warp < warps {
+                    bests[I] = rows.best(grid_warp);
+                }
+            });
+            unroll!(I < 4 => {
+                let round = round + I as u32;
+                let there = round * THREADS + thread::thread_idx_x() < warps;
+                let there = there && bests[I].reaches(bound);
+                if there {
+                    reach |= 1 << round;
+                }
+                count += place(there).1;
+            });
+            round += IN_FLIGHT as u32;
         }
         if warp::lane_id() == 0 {
             ptx::st_shared_u32(smem, Layout::count(0, warp_id), count);
@@ -227,15 +253,16 @@ unsafe fn list(rows: &Rows, smem: Shared, layout: Layout) -> u32 {
             }
             all += ptx::ld_shared_u32(smem, Layout::count(0, W as u32));
         });
-        let mut first = 0;
-        while first < warps {
-            let (grid_warp, there) = reaches(first);
+        let mut round = 0;
+        while round * THREADS < warps {
+            let there = reach >> round & 1 != 0;
             let (before, of_warp) = place(there);
             if there {
+                let grid_warp = round * THREADS + thread::thread_idx_x();
                 ptx::st_shared_u32(smem, layout.listed(at + before), grid_warp);
             }
             at += of_warp;
-            first += THREADS;
+            round += 1;
         }
         thread::sync_threads();
         all

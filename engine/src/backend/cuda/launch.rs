@@ -45,13 +45,16 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Compiles `ptx` in the current context and looks up every kernel of `names`.
+    /// Compiles `ptx` in the current context and looks up every kernel of `names`. All of them ask for
+    /// the same share of a multiprocessor's memory as shared memory, `carve_out` percent of the most,
+    /// if that is given.
     ///
     /// # Errors
     /// [`Error::Machine`] with the CUDA error's name and what the driver's compiler logged.
     pub(super) fn load(
         ptx: &str,
         names: impl IntoIterator<Item = &'static str>,
+        carve_out: Option<i32>,
     ) -> Result<Kernels, Error> {
         let module = Module::from_ptx(ptx, &[]).map_err(|error| {
             let cause = failed("loading the GPU kernels", error);
@@ -65,6 +68,13 @@ impl Kernels {
             let function = module
                 .get_function(name)
                 .map_err(|error| failed(&format!("looking up the kernel {name}"), error))?;
+            if let Some(percent) = carve_out {
+                let carve =
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+                // SAFETY: the function belongs to a loaded module.
+                let set = unsafe { sys::cuFuncSetAttribute(function.to_raw(), carve, percent) };
+                check(set, || format!("giving {name} its share of the cache"))?;
+            }
             let function = Function {
                 handle: function.to_raw(),
                 shared_bytes: AtomicU32::new(SHARED_BYTES_UNASKED),

@@ -333,10 +333,11 @@ impl<'a> Compiler<'a> {
             })
             .collect::<Result<Vec<_>, Error>>()?;
         let scratch_bytes = model.recipe.steps.iter().find_map(|step| match *step {
-            Step::Attention { scale, .. } => Some(attention::scratch_bytes(
-                device,
-                &attention_shape(model, context, scale),
-            )),
+            Step::Attention { scale, .. } => {
+                let shape = attention_shape(model, context, scale);
+                let chosen = attention::choose(device, tuned, &shape, false);
+                Some(attention::scratch_bytes(&shape, chosen.launch))
+            }
             _ => None,
         });
         let partials = match scratch_bytes {

@@ -5,22 +5,31 @@ use cuda_std::{atomic, thread, warp};
 
 use super::layout::{Layout, pass_elems};
 use super::tile::Sums;
-use super::{HEADS, MAX_SPLITS, Place, WARPS};
+use super::{HEADS, MAX_SPLITS, PART_CHUNKS, Place, WARPS};
 use crate::attention::UNWRITTEN;
 use crate::ptx;
 use crate::unroll::unroll;
 
-/// Splits that a thread polls at a time.
-const SPLITS_IN_FLIGHT: usize = 8;
-/// Splits that a lane goes over.
+/// Threads that share the splits of a chunk.
+const SUBS: u32 = WARPS * warp::SIZE / PART_CHUNKS;
+/// Splits that a thread adds up.
+const THREAD_SPLITS: usize = (MAX_SPLITS / SUBS) as usize;
+/// Splits whose weights a lane goes over.
 const LANE_SPLITS: usize = (MAX_SPLITS / warp::SIZE) as usize;
 const _: () = assert!(
-    SPLITS_IN_FLIGHT == 8 && LANE_SPLITS == 4,
+    THREAD_SPLITS == 4 && LANE_SPLITS == 4 && WARPS == 8 && PART_CHUNKS == 8,
     "they are unrolled"
 );
 
+/// Parts of a head, a block each: 8 chunks of 4 elements, the last one maybe fewer.
+#[inline(always)]
+pub const fn parts(head_dim: u32) -> u32 {
+    head_dim.div_ceil(4 * PART_CHUNKS)
+}
+
 /// What a launch's splits leave for the blocks of the heads: `(groups, 8, splits, Dh)` weighted
-/// sums, then `(groups, 8, splits, 4)` maxima, sums of weights and two zeros.
+/// sums, then `(groups, 8, splits, parts, 4)` maxima, sums of weights and two zeros, once for each
+/// block that reads them.
 #[derive(Clone, Copy)]
 pub struct Partials {
     pub base: *mut f32,
@@ -43,9 +52,10 @@ impl Partials {
     }
 
     #[inline(always)]
-    fn weight(&self, slot: usize) -> *mut u32 {
+    fn weight(&self, slot: usize, part: u32) -> *mut u32 {
         let slots = (self.groups * HEADS * self.splits) as usize;
-        let elems = slots * self.head_dim as usize + 4 * slot;
+        let record = slot * parts(self.head_dim) as usize + part as usize;
+        let elems = slots * self.head_dim as usize + 4 * record;
         self.base.wrapping_add(elems).cast()
     }
 }
@@ -187,69 +197,72 @@ unsafe fn combine_chunk(
         } else {
             let slot = partials.slot(target.group, row, target.split);
             atomic::store_relaxed_gpu_v4_u32(partials.sum(slot, d / 4), written(sum));
-            if d == 0 {
+            if (d / 4).is_multiple_of(PART_CHUNKS) {
                 let weights = written([maximum, weight, 0.0, 0.0]);
-                atomic::store_relaxed_gpu_v4_u32(partials.weight(slot), weights);
+                let part = d / (4 * PART_CHUNKS);
+                atomic::store_relaxed_gpu_v4_u32(partials.weight(slot, part), weights);
             }
         }
     }
 }
 
-/// Adds up the partials of `active` splits of a head in their order, and marks them as unwritten.
+/// Adds up the partials of `active` splits of a part of a head in their order, and marks them as
+/// unwritten.
 ///
 /// ```text
-/// thread (sub, chunk) -> 4 elements over the splits sub, sub + subs, ...   chunk fastest
+/// thread (sub, chunk) -> 4 elements over the splits sub, sub + 32, ...   chunk fastest
 /// lane of warp 0      -> what the splits lane, lane + 32, ... count
 /// ```
 ///
+/// Looks every `pause_ns` whether they are there: what is polled takes from what the splits read.
+///
 /// # Safety
-/// All threads of the block call it, one block a head; `out` is the head's row.
+/// All threads of the block call it, one block a part; `out` is the head's row.
 #[inline(always)]
-pub unsafe fn combine_head(
+pub unsafe fn combine_part(
     partials: &Partials,
     group: u32,
     row: u32,
+    part: u32,
     active: u32,
+    pause_ns: u32,
     out: *mut f32,
     smem: Shared,
     layout: Layout,
 ) {
-    let chunks = partials.head_dim / 4;
-    let subs = WARPS * warp::SIZE / chunks;
     let thread = thread::thread_idx_x();
-    let (sub, chunk) = (thread / chunks, thread % chunks);
-    let mut split = sub;
-    if sub >= subs {
-        split = active;
-    }
+    let (sub, own) = (thread / PART_CHUNKS, thread % PART_CHUNKS);
+    let chunk = part * PART_CHUNKS + own;
+    let there_is = 4 * chunk < partials.head_dim;
     let weighs = warp::warp_id() == 0;
     let lane = warp::lane_id();
-    let part = |split: u32| partials.sum(partials.slot(group, row, split), chunk);
-    let weight = |split: u32| partials.weight(partials.slot(group, row, split));
+    let sum_of = |split: u32| partials.sum(partials.slot(group, row, split), chunk);
+    let weight_of = |split: u32| partials.weight(partials.slot(group, row, split), part);
     // SAFETY: splits below `active` leave their partials in every launch, and each word is this
     // thread's alone; shared memory has room for shares and sums.
     unsafe {
         let mut weights = [[0; 4]; LANE_SPLITS];
-        let mut parts = [[0; 4]; SPLITS_IN_FLIGHT];
+        let mut sums = [[0; 4]; THREAD_SPLITS];
         // Everything is in flight at once, until all of it is there.
         loop {
             if weighs {
                 unroll!(I < 4 => {
                     let split = lane + warp::SIZE * I as u32;
                     if split < active {
-                        weights[I] = atomic::load_relaxed_gpu_v4_u32(weight(split));
+                        weights[I] = atomic::load_relaxed_gpu_v4_u32(weight_of(split));
                     }
                 });
             }
-            unroll!(I < 8 => {
-                let split = split + I as u32 * subs;
-                if split < active {
-                    parts[I] = atomic::load_relaxed_gpu_v4_u32(part(split));
+            unroll!(I < 4 => {
+                let split = sub + I as u32 * SUBS;
+                if there_is && split < active {
+                    sums[I] = atomic::load_relaxed_gpu_v4_u32(sum_of(split));
                 }
             });
-            if there(&weights) && there(&parts) {
+            if there(&weights) && there(&sums) {
                 break;
             }
+            ptx::nanosleep(pause_ns);
         }
         if weighs {
             let mut maxima = [f32::NEG_INFINITY; LANE_SPLITS];
@@ -259,7 +272,7 @@ pub unsafe fn combine_head(
                 if split < active {
                     maxima[I] = f32::from_bits(weights[I][0]);
                     maximum = maximum.max(maxima[I]);
-                    atomic::store_relaxed_gpu_v4_u32(weight(split), [UNWRITTEN; 4]);
+                    atomic::store_relaxed_gpu_v4_u32(weight_of(split), [UNWRITTEN; 4]);
                 }
             });
             maximum = warp::reduce_max_f32(maximum);
@@ -277,46 +290,32 @@ pub unsafe fn combine_head(
         thread::sync_threads();
 
         let mut sum = [0.0f32; 4];
-        loop {
-            unroll!(I < 8 => {
-                let split = split + I as u32 * subs;
-                if split < active {
-                    let share = ptx::ld_shared_f32(smem, layout.share(split));
-                    unroll!(D < 4 => {
-                        sum[D] = ptx::fma(share, f32::from_bits(parts[I][D]), sum[D]);
-                    });
-                    atomic::store_relaxed_gpu_v4_u32(part(split), [UNWRITTEN; 4]);
-                }
-            });
-            split += SPLITS_IN_FLIGHT as u32 * subs;
-            if split >= active {
-                break;
-            }
-            loop {
-                unroll!(I < 8 => {
-                    let split = split + I as u32 * subs;
-                    if split < active {
-                        parts[I] = atomic::load_relaxed_gpu_v4_u32(part(split));
-                    }
+        unroll!(I < 4 => {
+            let split = sub + I as u32 * SUBS;
+            if there_is && split < active {
+                let share = ptx::ld_shared_f32(smem, layout.share(split));
+                unroll!(D < 4 => {
+                    sum[D] = ptx::fma(share, f32::from_bits(sums[I][D]), sum[D]);
                 });
-                if there(&parts) {
-                    break;
-                }
+                atomic::store_relaxed_gpu_v4_u32(sum_of(split), [UNWRITTEN; 4]);
             }
-        }
-        if sub < subs {
-            ptx::st_shared_v4_f32(smem, layout.sub_sum(thread), sum);
+        });
+        // The warp's four subs, then the warps.
+        unroll!(D < 4 => {
+            sum[D] += warp::shuffle_xor_f32(warp::FULL_MASK, sum[D], PART_CHUNKS);
+            sum[D] += warp::shuffle_xor_f32(warp::FULL_MASK, sum[D], 2 * PART_CHUNKS);
+        });
+        if lane < PART_CHUNKS {
+            ptx::st_shared_v4_f32(smem, layout.part_sum(warp::warp_id(), lane), sum);
         }
         thread::sync_threads();
-        if thread < chunks {
-            let mut other = 1;
-            while other < subs {
-                let place = layout.sub_sum(other * chunks + chunk);
-                let part = ptx::ld_shared_v4_f32(smem, place);
-                unroll!(D < 4 => { sum[D] += part[D]; });
-                other += 1;
-            }
-            ptx::st_global_v4_f32(out.wrapping_add((chunk * 4) as usize), sum);
+        if thread < PART_CHUNKS && there_is {
+            let mut total = [0.0f32; 4];
+            unroll!(W < 8 => {
+                let part = ptx::ld_shared_v4_f32(smem, layout.part_sum(W as u32, thread));
+                unroll!(D < 4 => { total[D] += part[D]; });
+            });
+            ptx::st_global_v4_f32(out.wrapping_add((chunk * 4) as usize), total);
         }
     }
 }

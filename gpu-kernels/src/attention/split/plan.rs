@@ -1,24 +1,28 @@
 //! Grid, scratch memory and checks of a launch.
 
+use super::combine::parts;
 use super::layout::Layout;
-use super::{HEADS, MAX_SPLITS, TILE, WARPS};
+use super::tile::tile_bytes;
+use super::{HEADS, MAX_DEPTH, MAX_RING_BYTES, MAX_SPLITS, TILE, WARPS};
 use crate::attention::{self, Operands, Shape};
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
+use crate::tuned::Launches;
 
 /// Grid and granularity of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuning {
     /// Blocks a group of heads, at most 128.
     pub splits: u32,
-    /// Tiles of 16 positions that a split has at least, unless there are no more: then, and while
-    /// a block has a warp for each, there is one split.
+    /// Tiles of 16 positions that a split has at least, unless there are no more. A few tiles are one
+    /// split anyway.
     pub min_tiles: u32,
 }
 
 impl Tuning {
-    /// A block a multiprocessor once the context is long; those of the heads wait beside them.
+    /// A block a multiprocessor once the context is long, with a tile a warp; those of the heads wait
+    /// beside them.
     pub fn of(device: &DeviceInfo, shape: &Shape) -> Tuning {
-        let min_tiles = 2;
+        let min_tiles = WARPS;
         let useful = shape.context.div_ceil((min_tiles * TILE) as usize);
         let most = useful.clamp(1, MAX_SPLITS as usize) as u32;
         let groups = u32::try_from(head_groups(shape)).unwrap_or(u32::MAX);
@@ -31,10 +35,54 @@ impl Tuning {
         if self.splits == 1 {
             return 0;
         }
-        // Each head's weighted sum, its maximum and its sum of weights.
-        let floats = u64::from(self.splits * HEADS) * (shape.head_dim as u64 + 4);
+        // Each head's weighted sum, and its maximum and sum of weights for each part.
+        let parts = parts(shape.head_dim.min(attention::MAX_HEAD_DIM) as u32);
+        let floats =
+            u64::from(self.splits * HEADS) * (shape.head_dim as u64 + 4 * u64::from(parts));
         (head_groups(shape) as u64).saturating_mul(floats * 4)
     }
+}
+
+impl Launches for Tuning {
+    const NAMES: &'static [&'static str] = &["splits", "min_tiles"];
+
+    fn numbers(&self) -> Vec<u32> {
+        vec![self.splits, self.min_tiles]
+    }
+
+    fn of(numbers: &[u32]) -> Option<Tuning> {
+        let &[splits, min_tiles] = numbers else {
+            return None;
+        };
+        Some(Tuning { splits, min_tiles })
+    }
+}
+
+/// The rule's launch, then every other: a block or two a multiprocessor, and the least work of a
+/// split.
+pub fn candidates(device: &DeviceInfo, shape: &Shape) -> Vec<Tuning> {
+    let rule = Tuning::of(device, shape);
+    let mut found = vec![rule];
+    for splits in [rule.splits / 2, rule.splits, rule.splits * 2] {
+        for min_tiles in [1, 2, 4, 8] {
+            let tuning = Tuning { splits, min_tiles };
+            if (1..=MAX_SPLITS).contains(&splits) && !found.contains(&tuning) {
+                found.push(tuning);
+            }
+        }
+    }
+    found
+}
+
+/// The shape as the table of tuned launches names it: the launch serves every position.
+pub fn name(shape: &Shape) -> String {
+    let &Shape {
+        heads,
+        kv_heads,
+        head_dim,
+        ..
+    } = shape;
+    format!("heads {heads}/{kv_heads} x {head_dim}")
 }
 
 /// Groups of up to 8 query heads that share a kv head.
@@ -134,10 +182,9 @@ pub fn plan(
     let width = call.dim("head_dim", head_dim)?;
     call.dim("context", context)?;
     call.dim("min_tiles", tuning.min_tiles as usize)?;
-    call.f32(scale * core::f32::consts::LOG2_E);
     // The blocks of the heads, where there is anything to combine.
     let head_rows = if splits > 1 {
-        heads.div_ceil(splits)
+        heads.saturating_mul(parts(width)).div_ceil(splits)
     } else {
         0
     };
@@ -150,7 +197,20 @@ pub fn plan(
         4 => (4, value_loads),
         _ => (8, 4),
     };
-    let layout = Layout::new(key_loads, value_loads, HEADS.min(heads / kv_heads as u32));
+    let rows_a_block = HEADS.min(heads / kv_heads as u32);
+    let tile = tile_bytes(key_loads, value_loads, if of_8_bits { 1 } else { 2 });
+    let layout = |depth: u32| Layout::new(key_loads, value_loads, rows_a_block, depth * tile);
+    // No ring where there are no asynchronous copies.
+    let mut depth = 0;
+    if device.compute_capability >= 80 {
+        let fits = |depth: &u32| {
+            depth * tile * WARPS <= MAX_RING_BYTES
+                && layout(*depth).bytes() <= device.shared_bytes_per_block
+        };
+        depth = (1..=MAX_DEPTH).rev().find(fits).unwrap_or(1);
+    }
+    call.u32(depth);
+    call.f32(scale * core::f32::consts::LOG2_E);
     if splits > 1 {
         call.blocks_wait();
     }
@@ -160,7 +220,7 @@ pub fn plan(
         Launch {
             grid: [splits, rows as u32, 1],
             block: [WARPS * 32, 1, 1],
-            shared_bytes: layout.bytes(),
+            shared_bytes: layout(depth).bytes(),
         },
     )
 }
@@ -180,7 +240,7 @@ mod tests {
 
     const H200: DeviceInfo = DeviceInfo {
         multiprocessors: 132,
-        shared_bytes_per_block: 48 * 1024,
+        shared_bytes_per_block: 227 * 1024,
         compute_capability: 90,
     };
 
@@ -203,7 +263,7 @@ mod tests {
     #[test]
     fn splits_fill_the_device_and_leave_no_block_without_a_use() {
         let splits = |shape| Tuning::of(&H200, &shape).splits;
-        assert_eq!(splits(SHAPE), 66);
+        assert_eq!(splits(SHAPE), 32);
         assert_eq!(
             splits(Shape {
                 context: 131_072,
@@ -239,9 +299,9 @@ mod tests {
         let planned = |shape, ops| plan(&H200, &shape, &ops, Tuning::of(&H200, &shape));
         let call = planned(SHAPE, operands()).unwrap();
         assert_eq!(call.kernel, "attention_split_f16_d128");
-        // Two groups, and a row of blocks that holds the 12 heads.
-        assert_eq!(call.launch.grid, [66, 3, 1]);
-        assert_eq!(call.args[6..12], [2, 12, 6, 128, 4096, 2]);
+        // Two groups, and rows of blocks that hold four parts of 12 heads.
+        assert_eq!(call.launch.grid, [32, 4, 1]);
+        assert_eq!(call.args[6..13], [2, 12, 6, 128, 4096, 8, 2]);
         let name = |head_dim| {
             planned(Shape { head_dim, ..SHAPE }, operands())
                 .unwrap()

@@ -1,11 +1,11 @@
-//! A tile of 16 positions: its loads and both products.
+//! A tile of 16 positions: its way from the cache, and both products.
 
 use cuda_std::shared::Shared;
 use cuda_std::{thread, warp};
 
 use super::layout::Layout;
 use super::{Place, TILE, WARPS};
-use crate::product::{even_bytes_to_f16x2, mma_k16};
+use crate::product::{at_least_sm_80, even_bytes_to_f16x2, mma_k16};
 use crate::ptx;
 use crate::unroll::unroll;
 
@@ -26,34 +26,15 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Eight elements from `d` on of row `position`. What is past the end of either is replaced by
-    /// the last there is: it has to be a number, as it is multiplied by 0.
-    ///
-    /// # Safety
-    /// The cache holds `keys` rows.
+    /// Eight elements of `elem_bytes` from `d` on of row `position`. What is past the end of either
+    /// is replaced by the last there is: it has to be a number, as it is multiplied by 0.
     #[inline(always)]
-    unsafe fn eight(&self, position: u32, d: u32) -> [u32; 4] {
+    fn eight(&self, position: u32, d: u32, elem_bytes: u32) -> *const u32 {
         let row = position.min(self.keys - 1) * self.head_dim;
-        let elems = self
-            .base
-            .wrapping_add((row + d.min(self.head_dim - 8)) as usize);
-        // SAFETY: row and elements are clamped; both are multiples of 16 bytes from the base.
-        unsafe { ptx::ld_global_once_v4_u32(elems.cast()) }
-    }
-}
-
-impl Rows {
-    /// As [`Rows::eight`], of rows of bytes.
-    ///
-    /// # Safety
-    /// The cache holds `keys` rows.
-    #[inline(always)]
-    unsafe fn eight_bytes(&self, position: u32, d: u32) -> [u32; 2] {
-        let row = position.min(self.keys - 1) * self.head_dim;
-        let bytes = self.base.cast::<u8>();
-        let from = bytes.wrapping_add((row + d.min(self.head_dim - 8)) as usize);
-        // SAFETY: row and elements are clamped; both are multiples of 8 bytes from the base.
-        unsafe { ptx::ld_global_once_v2_u32(from.cast()) }
+        let elem = row + d.min(self.head_dim - 8);
+        self.base
+            .wrapping_byte_add(elem as usize * elem_bytes as usize)
+            .cast()
     }
 
     /// The scale of a position, as it is stored: converting it waits for the load.
@@ -85,28 +66,131 @@ pub type Keys<const NK: usize> = [[[u32; 4]; NK]; 2];
 /// 64b + 8 (2t + 1) + j, high parts, then low.
 pub type Sums<const NV: usize> = [[[f32; 4]; 8]; NV];
 
-/// The loads from number `first` on.
+/// Bytes of eight halves.
+const KEY_BYTES: u32 = 16;
+
+/// A warp's tiles. From sm_80 on they are copied ahead to the warp's part of shared memory, each lane
+/// what it needs itself, so no lane waits for another; `depth` tiles are under way. Before, they are
+/// loaded where they are used.
 ///
-/// # Safety
-/// As [`Rows::eight`].
-#[inline(always)]
-pub unsafe fn load_keys<const N: usize>(
-    rows: &Rows,
-    tile: u32,
-    first: usize,
-    at: Place,
-) -> Keys<N> {
-    let mut keys = [[[0; 4]; N]; 2];
-    let position = tile * TILE + at.g;
-    unroll!(I < N => {
-        let d = 32 * (first + I) as u32 + 8 * at.t;
-        // SAFETY: any position and element will do.
+/// ```text
+/// a tile in the ring: 2 NK chunks of keys, 4 NV of values   chunk: 8 elements a lane
+/// ```
+#[derive(Clone, Copy)]
+pub struct Feed {
+    pub keys: Rows,
+    pub values: Rows,
+    pub at: Place,
+    pub smem: Shared,
+    /// Offset of the warp's ring.
+    pub ring: u32,
+}
+
+/// Bytes of a tile in the ring, with values of `value_bytes` an element.
+pub const fn tile_bytes(key_loads: u32, value_loads: u32, value_bytes: u32) -> u32 {
+    32 * (2 * key_loads * KEY_BYTES + 4 * value_loads * 8 * value_bytes)
+}
+
+impl Feed {
+    /// Where a lane's chunk of keys is in the tile at `slot`.
+    #[inline(always)]
+    fn key_chunk(&self, slot: u32, chunk: u32) -> u32 {
+        self.ring + slot + (chunk * 32 + warp::lane_id()) * KEY_BYTES
+    }
+
+    /// The same of values of type V, which are behind the keys.
+    #[inline(always)]
+    fn value_chunk<const NK: usize, V: Values>(&self, slot: u32, chunk: u32) -> u32 {
+        let values = self.ring + slot + 2 * NK as u32 * 32 * KEY_BYTES;
+        values + (chunk * 32 + warp::lane_id()) * 8 * V::ELEM_BYTES
+    }
+
+    /// Starts to copy a tile.
+    ///
+    /// # Safety
+    /// The cache holds the tile's rows, as far as there are `keys` of them; the warp has used up what
+    /// was in the slot.
+    #[inline(always)]
+    pub unsafe fn copy<const NK: usize, const NV: usize, V: Values>(&self, tile: u32, slot: u32) {
+        // SAFETY: rows and elements are clamped, aligned as the loads are wide; the lane's chunks are
+        // its own.
         unsafe {
-            keys[0][I] = rows.eight(position, d);
-            keys[1][I] = rows.eight(position + 8, d);
+            let position = tile * TILE + self.at.g;
+            unroll!(R < 2 => {
+                unroll!(I < NK => {
+                    let d = 32 * I as u32 + 8 * self.at.t;
+                    let from = self.keys.eight(position + 8 * R as u32, d, 2);
+                    ptx::cp_async_16(self.smem, self.key_chunk(slot, (R * NK + I) as u32), from);
+                });
+            });
+            let position = tile * TILE + 2 * self.at.t;
+            unroll!(P < 4 => {
+                unroll!(B < NV => {
+                    let d = 64 * B as u32 + 8 * self.at.g;
+                    let from = self.values.eight(position + near_or_far(P), d, V::ELEM_BYTES);
+                    let to = self.value_chunk::<NK, V>(slot, (B * 4 + P) as u32);
+                    V::copy(self.smem, to, from);
+                });
+            });
         }
-    });
-    keys
+    }
+
+    /// Key loads `first .. first + N`.
+    ///
+    /// # Safety
+    /// As [`Feed::copy`]; the tile has been waited for.
+    #[inline(always)]
+    pub unsafe fn keys<const NK: usize, const N: usize>(
+        &self,
+        tile: u32,
+        slot: u32,
+        first: usize,
+    ) -> Keys<N> {
+        let mut keys = [[[0; 4]; N]; 2];
+        // SAFETY: by the caller's promise; clamped as there.
+        unsafe {
+            unroll!(R < 2 => {
+                unroll!(I < N => {
+                    let chunk = R * NK + first + I;
+                    keys[R][I] = if at_least_sm_80() {
+                        ptx::ld_shared_v4_u32(self.smem, self.key_chunk(slot, chunk as u32))
+                    } else {
+                        let d = 32 * (first + I) as u32 + 8 * self.at.t;
+                        let position = tile * TILE + self.at.g + 8 * R as u32;
+                        ptx::ld_global_once_v4_u32(self.keys.eight(position, d, 2))
+                    };
+                });
+            });
+        }
+        keys
+    }
+
+    /// The values of 64 elements.
+    ///
+    /// # Safety
+    /// As [`Feed::keys`].
+    #[inline(always)]
+    pub unsafe fn values<const NK: usize, V: Values>(
+        &self,
+        tile: u32,
+        slot: u32,
+        block: usize,
+    ) -> V {
+        let d = 64 * block as u32 + 8 * self.at.g;
+        let position = tile * TILE + 2 * self.at.t;
+        // SAFETY: by the caller's promise; clamped as there.
+        V::new(|p| unsafe {
+            if at_least_sm_80() {
+                let chunk = (block * 4 + p) as u32;
+                V::shared(self.smem, self.value_chunk::<NK, V>(slot, chunk))
+            } else {
+                V::global(
+                    self.values
+                        .eight(position + near_or_far(p), d, V::ELEM_BYTES),
+                )
+            }
+        })
+    }
 }
 
 /// Adds the scores over the elements of the key loads from number `first` on: of head g at the
@@ -137,103 +221,149 @@ pub unsafe fn add_scores<const N: usize>(
     });
 }
 
-/// Values of a tile, of `N` blocks of 64 elements.
-pub trait Values<const N: usize>: Copy {
-    /// Nothing fetched yet.
-    const NONE: Self;
+/// Values of a tile, 64 elements of them: of the positions 2t, 2t + 1, 2t + 8, 2t + 9, 8 elements
+/// each.
+pub trait Values: Copy {
+    /// Bytes of an element in the cache.
+    const ELEM_BYTES: u32;
+    /// Eight elements.
+    type Eight: Copy;
+    /// What else there is of a position.
+    type Scales: Copy;
 
-    /// Fetches the blocks from `first` on.
+    /// Of the four positions' elements.
+    fn new(eight: impl Fn(usize) -> Self::Eight) -> Self;
+
+    /// Starts to copy eight elements.
     ///
     /// # Safety
-    /// The rows are of this kind of values.
-    unsafe fn load(rows: &Rows, tile: u32, first: usize, at: Place) -> Self;
+    /// As [`ptx::cp_async_16`].
+    unsafe fn copy(smem: Shared, to: u32, from: *const u32);
 
-    /// What the values count, from the weights of the positions 2t, 2t + 1, 2t + 8, 2t + 9.
-    fn weigh(&self, weights: [f32; 4]) -> [f32; 4];
+    /// Eight elements from shared memory.
+    ///
+    /// # Safety
+    /// They are there.
+    unsafe fn shared(smem: Shared, from: u32) -> Self::Eight;
 
-    /// Adds the weighted values of the blocks from `first`, a constant, on.
-    fn add<const NV: usize>(&self, sums: &mut Sums<NV>, weights: [u32; 4], first: usize);
+    /// Eight elements from the cache.
+    ///
+    /// # Safety
+    /// They are there.
+    unsafe fn global(from: *const u32) -> Self::Eight;
+
+    /// Fetches the scales of a tile's positions.
+    ///
+    /// # Safety
+    /// The cache holds `keys` rows.
+    unsafe fn scales(rows: &Rows, tile: u32, at: Place) -> Self::Scales;
+
+    /// What the values count, from the weights of the positions.
+    fn weigh(scales: Self::Scales, weights: [f32; 4]) -> [f32; 4];
+
+    /// Adds the weighted values.
+    fn add(&self, sums: &mut [[f32; 4]; 8], weights: [u32; 4]);
 }
 
-/// Halves: a load of 8 elements for each 64, of the positions 2t, 2t + 1, 2t + 8, 2t + 9.
+/// Halves.
 #[derive(Clone, Copy)]
-pub struct Halves<const N: usize>([[[u32; 4]; 4]; N]);
+pub struct Halves([[u32; 4]; 4]);
 
-impl<const N: usize> Values<N> for Halves<N> {
-    const NONE: Self = Halves([[[0; 4]; 4]; N]);
+impl Values for Halves {
+    const ELEM_BYTES: u32 = 2;
+    type Eight = [u32; 4];
+    type Scales = ();
 
     #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    unsafe fn load(rows: &Rows, tile: u32, first: usize, at: Place) -> Self {
-        let mut values = Self::NONE;
-        let position = tile * TILE + 2 * at.t;
-        unroll!(B < N => {
-            let d = 64 * (first + B) as u32 + 8 * at.g;
-            unroll!(P < 4 => {
-                // SAFETY: any position and element will do.
-                values.0[B][P] = unsafe { rows.eight(position + near_or_far(P), d) };
-            });
-        });
-        values
+    fn new(eight: impl Fn(usize) -> [u32; 4]) -> Halves {
+        Halves([eight(0), eight(1), eight(2), eight(3)])
     }
 
     #[inline(always)]
-    fn weigh(&self, weights: [f32; 4]) -> [f32; 4] {
+    unsafe fn copy(smem: Shared, to: u32, from: *const u32) {
+        // SAFETY: passed on.
+        unsafe { ptx::cp_async_16(smem, to, from) };
+    }
+
+    #[inline(always)]
+    unsafe fn shared(smem: Shared, from: u32) -> [u32; 4] {
+        // SAFETY: passed on.
+        unsafe { ptx::ld_shared_v4_u32(smem, from) }
+    }
+
+    #[inline(always)]
+    unsafe fn global(from: *const u32) -> [u32; 4] {
+        // SAFETY: passed on.
+        unsafe { ptx::ld_global_once_v4_u32(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn scales(_: &Rows, _: u32, _: Place) {}
+
+    #[inline(always)]
+    fn weigh((): (), weights: [f32; 4]) -> [f32; 4] {
         weights
     }
 
     #[inline(always)]
-    fn add<const NV: usize>(&self, sums: &mut Sums<NV>, weights: [u32; 4], first: usize) {
-        unroll!(B < N => {
-            let [a, b, c, d] = self.0[B];
-            unroll!(W < 4 => {
-                let pairs = |selector| [
-                    ptx::permute_bytes(a[W], b[W], selector),
-                    ptx::permute_bytes(c[W], d[W], selector),
-                ];
-                let block = &mut sums[first + B];
-                block[2 * W] = mma_k16(weights, pairs(LOW_HALVES), block[2 * W]);
-                block[2 * W + 1] = mma_k16(weights, pairs(HIGH_HALVES), block[2 * W + 1]);
-            });
+    fn add(&self, sums: &mut [[f32; 4]; 8], weights: [u32; 4]) {
+        let [a, b, c, d] = self.0;
+        unroll!(W < 4 => {
+            let pairs = |selector| [
+                ptx::permute_bytes(a[W], b[W], selector),
+                ptx::permute_bytes(c[W], d[W], selector),
+            ];
+            sums[2 * W] = mma_k16(weights, pairs(LOW_HALVES), sums[2 * W]);
+            sums[2 * W + 1] = mma_k16(weights, pairs(HIGH_HALVES), sums[2 * W + 1]);
         });
     }
 }
 
-/// Signed bytes with a scale a position, which goes to the weight: a load of 8 elements for each
-/// 64, of the same positions.
+/// Signed bytes with a scale a position, which goes to the weight.
 #[derive(Clone, Copy)]
-pub struct Bytes<const N: usize> {
-    words: [[[u32; 2]; 4]; N],
-    scales: [u16; 4],
-}
+pub struct Bytes([[u32; 2]; 4]);
 
-impl<const N: usize> Values<N> for Bytes<N> {
-    const NONE: Self = Bytes {
-        words: [[[0; 2]; 4]; N],
-        scales: [0; 4],
-    };
+impl Values for Bytes {
+    const ELEM_BYTES: u32 = 1;
+    type Eight = [u32; 2];
+    type Scales = [u16; 4];
 
     #[inline(always)]
-    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
-    unsafe fn load(rows: &Rows, tile: u32, first: usize, at: Place) -> Self {
-        let mut values = Self::NONE;
-        let position = tile * TILE + 2 * at.t;
-        // SAFETY: any position and element will do.
-        unsafe {
-            unroll!(P < 4 => { values.scales[P] = rows.scale(position + near_or_far(P)); });
-            unroll!(B < N => {
-                let d = 64 * (first + B) as u32 + 8 * at.g;
-                unroll!(P < 4 => {
-                    values.words[B][P] = rows.eight_bytes(position + near_or_far(P), d);
-                });
-            });
-        }
-        values
+    fn new(eight: impl Fn(usize) -> [u32; 2]) -> Bytes {
+        Bytes([eight(0), eight(1), eight(2), eight(3)])
     }
 
     #[inline(always)]
-    fn weigh(&self, weights: [f32; 4]) -> [f32; 4] {
-        let scales = self.scales.map(ptx::f16_to_f32);
+    unsafe fn copy(smem: Shared, to: u32, from: *const u32) {
+        // SAFETY: passed on.
+        unsafe { ptx::cp_async_8(smem, to, from) };
+    }
+
+    #[inline(always)]
+    unsafe fn shared(smem: Shared, from: u32) -> [u32; 2] {
+        // SAFETY: passed on.
+        unsafe { ptx::ld_shared_v2_u32(smem, from) }
+    }
+
+    #[inline(always)]
+    unsafe fn global(from: *const u32) -> [u32; 2] {
+        // SAFETY: passed on.
+        unsafe { ptx::ld_global_once_v2_u32(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn scales(rows: &Rows, tile: u32, at: Place) -> [u16; 4] {
+        let mut scales = [0; 4];
+        unroll!(P < 4 => {
+            // SAFETY: any position will do.
+            scales[P] = unsafe { rows.scale(tile * TILE + 2 * at.t + near_or_far(P)) };
+        });
+        scales
+    }
+
+    #[inline(always)]
+    fn weigh(scales: [u16; 4], weights: [f32; 4]) -> [f32; 4] {
+        let scales = scales.map(ptx::f16_to_f32);
         [
             weights[0] * scales[0],
             weights[1] * scales[1],
@@ -243,20 +373,17 @@ impl<const N: usize> Values<N> for Bytes<N> {
     }
 
     #[inline(always)]
-    fn add<const NV: usize>(&self, sums: &mut Sums<NV>, weights: [u32; 4], first: usize) {
-        unroll!(B < N => {
-            let [a, b, c, d] = self.words[B];
-            unroll!(W < 2 => {
-                unroll!(E < 4 => {
-                    // Byte E of either position, to the even bytes.
-                    let selector = (E | (4 + E) << 8) as u32;
-                    let pairs = [
-                        even_bytes_to_f16x2(ptx::permute_bytes(a[W], b[W], selector)),
-                        even_bytes_to_f16x2(ptx::permute_bytes(c[W], d[W], selector)),
-                    ];
-                    let sum = &mut sums[first + B][4 * W + E];
-                    *sum = mma_k16(weights, pairs, *sum);
-                });
+    fn add(&self, sums: &mut [[f32; 4]; 8], weights: [u32; 4]) {
+        let [a, b, c, d] = self.0;
+        unroll!(W < 2 => {
+            unroll!(E < 4 => {
+                // Byte E of either position, to the even bytes.
+                let selector = (E | (4 + E) << 8) as u32;
+                let pairs = [
+                    even_bytes_to_f16x2(ptx::permute_bytes(a[W], b[W], selector)),
+                    even_bytes_to_f16x2(ptx::permute_bytes(c[W], d[W], selector)),
+                ];
+                sums[4 * W + E] = mma_k16(weights, pairs, sums[4 * W + E]);
             });
         });
     }
@@ -270,18 +397,18 @@ const fn near_or_far(number: usize) -> u32 {
 
 /// A thread's share of q: what it stages.
 pub struct Query<const NK: usize> {
-    quads: [[f32; 4]; 2],
+    quads: [[f32; 4]; 4],
 }
 
 /// Threads of a block.
 const THREADS: u32 = WARPS * 32;
 
 impl<const NK: usize> Query<NK> {
-    /// Items of four elements: one a step and lane of the scores.
-    const ITEMS: u32 = NK as u32 * 64;
-    const TWO_A_THREAD: bool = {
-        assert!(Self::ITEMS <= 2 * THREADS);
-        Self::ITEMS > THREADS
+    /// Items of four elements that a thread stages, of one for each step and lane of the scores.
+    const ITEMS: usize = {
+        let items = NK as u32 * 64;
+        assert!(items <= 4 * THREADS);
+        items.div_ceil(THREADS) as usize
     };
 
     /// Step, lane and first element of the thread's items: step 2i + h of the scores takes the
@@ -303,9 +430,9 @@ impl<const NK: usize> Query<NK> {
     /// `query` holds `heads` rows of `head_dim`.
     #[inline(always)]
     pub unsafe fn load(query: *const f32, heads: u32, head_dim: u32) -> Query<NK> {
-        let mut quads = [[0.0; 4]; 2];
-        unroll!(I < 2 => {
-            if I == 0 || Self::TWO_A_THREAD {
+        let mut quads = [[0.0; 4]; 4];
+        unroll!(I < 4 => {
+            if I < Self::ITEMS {
                 let (step, lane, d) = Self::item(I as u32);
                 let g = lane / 4;
                 let there = step < 2 * NK as u32 && g < heads && d < head_dim;
@@ -324,9 +451,9 @@ impl<const NK: usize> Query<NK> {
     /// All threads call it; the caller puts a barrier before the first use.
     #[inline(always)]
     pub unsafe fn stage(&self, smem: Shared, layout: Layout) {
-        unroll!(I < 2 => {
+        unroll!(I < 4 => {
             let (step, lane, _) = Self::item(I as u32);
-            if (I == 0 || Self::TWO_A_THREAD) && step < 2 * NK as u32 {
+            if I < Self::ITEMS && step < 2 * NK as u32 {
                 let q = self.quads[I];
                 let halves = [
                     ptx::f32x2_to_f16x2(q[0], q[1]),

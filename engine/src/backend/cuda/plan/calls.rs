@@ -163,7 +163,8 @@ impl Compiler<'_> {
                     out,
                     partials: self.partials,
                 };
-                attention::plan(device, &shape, &operands)
+                let chosen = attention::choose(device, self.tuned, &shape, false);
+                attention::plan(device, &shape, &operands, chosen.launch)
             }
             Step::SwiGlu { gate, up, dst } => {
                 let shape = swiglu::Shape {

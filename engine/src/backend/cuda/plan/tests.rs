@@ -496,7 +496,8 @@ fn the_counter_counts_weights_cache_and_buffers() {
     let tokens = |s: usize| (4 * s as u64 + 4).next_multiple_of(Counter::ALIGN);
     let partials = |s: usize| {
         let shape = attention_shape(&model, s, 1.0);
-        let bytes = attention::scratch_bytes(&DeviceInfo::T4, &shape);
+        let tuning = attention::split::Tuning::of(&DeviceInfo::T4, &shape);
+        let bytes = attention::scratch_bytes(&shape, tuning);
         bytes.next_multiple_of(Counter::ALIGN)
     };
     let all = |s: usize| cache(s) + tables(s) + tokens(s) + partials(s);
