@@ -152,9 +152,11 @@ pub fn text(rows: &[Row]) -> String {
         text.push_str(&format!("\n{} = [\n", quoted(&gpu[0].gpu)));
         for row in gpu {
             let launch = row.launch.iter();
-            let launch: Vec<String> = launch
+            let mut launch: Vec<String> = launch
                 .map(|(name, number)| format!("{name} = {number}"))
                 .collect();
+            // As they are read: a row stays the same text.
+            launch.sort();
             text.push_str(&format!(
                 "    {{ kernel = {}, tier = {}, shape = {}, revision = \"{:08x}\", \
                  launch = {{ {} }}, us = {:.3}, rule_us = {:.3} }},\n",

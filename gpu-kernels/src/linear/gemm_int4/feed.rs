@@ -100,9 +100,11 @@ impl Feed {
                 let skip = I as u32 * COPY_TOKENS;
                 // Known when the kernel is compiled, but for eight tokens.
                 if skip + COPY_TOKENS <= tokens || first < tokens && I == 0 {
+                    if I > 0 {
+                        x = x.wrapping_add(self.x_step);
+                    }
                     let there = in_row && self.token + skip < args.tokens;
                     ptx::cp_async_16_or_zero(there, base, to + skip * X_BYTES, x);
-                    x = x.wrapping_add(self.x_step);
                 }
             });
 
