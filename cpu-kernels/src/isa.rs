@@ -100,13 +100,12 @@ impl Isa {
 
     /// The instructions that each operation uses.
     pub fn operations(self) -> [(&'static str, &'static str); 5] {
-        let name = self.name();
         let (products, attention, floats) = match self.0 {
             Kind::Scalar => ("i32", "plain loops", "scalar"),
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => ("vpmaddubsw", name, name),
+            Kind::Avx2 => ("vpmaddubsw", "avx2", "avx2"),
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => ("vpmaddubsw, 512 bits", name, name),
+            Kind::Avx512 => ("vpmaddubsw, 512 bits", "avx512", "avx512"),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Vnni => ("vpdpbusd, 512 bits", "avx512", "avx512"),
             #[cfg(target_arch = "aarch64")]

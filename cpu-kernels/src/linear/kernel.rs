@@ -281,9 +281,10 @@ impl Product for Floats<'_> {
 }
 
 /// How far ahead of one token's products weights are asked for: the hardware stops at the end of a page.
+#[cfg(target_arch = "x86_64")]
 const AHEAD_BYTES: usize = 4096;
 
-/// Asks for the chunk that lies [`AHEAD_BYTES`] behind `lines` and need not exist.
+/// Asks for the chunk that lies `AHEAD_BYTES` behind `lines` and need not exist.
 #[inline(always)]
 fn ahead<const BITS: usize>(lines: *const u8) {
     #[cfg(target_arch = "x86_64")]
