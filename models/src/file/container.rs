@@ -1,5 +1,5 @@
 //! EdgeLLM's own file: a safetensors file
-//! (<https://huggingface.co/docs/safetensors>) whose tensors lie as kernels read them.
+//! (<https://huggingface.co/docs/safetensors>).
 //!
 //! ```text
 //! header bytes u64 | header, JSON, filled up with spaces to a multiple of 4,096 | tensors
@@ -14,11 +14,11 @@
 //!               padding.I     (n,) U8 zeros               fills up to the next 4,096 bytes
 //! ```
 //!
-//! Every weight starts at a multiple of 4,096 bytes, so a mapped file is used in place by a CPU and
-//! sent to a device without a copy in between. Safetensors allows no holes, hence the padding
-//! tensors. INT4 is stored row by row ([`int4`](crate::quant::int4)): the CPU reads that as it is,
-//! and which matrices share tiles on a GPU ([`int4_tiled`](crate::quant::int4_tiled)) is a choice of
-//! its backend, made at upload.
+//! Every weight starts at a multiple of 4,096 bytes, so that it is read from the mapped file without a
+//! copy before it. Safetensors allows no holes, hence the padding tensors. INT4 is stored row by row
+//! ([`int4`](crate::quant::int4)): which matrices share tiles on a GPU
+//! ([`int4_tiled`](crate::quant::int4_tiled)), and how a CPU's tiles are laid out, is a choice of the
+//! backend, made at load.
 
 mod config;
 mod writer;
