@@ -8,37 +8,13 @@
 //!
 //! Bytes moved: `12 elems`. No shared memory. One form only: limited by the launch.
 
-use cuda_std::{kernel, thread};
+use cuda_std::kernel;
 
 #[cfg(not(target_arch = "nvptx64"))]
-use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
-use crate::ptx;
-
-/// Threads a block.
+use crate::launch::{Call, DeviceInfo, ShapeError};
+use crate::swiglu;
 #[cfg(not(target_arch = "nvptx64"))]
-const BLOCK: u32 = 128;
-/// Elements a thread.
-const ELEMS_PER_THREAD: u32 = 4;
-
-/// Dimensions of the activation.
-#[cfg(not(target_arch = "nvptx64"))]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    /// Elements: F, or T times F.
-    pub elems: usize,
-}
-
-/// Buffers of the activation.
-#[cfg(not(target_arch = "nvptx64"))]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Operands {
-    /// `(elems,)` f32.
-    pub gate: DeviceSlice,
-    /// `(elems,)` f32.
-    pub up: DeviceSlice,
-    /// `(elems,)` f32; may be `gate` or `up`.
-    pub out: DeviceSlice,
-}
+pub use crate::swiglu::{Operands, Shape};
 
 /// The launch of `relu2_glu_f32`.
 ///
@@ -46,16 +22,7 @@ pub struct Operands {
 /// No elements, a short or misaligned buffer.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, ShapeError> {
-    let mut call = CallBuilder::new("relu2_glu_f32");
-    let bytes = tensor_bytes(&[shape.elems], 4);
-    call.tensor("gate", ops.gate, bytes, 16)?;
-    call.tensor("up", ops.up, bytes, 16)?;
-    call.tensor("out", ops.out, bytes, 16)?;
-    let elems = call.dim("elems", shape.elems)?;
-    call.build(
-        device,
-        Launch::linear(elems.div_ceil(BLOCK * ELEMS_PER_THREAD), BLOCK, 0),
-    )
+    swiglu::plan_gated("relu2_glu_f32", device, shape, ops)
 }
 
 /// `max(gate, 0)^2 * up`; not by `max`, which would make a NaN a zero.
@@ -76,37 +43,14 @@ pub unsafe fn relu2_glu_f32(
     out: *mut f32,    // (elems)
     elems: u32,
 ) {
-    let first = thread::index_1d() * ELEMS_PER_THREAD;
-    if first >= elems {
-        return;
-    }
-    // SAFETY: every index is below `elems`, which the plan checked the buffers for.
-    unsafe {
-        if elems - first >= ELEMS_PER_THREAD {
-            let g = ptx::ld_global_v4_f32(gate.wrapping_add(first as usize));
-            let u = ptx::ld_global_v4_f32(up.wrapping_add(first as usize));
-            let values = [
-                gated(g[0], u[0]),
-                gated(g[1], u[1]),
-                gated(g[2], u[2]),
-                gated(g[3], u[3]),
-            ];
-            ptx::st_global_v4_f32(out.wrapping_add(first as usize), values);
-            return;
-        }
-        let mut i = first;
-        while i < elems {
-            let g = ptx::ld_global_f32(gate.wrapping_add(i as usize));
-            let u = ptx::ld_global_f32(up.wrapping_add(i as usize));
-            ptx::st_global_f32(out.wrapping_add(i as usize), gated(g, u));
-            i += 1;
-        }
-    }
+    // SAFETY: launched as `plan` says.
+    unsafe { swiglu::gate_all(gate, up, out, elems, gated) };
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::launch::DeviceSlice;
 
     #[test]
     fn closed_gates_are_zero_and_nan_stays() {

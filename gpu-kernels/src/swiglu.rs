@@ -46,7 +46,18 @@ pub struct Operands {
 /// No elements, a short or misaligned buffer.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, ShapeError> {
-    let mut call = CallBuilder::new("swiglu_f32");
+    plan_gated("swiglu_f32", device, shape, ops)
+}
+
+/// The launch of a kernel that is [`gate_all`] with another gate.
+#[cfg(not(target_arch = "nvptx64"))]
+pub(crate) fn plan_gated(
+    kernel: &'static str,
+    device: &DeviceInfo,
+    shape: &Shape,
+    ops: &Operands,
+) -> Result<Call, ShapeError> {
+    let mut call = CallBuilder::new(kernel);
     let bytes = tensor_bytes(&[shape.elems], 4);
     call.tensor("gate", ops.gate, bytes, 16)?;
     call.tensor("up", ops.up, bytes, 16)?;
@@ -74,6 +85,22 @@ pub unsafe fn swiglu_f32(
     up: *const f32,   // (elems)
     out: *mut f32,    // (elems)
     elems: u32,
+) {
+    // SAFETY: launched as `plan` says.
+    unsafe { gate_all(gate, up, out, elems, gated) };
+}
+
+/// `out = gated(gate, up)`, four elements a thread.
+///
+/// # Safety
+/// Launched as [`plan_gated`] says, with these arguments.
+#[inline(always)]
+pub(crate) unsafe fn gate_all(
+    gate: *const f32,
+    up: *const f32,
+    out: *mut f32,
+    elems: u32,
+    gated: impl Fn(f32, f32) -> f32,
 ) {
     let first = thread::index_1d() * ELEMS_PER_THREAD;
     if first >= elems {
