@@ -14,13 +14,14 @@ use std::io::Write;
 use std::process::exit;
 use std::time::Instant;
 
-use common::{Activations, ROTATED_BYTES, bytes, cpu_name, halves, ternary, thread_counts, time};
+use common::{Activations, ROTATED_BYTES, bytes, cpu_name, float, ternary, thread_counts, time};
 use cpu_kernels::isa::Isa;
 use cpu_kernels::levels::Precision;
 use cpu_kernels::linear::ternary::Form;
 use cpu_kernels::linear::{self, Packed, TILE_ROWS};
 use cpu_kernels::read;
 use cpu_kernels::team::SharedSlice;
+use half::f16;
 use models::quant::{F16Matrix, Int4Matrix, Int8Matrix, Weight};
 use serde_json::json;
 
@@ -28,6 +29,10 @@ use serde_json::json;
 const ROUNDS: usize = 5;
 /// Copies that a prompt goes through: it is bound by arithmetic.
 const PROMPT_COPIES: usize = 4;
+
+fn halves(len: usize, range: f32) -> Vec<f16> {
+    (0..len).map(|i| f16::from_f32(range * float(i))).collect()
+}
 
 fn int4(rows: usize, cols: usize, group: usize, mins: bool) -> Weight {
     let groups = rows * cols.div_ceil(group);

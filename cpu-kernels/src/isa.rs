@@ -178,6 +178,7 @@ macro_rules! per_isa {
                 #[cfg(target_arch = "x86_64")]
                 $crate::isa::Kind::Avx512
                 | $crate::isa::Kind::Avx512Vnni
+                // SAFETY: as above.
                 | $crate::isa::Kind::Avx512Vbmi => unsafe { avx512($($arg),*) },
                 #[cfg(target_arch = "aarch64")]
                 $crate::isa::Kind::Neon | $crate::isa::Kind::NeonDotprod => $body::<true>($($arg),*),

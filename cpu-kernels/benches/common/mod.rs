@@ -9,7 +9,6 @@ use cpu_kernels::levels::{self, Levels, Precision, token_words};
 use cpu_kernels::linear::ternary::Form;
 use cpu_kernels::linear::{self, Input, Packed, TILE_ROWS, lookup};
 use cpu_kernels::team::{SharedSlice, split};
-use half::f16;
 use models::quant::TernaryMatrix;
 
 /// Bytes that the copies of a matrix take together.
@@ -21,12 +20,9 @@ fn bits(i: usize) -> u32 {
     ((x ^ (x >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32) as u32
 }
 
-fn float(i: usize) -> f32 {
+/// Between -1 and 1.
+pub fn float(i: usize) -> f32 {
     (bits(i) >> 8) as f32 / (1 << 23) as f32 - 1.0
-}
-
-pub fn halves(len: usize, range: f32) -> Vec<f16> {
-    (0..len).map(|i| f16::from_f32(range * float(i))).collect()
 }
 
 pub fn bytes(len: usize) -> Vec<u8> {

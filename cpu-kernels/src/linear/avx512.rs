@@ -208,7 +208,7 @@ static FOURS: [u8; 128] = {
     let mut fours = [0; 128];
     let mut i = 0;
     while i < 81 {
-        fours[i] = (i % 3 | i / 3 % 3 << 2 | i / 9 % 3 << 4 | i / 27 << 6) as u8;
+        fours[i] = (i % 3 + (i / 3 % 3) * 4 + (i / 9 % 3) * 16 + i / 27 * 64) as u8;
         i += 1;
     }
     fours

@@ -130,10 +130,10 @@ impl Product for Fives<'_> {
         // SAFETY: the CPU has what `V` needs; so for all below.
         let mut chains = [[unsafe { V::ints(0) }; T]; CHAINS];
         let mut levels: [*const i8; T] = std::array::from_fn(|t| self.x.bytes(token + t).as_ptr());
-        for t in 0..T {
+        for (t, ints) in chains[0].iter_mut().enumerate() {
             let sum: i32 = self.x.token(token + t).sums.iter().sum();
             // SAFETY: as above. Level 1 is 0.
-            chains[0][t] = unsafe { V::ints(-sum) };
+            *ints = unsafe { V::ints(-sum) };
         }
         // SAFETY: lines of the tile. The last one's columns may go beyond the matrix, by less than 20: a
         // token's levels are followed by a plane as long, and what is read of it meets zeros.
