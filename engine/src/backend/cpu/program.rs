@@ -221,7 +221,7 @@ fn with_levels(model: &LoadedModel, tuned: &Tuned) -> (Vec<Op>, Vec<LevelsPlace>
         } = step
             && matches!(
                 model.weights.get(*weight),
-                Some(Weight::Int4(_) | Weight::Int8(_) | Weight::Ternary(_))
+                Some(Weight::Int4(_) | Weight::Int4Tiled(_) | Weight::Int8(_) | Weight::Ternary(_))
             )
         {
             let (writer, cut) = writers[*src as usize];

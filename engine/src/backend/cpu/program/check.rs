@@ -18,10 +18,9 @@ pub(super) fn check(model: &LoadedModel, step: &Step) -> Result<(), Error> {
         _ => fail(id, format!("a vector of {len}")),
     };
     let matrix = |id: WeightId, rows: usize, cols: usize| match model.weights.get(id) {
-        Some(Weight::Int4(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
-        Some(Weight::Int8(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
-        Some(Weight::Ternary(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
-        Some(Weight::F16(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
+        Some(weight) if !matches!(weight, Weight::Vector(_)) && weight.shape() == (rows, cols) => {
+            Ok(())
+        }
         _ => fail(id, format!("a ({rows}, {cols}) matrix")),
     };
     let same = |what: &str, elems: &[usize]| {
