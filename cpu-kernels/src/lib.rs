@@ -17,6 +17,7 @@ pub mod linear;
 pub mod logits;
 pub mod read;
 pub mod relu2_glu;
+pub mod rescale;
 pub mod rmsnorm;
 pub mod rope;
 pub mod rope_kv_append;

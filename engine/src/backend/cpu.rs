@@ -93,7 +93,7 @@ impl CpuBackend {
         }
         let program = Program::compile(&model, CHUNK_TOKENS)?;
         let team = Team::new(threads)?;
-        let bytes_per_token = model.bytes_per_token();
+        let bytes_per_token = model.bytes_per_token(Weight::bytes);
         let (recipe, weights) = operands(model);
         let c = &recipe.config;
         // First: where it fits, the tables do.
