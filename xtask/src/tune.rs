@@ -12,8 +12,8 @@ use crate::{Error, bench, ptx, setup, workspace};
 /// Times kernels in every launch worth a try on this machine's GPU, and writes the fastest into the
 /// table that the engine reads when it loads a model, gpu-kernels/tuned.toml.
 ///
-/// A kernel is tuned as the engine fuses it: the products of a layer of each model. Where the table
-/// has no row, the kernel's own rule decides; `edgellm bench --trace` shows which launch runs and why.
+/// The products of a model's layers are tuned where they run, in whole tokens of random weights; bare
+/// matrices and attention by themselves. Where the table has no row, the kernel's own rule decides; `edgellm bench --trace` shows which launch runs and why.
 /// A row is of one version of its kernel: after a change it is passed over until this runs again.
 #[derive(Debug, ClapArgs)]
 #[command(
@@ -28,7 +28,7 @@ pub struct Args {
     /// Only a bare matrix of this shape, as in 8960x1536.
     #[arg(long, value_name = "NxK", conflicts_with = "model")]
     shape: Option<String>,
-    /// Only the products of this model, as in qwen2.5-1.5b.
+    /// Only the products and the attention of this model, as in qwen2.5-1.5b.
     #[arg(long)]
     model: Option<String>,
     /// Weights that share a scale: 32, 64, 128 [default: 128].
