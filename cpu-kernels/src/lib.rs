@@ -15,6 +15,7 @@ mod lanes;
 pub mod levels;
 pub mod linear;
 pub mod logits;
+pub mod pages;
 pub mod read;
 pub mod relu2_glu;
 pub mod rescale;
@@ -27,3 +28,4 @@ pub mod swiglu;
 pub mod team;
 #[cfg(test)]
 mod testing;
+pub mod tuned;

@@ -124,6 +124,10 @@ fn system(json: bool) -> Result<ExitCode, Failure> {
     for operation in &system.operations {
         text += &format!("  {:<48}{}\n", operation.operation, operation.instructions);
     }
+    for ternary in &system.ternary {
+        let what = format!("linear ternary, one token, {}", ternary.shape);
+        text += &format!("  {what:<48}{} ({})\n", ternary.form, ternary.reason);
+    }
     print(&text)
 }
 
