@@ -102,9 +102,9 @@ pub fn all() -> Vec<Row> {
     }
     rows.push(rope_f32(9, 64));
     rows.push(rope_f32(12, 128));
-    rows.push(kv_append_f16(3, 64));
-    rows.push(kv_append_f16(2, 128));
-    rows.push(kv_append_v8(2, 128));
+    rows.push(kv_append(3, 64, false));
+    rows.push(kv_append(2, 128, false));
+    rows.push(kv_append(2, 128, true));
     rows.push(rope_kv_append_f16(9, 3, 64));
     rows.push(rope_kv_append_f16(12, 2, 128));
     rows.push(swiglu_f32(1536));
@@ -369,12 +369,17 @@ fn rope_f32(heads: usize, head_dim: usize) -> Row {
     }
 }
 
-fn kv_append_v8(kv_heads: usize, head_dim: usize) -> Row {
+/// With values of 8 bits and their scales, or of halves.
+fn kv_append(kv_heads: usize, head_dim: usize, of_8_bits: bool) -> Row {
     let elems = kv_heads * head_dim;
+    let (kernel, value_bytes, scale_bytes) = match of_8_bits {
+        true => ("kv_append_v8", elems, 2 * kv_heads),
+        false => ("kv_append_f16", 2 * elems, 0),
+    };
     Row {
-        kernel: "kv_append_v8",
+        kernel,
         shape: format!("{kv_heads} x {head_dim}"),
-        bytes: (11 * elems + 2 * kv_heads) as u64,
+        bytes: (10 * elems + value_bytes + scale_bytes) as u64,
         streams: false,
         make: Box::new(move |device, memory| {
             let shape = kv_append::Shape {
@@ -386,34 +391,11 @@ fn kv_append_v8(kv_heads: usize, head_dim: usize) -> Row {
                 k: floats(memory, elems)?,
                 v: floats(memory, elems)?,
                 k_cache: memory.reserve(2 * elems as u64)?,
-                v_cache: memory.reserve(elems as u64)?,
-                v_scales: memory.reserve(2 * kv_heads as u64)?,
-                state: ints(memory, &[0])?,
-            };
-            planned(kv_append::plan(device, &shape, &operands))
-        }),
-    }
-}
-
-fn kv_append_f16(kv_heads: usize, head_dim: usize) -> Row {
-    let elems = kv_heads * head_dim;
-    Row {
-        kernel: "kv_append_f16",
-        shape: format!("{kv_heads} x {head_dim}"),
-        bytes: (2 * (4 + 2) * elems) as u64,
-        streams: false,
-        make: Box::new(move |device, memory| {
-            let shape = kv_append::Shape {
-                kv_heads,
-                head_dim,
-                context: 1,
-            };
-            let operands = kv_append::Operands {
-                k: floats(memory, elems)?,
-                v: floats(memory, elems)?,
-                k_cache: memory.reserve(2 * elems as u64)?,
-                v_cache: memory.reserve(2 * elems as u64)?,
-                v_scales: DeviceSlice::NONE,
+                v_cache: memory.reserve(value_bytes as u64)?,
+                v_scales: match of_8_bits {
+                    true => memory.reserve(scale_bytes as u64)?,
+                    false => DeviceSlice::NONE,
+                },
                 state: ints(memory, &[0])?,
             };
             planned(kv_append::plan(device, &shape, &operands))
