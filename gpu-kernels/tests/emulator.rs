@@ -6,8 +6,14 @@ use gpu_kernels::launch::DeviceInfo;
 /// Runs each case on a device of its own and reports all failures together.
 fn run_all(seed: Option<u64>) {
     let mut failures = Vec::new();
-    for case in cases::all() {
-        let mut device = EmulatorDevice::new(DeviceInfo::T4, seed);
+    let wanted = std::env::var("CASES").unwrap_or_default();
+    for case in cases::all().into_iter().filter(|c| c.name.contains(&wanted)) {
+        let info = if case.runs_on(&DeviceInfo::T4) {
+            DeviceInfo::T4
+        } else {
+            DeviceInfo::H100
+        };
+        let mut device = EmulatorDevice::new(info, seed);
         match (case.run)(&mut device) {
             Ok(error) => println!("{}: relative error {error:.1e}", case.name),
             Err(error) => failures.push(format!("{}: {error}", case.name)),

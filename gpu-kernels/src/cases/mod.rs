@@ -111,6 +111,8 @@ pub struct Case {
     pub name: String,
     /// Entry name of the kernel.
     pub kernel: &'static str,
+    /// Whether it runs only where there is `wgmma`.
+    pub warpgroup_products: bool,
     /// Runs it.
     pub run: Run,
 }
@@ -124,8 +126,14 @@ impl Case {
         Case {
             name: format!("{kernel} {shape}"),
             kernel,
+            warpgroup_products: false,
             run: Box::new(run),
         }
+    }
+
+    /// Whether a device of these dimensions has the kernel.
+    pub fn runs_on(&self, device: &DeviceInfo) -> bool {
+        device.warpgroup_products || !self.warpgroup_products
     }
 }
 

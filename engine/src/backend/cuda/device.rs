@@ -121,6 +121,7 @@ impl Gpu {
             shared_bytes_per_block: most_shared_bytes(device)?,
             // Plans choose among what the loaded PTX has, which may be less than the device can.
             compute_capability: tier,
+            warpgroup_products: ptx.contains(".target sm_90a"),
         };
         let context = Context::new(device).map_err(|e| failed("creating a CUDA context", e))?;
         let stream = Stream::new(StreamFlags::DEFAULT, None)

@@ -9,6 +9,7 @@
 
 use super::fault::{FaultKind, Problem, line};
 use super::memory::Value;
+use super::products::{Operand, Products, being_read, misuse};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::panic::Location;
@@ -24,6 +25,8 @@ const WORD: usize = 4;
 struct Store {
     epoch: u32,
     time: u32,
+    /// Fences of the block for products before it.
+    fences: u32,
     rank: u16,
     location: Option<&'static Location<'static>>,
 }
@@ -54,6 +57,7 @@ const UNTOUCHED: Word = Word {
     store: Store {
         epoch: 0,
         time: 0,
+        fences: 0,
         rank: 0,
         location: None,
     },
@@ -100,6 +104,10 @@ pub struct Shared {
     clocks: Vec<Clocks>,
     /// By rank of the thread.
     copies: Vec<Copies>,
+    products: Products,
+    /// Fences for products so far, and by rank how many there were when the thread made its last.
+    fences: u32,
+    fenced: Vec<u32>,
     block: [u32; 3],
 }
 
@@ -125,6 +133,9 @@ impl Shared {
                 warps
             ],
             copies: (0..threads).map(|_| Copies::default()).collect(),
+            products: Products::default(),
+            fences: 0,
+            fenced: vec![0; threads],
             block,
         }
     }
@@ -142,6 +153,9 @@ impl Shared {
         for copies in &mut self.copies {
             *copies = Copies::default();
         }
+        self.products = Products::default();
+        self.fences = 0;
+        self.fenced.fill(0);
     }
 
     /// All threads of the block have met.
@@ -219,6 +233,9 @@ impl Shared {
         location: &'static Location<'static>,
     ) -> Result<(), Problem> {
         let start = self.range(address, T::BYTES, "store")?;
+        if let Some(reading) = self.products.reading(address, T::BYTES) {
+            return Err(being_read(address, reading));
+        }
         for word in start / WORD..(start + T::BYTES).div_ceil(WORD) {
             self.mark_store(word, rank, location)?;
         }
@@ -265,11 +282,51 @@ impl Shared {
                 word.store = Store {
                     epoch: self.epoch,
                     time,
+                    fences: self.fences,
                     rank,
                     location: Some(copy.location),
                 };
             }
         }
+    }
+
+    /// The asynchronous products of the block.
+    pub fn products(&mut self) -> &mut Products {
+        &mut self.products
+    }
+
+    /// `fence.proxy.async` by the thread of this rank: products may read what it has written.
+    pub fn fence_products(&mut self, rank: u16) {
+        self.fences += 1;
+        self.fenced[usize::from(rank)] = self.fences;
+    }
+
+    /// What a product reads that the warp of the thread of this rank has started: 16 halves a column.
+    pub fn read_operand(
+        &mut self,
+        operand: &Operand,
+        columns: u32,
+        rank: u16,
+        location: &'static Location<'static>,
+    ) -> Result<Vec<[u16; 16]>, Problem> {
+        let mut halves = vec![[0; 16]; columns as usize];
+        for (column, halves) in halves.iter_mut().enumerate() {
+            for (i, address) in operand.words(column as u32).enumerate() {
+                let start = self.range(address, WORD, "operand B")?;
+                self.mark_load(start / WORD, rank, location)?;
+                let store = self.words[start / WORD].store;
+                if store.fences >= self.fenced[usize::from(store.rank)] {
+                    let [x, y, z] = thread_index(u32::from(store.rank), self.block);
+                    return Err(misuse(format!(
+                        "reads byte {start} of shared memory, which thread ({x}, {y}, {z}) wrote with no `fence_shared` after it"
+                    )));
+                }
+                let word = u32::read(&self.bytes[start..start + WORD]);
+                halves[2 * i] = word as u16;
+                halves[2 * i + 1] = (word >> 16) as u16;
+            }
+        }
+        Ok(halves)
     }
 
     /// Now, in the thread's warp.
@@ -399,6 +456,7 @@ impl Shared {
         self.words[index].store = Store {
             epoch: self.epoch,
             time,
+            fences: self.fences,
             rank,
             location: Some(location),
         };

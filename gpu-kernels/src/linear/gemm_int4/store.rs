@@ -1,50 +1,82 @@
 //! What becomes of a block's sums: parts of K are added up, and y is written.
 
+use cuda_std::shared::Shared;
 use cuda_std::thread;
 
-use super::block::{Args, BLOCK_TILES, Place, TILE_ROWS};
-use super::{BLOCK_THREADS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU};
+use super::block::{Args, TILE_ROWS};
+use super::{FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU};
+use crate::arrive::last_to_arrive;
 use crate::unroll::unroll;
 use crate::{ptx, swiglu};
 
-/// Leaves a thread's sums: four of each product, next to those of the other threads.
-///
-/// # Safety
-/// `to` has room for the block's sums.
-#[inline(always)]
-pub(super) unsafe fn leave<const MT: usize, const NT: usize>(
-    to: *mut f32,
-    place: &Place,
-    sums: &[[[f32; 4]; NT]; MT],
-) {
-    unroll!(M < (MT) => {
-        unroll!(N < (NT) => {
-            let at = ((M * NT + N) as u32 * BLOCK_THREADS + place.thread) * 4;
-            // SAFETY: by the caller's promise.
-            unsafe { ptx::st_global_v4_f32(to.wrapping_add(at as usize), sums[M % MT][N % NT]) };
-        });
-    });
+/// The parts of K whose sums a block's are one of.
+#[derive(Clone, Copy)]
+pub(super) struct Parts {
+    /// The block's tile of y.
+    tile: u32,
+    part: u32,
+    parts: u32,
+    /// Sums a block.
+    floats: u32,
 }
 
-/// Adds what a part has left to the sums.
-///
-/// # Safety
-/// All blocks of the tile have left theirs.
-#[inline(always)]
-pub(super) unsafe fn add<const MT: usize, const NT: usize>(
-    from: *const f32,
-    place: &Place,
-    sums: &mut [[[f32; 4]; NT]; MT],
-) {
-    unroll!(M < (MT) => {
-        unroll!(N < (NT) => {
-            let at = ((M * NT + N) as u32 * BLOCK_THREADS + place.thread) * 4;
-            // SAFETY: by the caller's promise.
-            let part = unsafe { ptx::ld_global_v4_f32(from.wrapping_add(at as usize)) };
-            let sum = &mut sums[M % MT][N % NT];
-            *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
-        });
-    });
+impl Parts {
+    /// Of the block that runs: part `part` of `parts`.
+    #[inline(always)]
+    pub fn of_block(part: u32, parts: u32, floats: u32) -> Parts {
+        Parts {
+            tile: thread::block_idx_y() * thread::grid_dim_x() + thread::block_idx_x(),
+            part,
+            parts,
+            floats,
+        }
+    }
+
+    /// Leaves the sums of a thread of `THREADS`: four of each product, next to those of the other threads.
+    /// Whether the block is the last of its tile: it gets the sums of all parts, in their order.
+    ///
+    /// # Safety
+    /// All threads of the block call it, launched as the plan says; nobody reads the first word at `base`.
+    #[inline(always)]
+    pub unsafe fn add_up<const NT: usize, const THREADS: u32>(
+        &self,
+        args: &Args,
+        base: Shared,
+        thread: u32,
+        sums: &mut [[f32; 4]; NT],
+    ) -> bool {
+        let place = |part: u32| {
+            let block = (self.tile * self.parts + part) as usize * self.floats as usize;
+            args.partials.wrapping_add(block + 4 * thread as usize)
+        };
+        let step = 4 * THREADS as usize;
+        // SAFETY: by the caller's promise; others' sums are read when all have left theirs.
+        unsafe {
+            let own = place(self.part);
+            unroll!(N < (NT) => {
+                ptx::st_global_v4_f32(own.wrapping_add(N * step), sums[N % NT]);
+            });
+            if !last_to_arrive(
+                args.arrived.wrapping_add(self.tile as usize),
+                self.parts,
+                base,
+            ) {
+                return false;
+            }
+            *sums = [[0.0; 4]; NT];
+            let mut part = 0;
+            while part < self.parts {
+                let from = place(part).cast_const();
+                unroll!(N < (NT) => {
+                    let part = ptx::ld_global_v4_f32(from.wrapping_add(N * step));
+                    let sum = &mut sums[N % NT];
+                    *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
+                });
+                part += 1;
+            }
+        }
+        true
+    }
 }
 
 /// Where an element of y lies.
@@ -113,46 +145,55 @@ impl Output {
     }
 }
 
-/// Writes the block's part of y, or what its pairs of gate and up come to.
+/// Writes the warp's part of y, or what its pairs of gate and up come to: of a row tile and the tokens from
+/// `token` on.
 ///
 /// # Safety
 /// Launched as the plan says.
 #[inline(always)]
-pub(super) unsafe fn store<const MT: usize, const NT: usize>(
+pub(super) unsafe fn store<const NT: usize>(
     args: &Args,
-    place: &Place,
-    token_0: u32,
-    sums: &mut [[[f32; 4]; NT]; MT],
+    row_tile: u32,
+    token: u32,
+    lane: u32,
+    sums: &mut [[f32; 4]; NT],
 ) {
-    let first_tile = thread::block_idx_y() * BLOCK_TILES + place.row_tile;
-    let first_token = token_0 + place.eight * 8 + 2 * place.q;
+    let first_token = token + 2 * (lane % 4);
     let swiglu = args.flags & FLAG_SWIGLU != 0;
     let outputs = if swiglu { TILE_ROWS / 2 } else { TILE_ROWS };
-    unroll!(M < (MT) => {
-        let row = (first_tile + M as u32) * outputs + place.g;
-        // All loads of a row tile, then all its stores: no load waits for a store.
-        if !swiglu {
-            unroll!(N < (NT) => {
-                unroll!(I < 4 => {
-                    let output = Output::of(args, [row, first_token + N as u32 * 8], I);
-                    // SAFETY: passed on.
-                    sums[M % MT][N % NT][I] += unsafe { output.addend(args) };
+    let row = row_tile * outputs + lane / 4;
+    // The loads of four products, then their stores: few registers, and few loads that wait for stores.
+    unroll!(C < 4 => {
+        if 4 * C < NT {
+            if !swiglu {
+                unroll!(J < 4 => {
+                    unroll!(I < 4 => {
+                        if 4 * C + J < NT {
+                            let token = first_token + (4 * C + J) as u32 * 8;
+                            let output = Output::of(args, [row, token], I);
+                            // SAFETY: passed on.
+                            sums[(4 * C + J) % NT][I] += unsafe { output.addend(args) };
+                        }
+                    });
                 });
-            });
-        }
-        unroll!(N < (NT) => {
-            let sum = sums[M % MT][N % NT];
-            unroll!(I < 4 => {
-                let output = Output::of(args, [row, first_token + N as u32 * 8], I);
-                // SAFETY: passed on.
-                unsafe {
-                    if !swiglu {
-                        output.store(args, sum[I]);
-                    } else if I < 2 {
-                        output.store(args, swiglu::gated(sum[I], sum[I % 2 + 2]));
-                    }
+            }
+            unroll!(J < 4 => {
+                if 4 * C + J < NT {
+                    let sum = sums[(4 * C + J) % NT];
+                    unroll!(I < 4 => {
+                        let token = first_token + (4 * C + J) as u32 * 8;
+                        let output = Output::of(args, [row, token], I);
+                        // SAFETY: passed on.
+                        unsafe {
+                            if !swiglu {
+                                output.store(args, sum[I]);
+                            } else if I < 2 {
+                                output.store(args, swiglu::gated(sum[I], sum[I % 2 + 2]));
+                            }
+                        }
+                    });
                 }
             });
-        });
+        }
     });
 }
