@@ -77,7 +77,7 @@ pub fn run(gpu: &Arc<Gpu>, wanted: impl Fn(&Case) -> bool) -> Vec<Outcome> {
     cases::all()
         .into_iter()
         .chain(cases::large())
-        .filter(|case| wanted(case))
+        .filter(|case| case.runs_on(&gpu.info()) && wanted(case))
         .map(|case| {
             let mut device = CudaDevice::new(gpu);
             let result = (case.run)(&mut device).map_err(|error| error.to_string());

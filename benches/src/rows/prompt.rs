@@ -33,17 +33,54 @@ pub(super) fn prompt_rows() -> Vec<Row> {
     rows
 }
 
+pub(super) fn experiment() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (n, k) in [(4096, 4096), (17_920, 1536), (1536, 8960), (2048, 1536), (1536, 1536)] {
+        for tokens in [128, 512, 2048] {
+            for tile in [128u32, 256] {
+                let blocks = n.div_ceil(tile as usize) * usize::div_ceil(tokens, 128);
+                let mut all = vec![1];
+                for parts in 2..=12u32 {
+                    let total = blocks * parts as usize;
+                    if total * tile as usize <= 132 * 256 && (total > 80 || parts == 12) {
+                        all.push(parts);
+                    }
+                }
+                all.truncate(4);
+                for parts in all {
+                    let tiling = gemm_int4::Tiling { rows: tile, tokens: 128, parts };
+                    let mut row = gemm_int4_row(n, k, 128, tokens);
+                    row.kernel = gemm_int4::entry(&tiling, false);
+                    row.shape = format!("{n}x{k} T{tokens} r{tile} p{parts}");
+                    row.streams = false;
+                    row.make = make(n, k, 128, tokens, Some(tiling));
+                    rows.push(row);
+                }
+            }
+        }
+    }
+    rows
+}
+
 fn gemm_int4_row(rows: usize, cols: usize, group: usize, tokens: usize) -> Row {
     let shape = gemm_int4::Shape::plain(rows, cols, group, tokens);
     let tiles = rows.div_ceil(16) * cols.div_ceil(128);
     let groups = tiles * 16 * 128 / group;
     Row {
         // Which one does not depend on the device.
-        kernel: gemm_int4::entry(gemm_int4::rule(&DeviceInfo::T4, &shape).tokens),
+        kernel: gemm_int4::entry(&gemm_int4::rule(&DeviceInfo::T4, &shape), false),
         shape: format!("{rows} x {cols} group {group}, {tokens} tokens"),
         bytes: (rows * cols / 2 + 2 * groups + tokens * (2 * cols + 4 * rows)) as u64,
         streams: true,
-        make: Box::new(move |device, memory| {
+        make: make(rows, cols, group, tokens, None),
+    }
+}
+
+fn make(rows: usize, cols: usize, group: usize, tokens: usize, tiling: Option<gemm_int4::Tiling>) -> super::Make {
+    let shape = gemm_int4::Shape::plain(rows, cols, group, tokens);
+    let tiles = rows.div_ceil(16) * cols.div_ceil(128);
+    let groups = tiles * 16 * 128 / group;
+        Box::new(move |device, memory| {
             let scratch = gemm_int4::most_scratch_bytes(device);
             let operands = gemm_int4::Operands {
                 quants: noise(memory, tiles * 1024)?,
@@ -55,9 +92,8 @@ fn gemm_int4_row(rows: usize, cols: usize, group: usize, tokens: usize) -> Row {
                 y: floats(memory, tokens * rows)?,
                 scratch: memory.activations(&vec![0; scratch as usize])?,
             };
-            planned(gemm_int4::plan(device, &shape, &operands, None))
-        }),
-    }
+            planned(gemm_int4::plan(device, &shape, &operands, tiling))
+        })
 }
 
 fn attention_prompt(
