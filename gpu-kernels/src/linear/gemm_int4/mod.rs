@@ -49,7 +49,10 @@ mod warpgroup;
 use cuda_std::{kernel, thread};
 
 #[cfg(not(target_arch = "nvptx64"))]
-pub use plan::{Operands, Shape, Tiling, candidates, entry, most_scratch_bytes, plan, rule};
+pub use plan::{
+    Operands, Shape, Tiling, candidates, entry, most_scratch_bytes, needs_warpgroup_products, plan,
+    rule,
+};
 
 /// Rows of the matrix a block.
 const BLOCK_ROWS: u32 = 128;

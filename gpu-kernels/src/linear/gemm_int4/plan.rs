@@ -178,6 +178,12 @@ pub fn entry(tiling: &Tiling, mins: bool) -> &'static str {
     form.entries[usize::from(mins)]
 }
 
+/// Whether only tiers with `wgmma` have the kernel.
+pub fn needs_warpgroup_products(kernel: &str) -> bool {
+    let mut entries = BY_WARPGROUPS.iter().flat_map(|form| form.entries);
+    entries.any(|entry| entry == kernel)
+}
+
 /// The forms that a device has room for, whatever the format: narrowest first.
 fn forms(device: &DeviceInfo) -> impl Iterator<Item = &'static Form> {
     let all = BY_WARPS.iter().chain(BY_WARPGROUPS);
