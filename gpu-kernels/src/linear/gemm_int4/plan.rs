@@ -155,7 +155,7 @@ impl Form {
     fn shared_bytes(&self, device: &DeviceInfo, group: usize, mins: bool) -> u32 {
         let shift = group.max(1).trailing_zeros();
         let stage = if self.warpgroups {
-            warpgroup::stage(self.threads, self.tokens, shift, mins)
+            warpgroup::stage(self.rows / TILE_ROWS, self.tokens, shift, mins)
         } else {
             Stage::new(self.rows / TILE_ROWS, self.tokens, shift, mins)
         };
