@@ -70,7 +70,7 @@ pub fn run(
     options: &Options,
     peers: &[Peer],
 ) -> Result<Option<Vec<Value>>, Error> {
-    let tier = format!("sm_{}", gpu.tier());
+    let tier = gpu.tier().to_string();
     let path = results::path(&options.results, gpu.name());
     let file = |error: std::io::Error| Error::machine(format!("{}: {error}", path.display()));
     let past = results::load(&path).map_err(file)?;

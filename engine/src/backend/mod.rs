@@ -4,6 +4,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod select;
+mod tier;
 
 use models::quant::Weight;
 use models::recipe::Recipe;
@@ -12,6 +13,7 @@ use crate::Error;
 use crate::sampler::Sampling;
 
 pub use select::{Choice, Selected, select};
+pub use tier::Tier;
 
 /// A model in memory: what every backend is built from.
 #[derive(Debug)]

@@ -300,12 +300,13 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
 
     ptx::griddep_launch();
     ptx::griddep_wait();
-    let mut sums = [[0.0f32; 4]; NT];
+    let mut sums = [[[0.0f32; 4]; NT]];
     // SAFETY: the plan checked the buffers and gave the stages; a barrier stands between the arrival
     // of a stage and its use, and between its use and the next copies to its place.
     unsafe {
         let at = |token, eight| x_offset(token, eight);
-        let mut feed = Feed::<BLOCK_THREADS, X_BYTES>::new(args, thread, tokens, first, at);
+        let mut feed =
+            Feed::<BLOCK_THREADS, BLOCK_TILES, X_BYTES>::new(args, thread, tokens, first, at);
         let mut into = 0;
         let mut ahead = first;
         while at_least_sm_80() && ahead < first + UNDER_WAY + 1 {
@@ -336,7 +337,7 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
                 ptx::cp_async_wait::<0>();
                 thread::sync_threads();
             }
-            let sums = &mut sums;
+            let sums = &mut sums[0];
             let once = args.group_shift == TILE_COLS.trailing_zeros();
             match (once, has_mins) {
                 (true, false) => {
@@ -357,7 +358,7 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
         }
         if parts > 1 {
             let parts = Parts::of_block(part, parts, 4 * NT as u32 * BLOCK_THREADS);
-            if !parts.add_up::<NT, BLOCK_THREADS>(args, base, thread, &mut sums) {
+            if !parts.add_up::<1, NT, BLOCK_THREADS>(args, base, thread, &mut sums) {
                 return;
             }
         }
@@ -367,7 +368,7 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
             row_tile,
             thread::block_idx_x() * tokens,
             lane,
-            &mut sums,
+            &mut sums[0],
         );
     }
 }

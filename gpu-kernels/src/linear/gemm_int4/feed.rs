@@ -7,14 +7,14 @@ use super::block::{Args, COPY_BYTES, Stage, TILE_COLS, TILE_WORDS, scale_bytes};
 use crate::ptx;
 use crate::unroll::unroll;
 
-/// What a thread of a block of `THREADS` copies to each stage, and how far it has come. Activations of a
-/// token are `ROW_BYTES` from those of the next.
+/// What a thread of a block of `THREADS` copies to each stage of `TILES` row tiles, and how far it has come.
+/// Activations of a token are `ROW_BYTES` from those of the next.
 #[derive(Clone, Copy)]
-pub(super) struct Feed<const THREADS: u32, const ROW_BYTES: u32> {
-    /// 16 bytes of a tile of the first half of the block's row tiles; the others are `second` words on.
+pub(super) struct Feed<const THREADS: u32, const TILES: u32, const ROW_BYTES: u32> {
+    /// 16 bytes of a tile of the matrix; those of other row tiles are `words_step` words apart.
     words: *const u32,
-    second: usize,
-    words_there: [bool; 2],
+    words_step: usize,
+    row_tile: u32,
     /// 16 bytes of a token's activations; other tokens are `x_step` words apart.
     x: *const u32,
     x_step: usize,
@@ -31,9 +31,9 @@ pub(super) struct Feed<const THREADS: u32, const ROW_BYTES: u32> {
     tile: u32,
 }
 
-impl<const THREADS: u32, const ROW_BYTES: u32> Feed<THREADS, ROW_BYTES> {
-    /// Row tiles a block: a warp each.
-    const TILES: u32 = THREADS / 32;
+impl<const THREADS: u32, const TILES: u32, const ROW_BYTES: u32> Feed<THREADS, TILES, ROW_BYTES> {
+    /// Row tiles that a block's threads copy 16 bytes each of at a time.
+    const COPY_TILES: u32 = THREADS * 4 / TILE_WORDS;
     /// Tokens that a block's threads copy 16 bytes of at a time: eights, whose rows are exchanged alike.
     const COPY_TOKENS: u32 = THREADS / 16;
 
@@ -47,7 +47,7 @@ impl<const THREADS: u32, const ROW_BYTES: u32> Feed<THREADS, ROW_BYTES> {
         tile: u32,
         x_offset: impl Fn(u32, u32) -> u32,
     ) -> Self {
-        let first_tile = thread::block_idx_y() * Self::TILES;
+        let first_tile = thread::block_idx_y() * TILES;
         let row_tile = first_tile + thread / (TILE_WORDS / 4);
         let at = |row_tile: u32| (row_tile * args.depth_tiles + tile) as usize;
         let within = (thread % (TILE_WORDS / 4) * 4) as usize;
@@ -63,11 +63,8 @@ impl<const THREADS: u32, const ROW_BYTES: u32> Feed<THREADS, ROW_BYTES> {
             words: args
                 .quants
                 .wrapping_add(at(row_tile) * TILE_WORDS as usize + within),
-            second: (Self::TILES / 2) as usize * args.depth_tiles as usize * TILE_WORDS as usize,
-            words_there: [
-                row_tile < args.row_tiles,
-                row_tile + Self::TILES / 2 < args.row_tiles,
-            ],
+            words_step: (Self::COPY_TILES * TILE_WORDS) as usize * args.depth_tiles as usize,
+            row_tile,
             x: args
                 .x
                 .wrapping_add((token as usize * args.cols as usize + column as usize) / 2),
@@ -99,16 +96,24 @@ impl<const THREADS: u32, const ROW_BYTES: u32> Feed<THREADS, ROW_BYTES> {
         let own = at + thread * COPY_BYTES;
         // SAFETY: what is outside of the matrix or of x is not read.
         unsafe {
-            ptx::cp_async_16_or_zero(self.words_there[0], base, own, self.words);
-            let second = self.words.wrapping_add(self.second);
-            let to = own + THREADS * COPY_BYTES;
-            ptx::cp_async_16_or_zero(self.words_there[1], base, to, second);
+            let mut words = self.words;
+            unroll!(I < 8 => {
+                let skip = I as u32 * Self::COPY_TILES;
+                if skip < TILES {
+                    if I > 0 {
+                        words = words.wrapping_add(self.words_step);
+                    }
+                    let there = self.row_tile + skip < args.row_tiles;
+                    let to = own + I as u32 * THREADS * COPY_BYTES;
+                    ptx::cp_async_16_or_zero(there, base, to, words);
+                }
+            });
 
             let in_row = self.tile * TILE_COLS + self.eight * 8 < args.cols;
             let first = thread / 16;
             let to = at + stage.x + self.x_at;
             let mut x = self.x;
-            unroll!(I < 8 => {
+            unroll!(I < 16 => {
                 let skip = I as u32 * Self::COPY_TOKENS;
                 // Known when the kernel is compiled, but for eight tokens.
                 if skip + Self::COPY_TOKENS <= tokens || first < tokens && I == 0 {
@@ -120,7 +125,7 @@ impl<const THREADS: u32, const ROW_BYTES: u32> Feed<THREADS, ROW_BYTES> {
                 }
             });
 
-            if thread < Self::TILES << (8 - args.group_shift) {
+            if thread < TILES << (8 - args.group_shift) {
                 let scales = args.scales.wrapping_add(self.pair);
                 ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.scales, scales);
                 if !args.mins.is_null() {

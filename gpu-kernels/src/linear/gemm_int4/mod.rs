@@ -49,7 +49,10 @@ mod warpgroup;
 use cuda_std::{kernel, thread};
 
 #[cfg(not(target_arch = "nvptx64"))]
-pub use plan::{Operands, Shape, Tiling, candidates, entry, most_scratch_bytes, plan, rule};
+pub use plan::{
+    Operands, Shape, Tiling, candidates, entry, most_scratch_bytes, needs_warpgroup_products, plan,
+    rule,
+};
 
 /// Rows of the matrix a block.
 const BLOCK_ROWS: u32 = 128;
@@ -159,19 +162,19 @@ by_warps! {
 
 /// By warpgroups: entries without and with minima, and their forms.
 macro_rules! by_warpgroups {
-    ($($name:ident, $with_mins:ident: $rows:literal x $eights:literal, $stages:literal;)*) => {
+    ($($name:ident, $with_mins:ident: $rows:literal x $eights:literal, $stages:literal, $mt:literal;)*) => {
         $(
             entry! {
                 #[doc = concat!(stringify!($rows), " rows by ", stringify!($eights), " times 8 tokens.")]
                 #[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
-                $name, args, 2 * $rows,
-                warpgroup::gemm::<{ 2 * $rows }, { 4 * $eights }, $eights, $stages, false>(&args)
+                $name, args, 128 * ($rows / 64 / $mt),
+                warpgroup::gemm::<{ 128 * ($rows / 64 / $mt) }, { $rows / 16 }, $mt, { 4 * $eights }, $eights, $stages, false>(&args)
             }
             entry! {
                 #[doc = concat!("[`", stringify!($name), "`] with minima or zeros.")]
                 #[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
-                $with_mins, args, 2 * $rows,
-                warpgroup::gemm::<{ 2 * $rows }, { 4 * $eights }, $eights, $stages, true>(&args)
+                $with_mins, args, 128 * ($rows / 64 / $mt),
+                warpgroup::gemm::<{ 128 * ($rows / 64 / $mt) }, { $rows / 16 }, $mt, { 4 * $eights }, $eights, $stages, true>(&args)
             }
         )*
 
@@ -179,7 +182,7 @@ macro_rules! by_warpgroups {
         const BY_WARPGROUPS: &[Form] = &[$(Form {
             rows: $rows,
             tokens: 8 * $eights,
-            threads: 2 * $rows,
+            threads: 128 * ($rows / 64 / $mt),
             stages: $stages,
             entries: [stringify!($name), stringify!($with_mins)],
             warpgroups: true,
@@ -188,6 +191,9 @@ macro_rules! by_warpgroups {
 }
 
 by_warpgroups! {
-    linear_gemm_int4_r128_t128, linear_gemm_int4_r128_t128_min: 128 x 16, 4;
-    linear_gemm_int4_r256_t128, linear_gemm_int4_r256_t128_min: 256 x 16, 3;
+    linear_gemm_int4_r128_t128, linear_gemm_int4_r128_t128_min: 128 x 16, 4, 1;
+    linear_gemm_int4_r256_t128, linear_gemm_int4_r256_t128_min: 256 x 16, 3, 2;
+    linear_gemm_int4_r257_t128, linear_gemm_int4_r257_t128_min: 257 x 16, 3, 1;
+    linear_gemm_int4_r258_t128, linear_gemm_int4_r258_t128_min: 258 x 16, 4, 2;
+    linear_gemm_int4_r129_t256, linear_gemm_int4_r129_t256_min: 129 x 32, 3, 1;
 }

@@ -155,7 +155,7 @@ impl Form {
     fn shared_bytes(&self, device: &DeviceInfo, group: usize, mins: bool) -> u32 {
         let shift = group.max(1).trailing_zeros();
         let stage = if self.warpgroups {
-            warpgroup::stage(self.threads, self.tokens, shift, mins)
+            warpgroup::stage(self.rows / TILE_ROWS, self.tokens, shift, mins)
         } else {
             Stage::new(self.rows / TILE_ROWS, self.tokens, shift, mins)
         };
@@ -176,6 +176,12 @@ impl Form {
 pub fn entry(tiling: &Tiling, mins: bool) -> &'static str {
     let form = tiling.form().unwrap_or(&BY_WARPS[0]);
     form.entries[usize::from(mins)]
+}
+
+/// Whether only tiers with `wgmma` have the kernel.
+pub fn needs_warpgroup_products(kernel: &str) -> bool {
+    let mut entries = BY_WARPGROUPS.iter().flat_map(|form| form.entries);
+    entries.any(|entry| entry == kernel)
 }
 
 /// The forms that a device has room for, whatever the format: narrowest first.

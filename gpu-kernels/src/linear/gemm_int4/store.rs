@@ -38,12 +38,12 @@ impl Parts {
     /// # Safety
     /// All threads of the block call it, launched as the plan says; nobody reads the first word at `base`.
     #[inline(always)]
-    pub unsafe fn add_up<const NT: usize, const THREADS: u32>(
+    pub unsafe fn add_up<const MT: usize, const NT: usize, const THREADS: u32>(
         &self,
         args: &Args,
         base: Shared,
         thread: u32,
-        sums: &mut [[f32; 4]; NT],
+        sums: &mut [[[f32; 4]; NT]; MT],
     ) -> bool {
         let place = |part: u32| {
             let block = (self.tile * self.parts + part) as usize * self.floats as usize;
@@ -53,8 +53,11 @@ impl Parts {
         // SAFETY: by the caller's promise; others' sums are read when all have left theirs.
         unsafe {
             let own = place(self.part);
-            unroll!(N < (NT) => {
-                ptx::st_global_v4_f32(own.wrapping_add(N * step), sums[N % NT]);
+            unroll!(M < (MT) => {
+                unroll!(N < (NT) => {
+                    let to = own.wrapping_add((M * NT + N) * step);
+                    ptx::st_global_v4_f32(to, sums[M % MT][N % NT]);
+                });
             });
             if !last_to_arrive(
                 args.arrived.wrapping_add(self.tile as usize),
@@ -63,14 +66,16 @@ impl Parts {
             ) {
                 return false;
             }
-            *sums = [[0.0; 4]; NT];
+            *sums = [[[0.0; 4]; NT]; MT];
             let mut part = 0;
             while part < self.parts {
                 let from = place(part).cast_const();
-                unroll!(N < (NT) => {
-                    let part = ptx::ld_global_v4_f32(from.wrapping_add(N * step));
-                    let sum = &mut sums[N % NT];
-                    *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
+                unroll!(M < (MT) => {
+                    unroll!(N < (NT) => {
+                        let part = ptx::ld_global_v4_f32(from.wrapping_add((M * NT + N) * step));
+                        let sum = &mut sums[M % MT][N % NT];
+                        *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
+                    });
                 });
                 part += 1;
             }
@@ -163,7 +168,7 @@ pub(super) unsafe fn store<const NT: usize>(
     let outputs = if swiglu { TILE_ROWS / 2 } else { TILE_ROWS };
     let row = row_tile * outputs + lane / 4;
     // The loads of four products, then their stores: few registers, and few loads that wait for stores.
-    unroll!(C < 4 => {
+    unroll!(C < 8 => {
         if 4 * C < NT {
             if !swiglu {
                 unroll!(J < 4 => {

@@ -26,10 +26,10 @@ use crate::unroll::unroll;
 /// Alignment of x in a stage.
 const ALIGN: u32 = 1024;
 
-/// The stage of a block of so many threads and tokens.
+/// The stage of a block of so many row tiles and tokens.
 #[inline(always)]
-pub(super) const fn stage(threads: u32, tokens: u32, group_shift: u32, mins: bool) -> Stage {
-    let stage = Stage::new(threads / 32, tokens, group_shift, mins);
+pub(super) const fn stage(tiles: u32, tokens: u32, group_shift: u32, mins: bool) -> Stage {
+    let stage = Stage::new(tiles, tokens, group_shift, mins);
     Stage {
         bytes: stage.bytes.next_multiple_of(ALIGN),
         ..stage
@@ -87,50 +87,60 @@ fn natural_order(words: [u32; 2], exchange: &Exchange) -> [u32; 2] {
     ]
 }
 
-/// Starts the products of a stage, a group each. When it returns, the last may be under way.
+/// Starts the products of a stage, a group for 16 columns. When it returns, the last may be under way.
 ///
 /// # Safety
 /// All threads of the warpgroup call it; the stage is there, fenced, and stays until a wait.
 #[inline(always)]
-unsafe fn multiply<const SUMS: usize, const MINS: bool>(
+unsafe fn multiply<const MT: usize, const SUMS: usize, const MINS: bool>(
     args: &Args,
     stage: &Stage,
     place: &Place,
     base: shared::Shared,
     at: u32,
-    sums: &mut Sums<SUMS>,
+    sums: &mut [Sums<SUMS>; MT],
 ) where
     Sums<SUMS>: Product<SUMS>,
 {
     let shift = args.group_shift;
     let tiles = at + place.tile * TILE_BYTES + place.lane * 16;
-    let scales =
-        at + stage.scales + place.tile * scale_bytes(shift) + (place.lane / 4 << (9 - shift));
+    let pairs = scale_bytes(shift);
+    let scales = at + stage.scales + place.tile * pairs + (place.lane / 4 << (9 - shift));
     let mins = scales + (stage.mins - stage.scales);
     let x = at + stage.x;
     let half_bytes = 2 * SUMS as u32 * warpgroup::ROW_BYTES;
-    let mut words = [0u32; 4];
-    let mut group = Group::SYMMETRIC;
+    let mut words = [[0u32; 4]; MT];
+    let mut groups = [Group::SYMMETRIC; MT];
     // SAFETY: by the caller's promise.
     unsafe {
         unroll!(Q < 4 => {
             let quarter = Q as u32;
-            if Q % 2 == 0 {
-                let half = quarter / 2 * (TILE_BYTES / 2);
-                let [a, b, c, d] = ptx::ld_shared_v4_u32(base, tiles + half);
-                let [a, b] = natural_order([a, b], &place.exchange);
-                let [c, d] = natural_order([c, d], &place.exchange);
-                words = [a, b, c, d];
-            }
-            let offset = (quarter * 32) >> shift << 2;
-            group = group.load::<MINS>(base, scales + offset, mins + offset, place.zeros);
+            unroll!(M < (MT) => {
+                if Q % 2 == 0 {
+                    let tile = 4 * M as u32 * TILE_BYTES + quarter / 2 * (TILE_BYTES / 2);
+                    let [a, b, c, d] = ptx::ld_shared_v4_u32(base, tiles + tile);
+                    let [a, b] = natural_order([a, b], &place.exchange);
+                    let [c, d] = natural_order([c, d], &place.exchange);
+                    words[M % MT] = [a, b, c, d];
+                }
+                let offset = 4 * M as u32 * pairs + ((quarter * 32) >> shift << 2);
+                let group = &mut groups[M % MT];
+                *group = group.load::<MINS>(base, scales + offset, mins + offset, place.zeros);
+            });
             unroll!(S < 2 => {
-                let a = weights(words[Q % 2 * 2 + S], place.halves, &group);
+                let mut a = [[0u32; 4]; MT];
+                unroll!(M < (MT) => {
+                    let word = words[M % MT][Q % 2 * 2 + S];
+                    a[M % MT] = weights(word, place.halves, &groups[M % MT]);
+                });
                 let b = Operand::new(base.offset_bytes(x + quarter / 2 * half_bytes));
+                let b = b.step(quarter % 2 * 2 + S as u32);
                 warpgroup::fence();
-                sums.multiply_add(a, b.step(quarter % 2 * 2 + S as u32));
+                unroll!(M < (MT) => {
+                    sums[M % MT].multiply_add(a[M % MT], b);
+                });
                 warpgroup::commit();
-                // The registers of the product before this one are free.
+                // The registers of the products before these are free.
                 warpgroup::wait::<1>();
             });
         });
@@ -141,21 +151,23 @@ unsafe fn multiply<const SUMS: usize, const MINS: bool>(
 #[derive(Clone, Copy)]
 struct Place {
     lane: u32,
-    /// Row tile in the block: the warp's number.
+    /// First row tile in the block, a fourth of a warpgroup's rows; the next are four on.
     tile: u32,
     exchange: Exchange,
     halves: u32,
     zeros: u32,
 }
 
-/// The body of every entry: `THREADS / 128` warpgroups, `2 SUMS` tokens, `NT` eights of them, a ring of
-/// `STAGES` stages; with `MINS` there are minima or zeros.
+/// The body of every entry: `THREADS / 128` warpgroups of `64 MT` rows, `2 SUMS` tokens, `NT` eights of them,
+/// a ring of `STAGES` stages of `TILES` row tiles; with `MINS` there are minima or zeros.
 ///
 /// # Safety
 /// Launched as the plan says.
 #[inline(always)]
 pub(super) unsafe fn gemm<
     const THREADS: u32,
+    const TILES: u32,
+    const MT: usize,
     const SUMS: usize,
     const NT: usize,
     const STAGES: u32,
@@ -168,17 +180,18 @@ pub(super) unsafe fn gemm<
     let tokens = 2 * SUMS as u32;
     let thread = thread::thread_idx_x();
     let lane = thread % 32;
+    // From lane 0, so that the assembler sees that the whole warp agrees on it.
+    let number = warp::shuffle_idx_u32(warp::FULL_MASK, thread / 32, 0);
     let place = Place {
         lane,
-        // From lane 0, so that the assembler sees that the whole warp agrees on it.
-        tile: warp::shuffle_idx_u32(warp::FULL_MASK, thread / 32, 0),
+        tile: number / 4 * 4 * MT as u32 + number % 4,
         exchange: Exchange::of(lane),
         // In a register: see `gemv_int4_mma`.
         halves: HALVES_1024 - (lane >> 5),
         zeros: args.zeros_mask(),
     };
     let base = shared::dynamic_shared_mem();
-    let stage = stage(THREADS, tokens, args.group_shift, MINS);
+    let stage = stage(TILES, tokens, args.group_shift, MINS);
     let (part, parts) = (thread::block_idx_z(), thread::grid_dim_z());
     let first = args.depth_tiles * part / parts;
     let end = args.depth_tiles * (part + 1) / parts;
@@ -190,14 +203,15 @@ pub(super) unsafe fn gemm<
 
     ptx::griddep_launch();
     ptx::griddep_wait();
-    let mut sums = Sums::<SUMS>::zeros();
+    let mut sums: [Sums<SUMS>; MT] = core::array::from_fn(|_| Sums::zeros());
     // SAFETY: the plan checked the buffers and gave the stages. A barrier stands between the arrival of a
     // stage and its products; those of the stage before the last are over at the barrier, and what is
     // copied then takes its place.
     unsafe {
         let x_offset = |token, eight| x_offset(tokens, token, eight);
-        let mut feed =
-            Feed::<THREADS, { warpgroup::ROW_BYTES }>::new(args, thread, tokens, first, x_offset);
+        let mut feed = Feed::<THREADS, TILES, { warpgroup::ROW_BYTES }>::new(
+            args, thread, tokens, first, x_offset,
+        );
         let mut into = 0;
         let mut ahead = first;
         unroll!(I < 8 => {
@@ -212,7 +226,9 @@ pub(super) unsafe fn gemm<
         });
         let mut at = 0;
         let mut tile = first;
-        while tile < end {
+        // Every part has a tile. A loop that might not run at all would define the sums beside it, in the
+        // middle of what is under way, and the assembler would wait after each product.
+        loop {
             match STAGES {
                 3 => ptx::cp_async_wait::<0>(),
                 4 => ptx::cp_async_wait::<1>(),
@@ -225,25 +241,25 @@ pub(super) unsafe fn gemm<
             }
             ptx::cp_async_commit();
             (into, ahead) = (next(into), ahead + 1);
-            multiply::<SUMS, MINS>(args, &stage, &place, base, at, &mut sums);
+            multiply::<MT, SUMS, MINS>(args, &stage, &place, base, at, &mut sums);
             (at, tile) = (next(at), tile + 1);
+            if tile >= end {
+                break;
+            }
         }
         warpgroup::wait::<0>();
-        let mut sums = by_product::<SUMS, NT>(sums.values());
+        let mut sums = sums.map(|sums| by_product::<SUMS, NT>(sums.values()));
         if parts > 1 {
-            let parts = Parts::of_block(part, parts, 4 * NT as u32 * THREADS);
-            if !parts.add_up::<NT, THREADS>(args, base, thread, &mut sums) {
+            let parts = Parts::of_block(part, parts, (4 * MT * NT) as u32 * THREADS);
+            if !parts.add_up::<MT, NT, THREADS>(args, base, thread, &mut sums) {
                 return;
             }
         }
-        let row_tile = thread::block_idx_y() * (THREADS / 32) + place.tile;
-        store(
-            args,
-            row_tile,
-            thread::block_idx_x() * tokens,
-            lane,
-            &mut sums,
-        );
+        let token = thread::block_idx_x() * tokens;
+        unroll!(M < (MT) => {
+            let row_tile = thread::block_idx_y() * TILES + place.tile + 4 * M as u32;
+            store(args, row_tile, token, lane, &mut sums[M % MT]);
+        });
     }
 }
 
