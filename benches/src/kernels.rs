@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use engine::Error;
+use engine::backend::Tier;
 use engine::backend::cuda::device::Gpu;
 use gpu_kernels::launch::Launch;
 use serde_json::{Value, json};
@@ -150,7 +151,7 @@ impl Other {
     /// Opens the device with the other revision's kernels and checks them in the present launches;
     /// says of each wanted kernel that cannot be compared why.
     fn open(
-        tier: u32,
+        tier: Tier,
         present: &str,
         ptx: &Ptx,
         revision: &str,

@@ -72,7 +72,9 @@ pub fn all() -> Vec<Row> {
     rows.extend(fused_int4());
     rows.extend(heads_rows());
     rows.extend(prompt_rows());
-    if std::env::var("GEMM").is_ok() { rows.extend(prompt::experiment()); }
+    if std::env::var("GEMM").is_ok() {
+        rows.extend(prompt::experiment());
+    }
     rows.extend(float_rows());
     for (n, k) in [(1536, 1536), (8960, 1536), (1536, 8960)] {
         rows.push(gemv_int8(n, k, 32));

@@ -35,20 +35,32 @@ pub(super) fn prompt_rows() -> Vec<Row> {
 
 pub(super) fn experiment() -> Vec<Row> {
     let mut rows = Vec::new();
-    for (n, k) in [(4096, 4096), (17_920, 1536), (1536, 8960), (2048, 1536), (1536, 1536)] {
+    for (n, k) in [
+        (4096, 4096),
+        (17_920, 1536),
+        (1536, 8960),
+        (2048, 1536),
+        (1536, 1536),
+    ] {
         for tokens in [128, 512, 2048] {
-            for tile in [128u32, 256] {
-                let blocks = n.div_ceil(tile as usize) * usize::div_ceil(tokens, 128);
+            for tile in [128u32, 256, 257, 258] {
+                let blocks = usize::div_ceil(n, tile as usize) * usize::div_ceil(tokens, 128);
                 let mut all = vec![1];
                 for parts in 2..=12u32 {
                     let total = blocks * parts as usize;
-                    if total * tile as usize <= 132 * 256 && (total > 80 || parts == 12) {
+                    if total * (tile as usize / 128 * 128) <= 132 * 256
+                        && (total > 80 || parts == 12)
+                    {
                         all.push(parts);
                     }
                 }
-                all.truncate(4);
+                all.truncate(if tile == 128 { 4 } else { 3 });
                 for parts in all {
-                    let tiling = gemm_int4::Tiling { rows: tile, tokens: 128, parts };
+                    let tiling = gemm_int4::Tiling {
+                        rows: tile,
+                        tokens: 128,
+                        parts,
+                    };
                     let mut row = gemm_int4_row(n, k, 128, tokens);
                     row.kernel = gemm_int4::entry(&tiling, false);
                     row.shape = format!("{n}x{k} T{tokens} r{tile} p{parts}");
@@ -76,24 +88,30 @@ fn gemm_int4_row(rows: usize, cols: usize, group: usize, tokens: usize) -> Row {
     }
 }
 
-fn make(rows: usize, cols: usize, group: usize, tokens: usize, tiling: Option<gemm_int4::Tiling>) -> super::Make {
+fn make(
+    rows: usize,
+    cols: usize,
+    group: usize,
+    tokens: usize,
+    tiling: Option<gemm_int4::Tiling>,
+) -> super::Make {
     let shape = gemm_int4::Shape::plain(rows, cols, group, tokens);
     let tiles = rows.div_ceil(16) * cols.div_ceil(128);
     let groups = tiles * 16 * 128 / group;
-        Box::new(move |device, memory| {
-            let scratch = gemm_int4::most_scratch_bytes(device);
-            let operands = gemm_int4::Operands {
-                quants: noise(memory, tiles * 1024)?,
-                scales: halves(memory, groups)?,
-                mins: DeviceSlice::NONE,
-                zeros: false,
-                bias: DeviceSlice::NONE,
-                x: halves(memory, tokens * cols)?,
-                y: floats(memory, tokens * rows)?,
-                scratch: memory.activations(&vec![0; scratch as usize])?,
-            };
-            planned(gemm_int4::plan(device, &shape, &operands, tiling))
-        })
+    Box::new(move |device, memory| {
+        let scratch = gemm_int4::most_scratch_bytes(device);
+        let operands = gemm_int4::Operands {
+            quants: noise(memory, tiles * 1024)?,
+            scales: halves(memory, groups)?,
+            mins: DeviceSlice::NONE,
+            zeros: false,
+            bias: DeviceSlice::NONE,
+            x: halves(memory, tokens * cols)?,
+            y: floats(memory, tokens * rows)?,
+            scratch: memory.activations(&vec![0; scratch as usize])?,
+        };
+        planned(gemm_int4::plan(device, &shape, &operands, tiling))
+    })
 }
 
 fn attention_prompt(

@@ -284,8 +284,8 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
         // From lane 0, so that the assembler sees that the whole warp agrees on it.
         tile: warp::shuffle_idx_u32(warp::FULL_MASK, thread / 32, 0),
     };
-    // In a register: see `gemv_int4_mma`.
-    let halves = HALVES_1024 - (lane >> 5);
+    // In a register, which it stays in where the compiler does not see that nothing is taken off.
+    let halves = HALVES_1024 - (place.tile >> 5);
     let base = shared::dynamic_shared_mem();
     let has_mins = !args.mins.is_null();
     let stage = Stage::new(BLOCK_TILES, tokens, args.group_shift, has_mins);

@@ -195,5 +195,4 @@ by_warpgroups! {
     linear_gemm_int4_r256_t128, linear_gemm_int4_r256_t128_min: 256 x 16, 3, 2;
     linear_gemm_int4_r257_t128, linear_gemm_int4_r257_t128_min: 257 x 16, 3, 1;
     linear_gemm_int4_r258_t128, linear_gemm_int4_r258_t128_min: 258 x 16, 4, 2;
-    linear_gemm_int4_r129_t256, linear_gemm_int4_r129_t256_min: 129 x 32, 3, 1;
 }
