@@ -48,19 +48,23 @@ fn multiply(mistake: Mistake, y: *mut f32) {
     let rank = thread::thread_idx_x();
     let (warp, lane) = (rank / 32, rank % 32);
     let (g, q) = (lane / 4, lane % 4);
-    if mistake != Mistake::NothingWritten {
+    let store_b = || {
         for i in (rank..COLUMNS * 32).step_by(128) {
             let (column, pair) = (i / 32, i % 32);
             let at = warpgroup::operand_offset(column, pair / 4) + pair % 4 * 4;
             let value = halves(b(column, 2 * pair), b(column, 2 * pair + 1));
             store_shared(shared.offset_bytes(at).address(), value);
         }
+        if mistake != Mistake::NoFenceOfShared {
+            warpgroup::fence_shared();
+        }
+    };
+    if mistake != Mistake::NothingWritten {
+        store_b();
     }
-    if mistake != Mistake::NoFenceOfShared {
-        warpgroup::fence_shared();
-    }
-    if mistake != Mistake::NoBarrier {
-        thread::sync_threads();
+    thread::sync_threads();
+    if mistake == Mistake::NoBarrier && rank == 0 {
+        store_b();
     }
     let mut sums = Sums::<32>::zeros();
     let start = if mistake == Mistake::Misaligned {
@@ -110,9 +114,7 @@ fn multiply(mistake: Mistake, y: *mut f32) {
 fn outcome(mistake: Mistake) -> Result<Vec<f32>, Fault> {
     let y = Buffer::<f32>::uninit((64 * COLUMNS) as usize);
     let block = Launch::linear(1, 128).with_shared_bytes(B_BYTES + 256);
-    launch("multiply", &block.with_seed(3), || {
-        multiply(mistake, y.as_mut_ptr())
-    })?;
+    launch("multiply", &block, || multiply(mistake, y.as_mut_ptr()))?;
     y.to_vec()
 }
 
