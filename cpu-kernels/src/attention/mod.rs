@@ -212,7 +212,7 @@ pub fn part(
         },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 | Kind::Avx512Vnni => unsafe {
+        Kind::Avx512 | Kind::Avx512Vnni | Kind::Avx512Vbmi => unsafe {
             avx512::dot(q, keys, scores);
             softmax(isa, scores, shape.scale);
             avx512::blend(scores, values, out);

@@ -11,10 +11,8 @@ use clap::Args;
 use engine::Error;
 use engine::backend::{Backend, LoadedModel, Selected, select};
 use engine::sampler::Sampling;
+use engine::synthetic;
 use engine::weights::ModelFile;
-use models::file::gguf::Gguf;
-use models::synthetic::{self, Options};
-use rayon::prelude::*;
 
 use self::report::{Latency, Rate, Report};
 use super::synthesize::LinearArg;
@@ -180,22 +178,7 @@ fn load(args: &BenchArgs, context: usize) -> Result<LoadedModel, Error> {
         let file = mapped.parse()?;
         return mapped.load(&file, mapped.recipe(&file)?);
     };
-    let options = Options {
-        linear: args.linear.into(),
-        ..Options::default()
-    };
-    let mut shape = synthetic::shape(name)?.clone();
-    // A file says it in 32 bits.
-    shape.context = shape.context.max(context).min(u32::MAX as usize);
-    let bytes = synthetic::to_vec(&shape, &options)?;
-    let file = Gguf::parse(&bytes)?;
-    let recipe = models::arch::recipe(&file)?;
-    let weights = recipe
-        .weights
-        .par_iter()
-        .map(|weight| models::weights::decode(&file, weight))
-        .collect::<Result<_, _>>()?;
-    Ok(LoadedModel { recipe, weights })
+    synthetic::load(name, context, args.linear.into())
 }
 
 /// Tokens that the cache must hold: one more than is measured, which the profile appends.

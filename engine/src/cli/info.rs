@@ -124,6 +124,10 @@ fn system(json: bool) -> Result<ExitCode, Failure> {
     for operation in &system.operations {
         text += &format!("  {:<48}{}\n", operation.operation, operation.instructions);
     }
+    for ternary in &system.ternary {
+        let what = format!("linear ternary, one token, {}", ternary.shape);
+        text += &format!("  {what:<48}{} ({})\n", ternary.form, ternary.reason);
+    }
     print(&text)
 }
 
@@ -142,9 +146,7 @@ fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Resul
         .weights
         .par_iter()
         .map(|weight| {
-            let parts = weights::check(source, weight)?;
-            let stored = parts.iter().filter_map(|name| source.tensor(name));
-            let file = stored.map(|tensor| tensor.data.len() as u64).sum();
+            let file = weights::stored_bytes(source, weight)?;
             Ok((file, weights::decode(source, weight)?.bytes()))
         })
         .collect::<Result<_, models::Error>>()?;
