@@ -88,7 +88,8 @@ pub fn run(
             path.display()
         )));
     }
-    let wanted = options.selection.rows()?;
+    let mut wanted = options.selection.rows()?;
+    wanted.retain(|row| row.runs_on(&gpu.info()));
 
     let outcomes = check::run(gpu, |case| {
         wanted.iter().any(|row| row.kernel == case.kernel)

@@ -38,9 +38,9 @@ fn matrix(row: &Row) -> Option<Product> {
         .split([' ', ','])
         .filter(|w| !w.is_empty())
         .collect();
-    let (n, k, group, tokens) = match words.as_slice() {
-        &[n, "x", k, "group", group] => (n, k, group, "1"),
-        &[n, "x", k, "group", group, tokens, "tokens"] if tokens != "1" => (n, k, group, tokens),
+    let (n, k, group, tokens) = match *words.as_slice() {
+        [n, "x", k, "group", group] => (n, k, group, "1"),
+        [n, "x", k, "group", group, tokens, "tokens"] if tokens != "1" => (n, k, group, tokens),
         _ => return None,
     };
     let [n, k, group, tokens] = [n, k, group, tokens].map(|number| number.parse().ok());

@@ -14,7 +14,11 @@ fn run_all(seed: Option<u64>) {
         let info = if case.runs_on(&DeviceInfo::T4) {
             DeviceInfo::T4
         } else {
-            DeviceInfo::H100
+            // So few multiprocessors that tiles are left for a part of them.
+            DeviceInfo {
+                multiprocessors: 5,
+                ..DeviceInfo::H100
+            }
         };
         let mut device = EmulatorDevice::new(info, seed);
         match (case.run)(&mut device) {

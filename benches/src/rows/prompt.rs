@@ -13,10 +13,16 @@ const TOKENS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048];
 pub(super) fn prompt_rows() -> Vec<Row> {
     let mut rows = Vec::new();
     for (n, k) in [(4096, 4096), (14_336, 4096), (8960, 1536), (1536, 8960)] {
-        rows.extend(TOKENS.map(|tokens| gemm_int4_row(n, k, 128, tokens)));
+        for tokens in TOKENS {
+            let shape = gemm_int4::Shape::plain(n, k, 128, tokens);
+            rows.extend(products(&shape, false));
+        }
     }
-    for tokens in [8, 512] {
-        rows.push(gemm_int4_row(8960, 1536, 32, tokens));
+    for (tokens, mins) in [(8, false), (128, true), (512, false), (512, true)] {
+        rows.extend(products(
+            &gemm_int4::Shape::plain(8960, 1536, 32, tokens),
+            mins,
+        ));
     }
     for (dims, tokens, position) in [
         ([12, 2, 128], 512, 0),
@@ -44,74 +50,116 @@ pub(super) fn experiment() -> Vec<Row> {
     ] {
         for tokens in [128, 512, 2048] {
             for tile in [128u32, 256, 257, 258] {
-                let blocks = usize::div_ceil(n, tile as usize) * usize::div_ceil(tokens, 128);
+                let tiles = usize::div_ceil(n, tile as usize) * usize::div_ceil(tokens, 128);
+                let left = tiles % 132;
                 let mut all = vec![1];
-                for parts in 2..=12u32 {
-                    let total = blocks * parts as usize;
-                    if total * (tile as usize / 128 * 128) <= 132 * 256
-                        && (total > 80 || parts == 12)
-                    {
-                        all.push(parts);
-                    }
+                let cap = 132 * 256 / (tile as usize / 128 * 128) / left.max(1);
+                if left > 0 && cap > 1 {
+                    all.push((132 / left.max(1)).clamp(1, 12) as u32);
+                    all.push((264 / left.max(1)).clamp(1, 12).min(cap) as u32);
                 }
-                all.truncate(if tile == 128 { 4 } else { 3 });
+                all.sort();
+                all.dedup();
                 for parts in all {
+                    if parts as usize > k.div_ceil(128) {
+                        continue;
+                    }
                     let tiling = gemm_int4::Tiling {
                         rows: tile,
                         tokens: 128,
                         parts,
                     };
-                    let mut row = gemm_int4_row(n, k, 128, tokens);
-                    row.kernel = gemm_int4::entry(&tiling, false);
+                    let shape = gemm_int4::Shape::plain(n, k, 128, tokens);
+                    let mut row = product(&shape, false, tiling, true);
                     row.shape = format!("{n}x{k} T{tokens} r{tile} p{parts}");
                     row.streams = false;
-                    row.make = make(n, k, 128, tokens, Some(tiling));
                     rows.push(row);
                 }
             }
+            let shape = gemm_int4::Shape::plain(n, k, 128, tokens);
+            let by_warps = DeviceInfo {
+                warpgroup_products: false,
+                ..DeviceInfo::H100
+            };
+            let mut row = product(&shape, false, gemm_int4::rule(&by_warps, &shape), false);
+            row.shape = format!("{n}x{k} T{tokens} old");
+            row.streams = false;
+            rows.push(row);
         }
     }
     rows
 }
 
-fn gemm_int4_row(rows: usize, cols: usize, group: usize, tokens: usize) -> Row {
-    let shape = gemm_int4::Shape::plain(rows, cols, group, tokens);
-    let tiles = rows.div_ceil(16) * cols.div_ceil(128);
-    let groups = tiles * 16 * 128 / group;
-    Row {
-        // Which one does not depend on the device.
-        kernel: gemm_int4::entry(&gemm_int4::rule(&DeviceInfo::T4, &shape), false),
-        shape: format!("{rows} x {cols} group {group}, {tokens} tokens"),
-        bytes: (rows * cols / 2 + 2 * groups + tokens * (2 * cols + 4 * rows)) as u64,
-        streams: true,
-        make: make(rows, cols, group, tokens, None),
+/// A product by warps, and one by warpgroups where that is the rule.
+fn products(shape: &gemm_int4::Shape, mins: bool) -> Vec<Row> {
+    let rule = |warpgroup_products| {
+        let device = DeviceInfo {
+            warpgroup_products,
+            ..DeviceInfo::H100
+        };
+        gemm_int4::rule(&device, shape)
+    };
+    let mut rows = vec![product(shape, mins, rule(false), false)];
+    if rule(true) != rule(false) {
+        rows.push(product(shape, mins, rule(true), true));
     }
+    rows
 }
 
-fn make(
-    rows: usize,
-    cols: usize,
-    group: usize,
-    tokens: usize,
-    tiling: Option<gemm_int4::Tiling>,
-) -> super::Make {
-    let shape = gemm_int4::Shape::plain(rows, cols, group, tokens);
+/// A product in a tiling for an H100, or, by warps, in that of the device.
+fn product(
+    shape: &gemm_int4::Shape,
+    mins: bool,
+    tiling: gemm_int4::Tiling,
+    by_warpgroups: bool,
+) -> Row {
+    let gemm_int4::Shape {
+        rows,
+        cols,
+        group,
+        tokens,
+        ..
+    } = *shape;
     let tiles = rows.div_ceil(16) * cols.div_ceil(128);
     let groups = tiles * 16 * 128 / group;
-    Box::new(move |device, memory| {
-        let scratch = gemm_int4::most_scratch_bytes(device);
-        let operands = gemm_int4::Operands {
-            quants: noise(memory, tiles * 1024)?,
-            scales: halves(memory, groups)?,
-            mins: DeviceSlice::NONE,
-            zeros: false,
-            bias: DeviceSlice::NONE,
-            x: halves(memory, tokens * cols)?,
-            y: floats(memory, tokens * rows)?,
-            scratch: memory.activations(&vec![0; scratch as usize])?,
-        };
-        planned(gemm_int4::plan(device, &shape, &operands, tiling))
-    })
+    let values = if mins { 2 * groups } else { groups };
+    let shape = *shape;
+    Row {
+        kernel: gemm_int4::entry(&tiling, mins),
+        shape: format!(
+            "{rows} x {cols} group {group}{}, {tokens} tokens",
+            if mins { " min" } else { "" }
+        ),
+        bytes: (rows * cols / 2 + 2 * values + tokens * (2 * cols + 4 * rows)) as u64,
+        streams: true,
+        make: Box::new(move |device, memory| {
+            let scratch = gemm_int4::most_scratch_bytes(device);
+            let operands = gemm_int4::Operands {
+                quants: noise(memory, tiles * 1024)?,
+                scales: halves(memory, groups)?,
+                mins: if mins {
+                    halves(memory, groups)?
+                } else {
+                    DeviceSlice::NONE
+                },
+                zeros: false,
+                bias: DeviceSlice::NONE,
+                x: halves(memory, tokens * cols)?,
+                y: floats(memory, tokens * rows)?,
+                scratch: memory.activations(&vec![0; scratch as usize])?,
+            };
+            let by_warps = DeviceInfo {
+                warpgroup_products: false,
+                ..*device
+            };
+            let tiling = if by_warpgroups {
+                tiling
+            } else {
+                gemm_int4::rule(&by_warps, &shape)
+            };
+            planned(gemm_int4::plan(device, &shape, &operands, Some(tiling)))
+        }),
+    }
 }
 
 fn attention_prompt(

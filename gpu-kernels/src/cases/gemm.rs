@@ -94,13 +94,9 @@ impl Product {
             }
         }
         shape.push_str(&format!(" parts {}", self.tiling.parts));
-        let case = Case::new(entry(&self.tiling, self.mins), shape, move |device| {
+        Case::new(entry(&self.tiling, self.mins), shape, move |device| {
             run(device, self)
-        });
-        Case {
-            warpgroup_products: self.tiling.tokens == 128,
-            ..case
-        }
+        })
     }
 }
 
@@ -153,6 +149,8 @@ pub fn cases() -> Vec<Case> {
                 .then(Epilogue::SwiGlu)
                 .to_halves(),
             product(of(1, 32, 128, 1), false, 1),
+            // On few multiprocessors: whole tiles, and one or two that are split.
+            product(of(700, 288, 128, 130), false, 2),
             product(of(41, 416, 64, 128), true, 2),
             product(of(20, 160, 32, 70), true, 1)
                 .with_zeros()
@@ -235,7 +233,7 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
     let bias = product.bias.then(|| inputs.floats(rows, 1.0));
     let halves = inputs.halves(tokens * cols, 1.0);
     let before = inputs.floats(tokens * rows, 1.0);
-    let scratch_bytes = product.tiling.scratch_bytes(&product.shape) as usize;
+    let scratch_bytes = product.tiling.scratch_bytes(&device.info(), &product.shape) as usize;
     let got = same_twice(device, |device| {
         let ops = Operands {
             quants: device.put_u32(&tiled.quants)?,

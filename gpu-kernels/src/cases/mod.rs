@@ -25,6 +25,7 @@ use thiserror::Error;
 pub use self::emulator::EmulatorDevice;
 use self::inputs::Inputs;
 use crate::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
+use crate::linear::gemm_int4::needs_warpgroup_products;
 
 /// A failure of the device: out of memory, a launch that failed, a fault that the emulator found.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -111,8 +112,6 @@ pub struct Case {
     pub name: String,
     /// Entry name of the kernel.
     pub kernel: &'static str,
-    /// Whether it runs only where there is `wgmma`.
-    pub warpgroup_products: bool,
     /// Runs it.
     pub run: Run,
 }
@@ -126,14 +125,13 @@ impl Case {
         Case {
             name: format!("{kernel} {shape}"),
             kernel,
-            warpgroup_products: false,
             run: Box::new(run),
         }
     }
 
     /// Whether a device of these dimensions has the kernel.
     pub fn runs_on(&self, device: &DeviceInfo) -> bool {
-        device.warpgroup_products || !self.warpgroup_products
+        device.warpgroup_products || !needs_warpgroup_products(self.kernel)
     }
 }
 

@@ -5,7 +5,7 @@ use cuda_std::{shared, thread, warp};
 
 use super::super::gemv_int4_mma::tile::{HALVES_1024, fragments};
 use super::feed::Feed;
-use super::store::{Parts, store};
+use super::store::{add_up, store};
 use super::{BLOCK_ROWS, BLOCK_THREADS, FLAG_ZEROS};
 use crate::product::{at_least_sm_80, mma_k16};
 use crate::ptx;
@@ -51,6 +51,10 @@ pub(super) struct Args {
     /// Columns of a group are `1 << group_shift`.
     pub group_shift: u32,
     pub flags: u32,
+    /// Tiles of y that have a block each, with [`warpgroup`](super::warpgroup) alone; each of the others
+    /// has `parts` blocks, which share the tiles along K.
+    pub whole: u32,
+    pub parts: u32,
 }
 
 impl Args {
@@ -62,6 +66,62 @@ impl Args {
         } else {
             0
         }
+    }
+}
+
+/// What a block does: a part of the tiles along K for a tile of y.
+#[derive(Clone, Copy)]
+pub(super) struct Work {
+    pub row_block: u32,
+    pub token_tile: u32,
+    pub part: u32,
+    pub parts: u32,
+    /// Number of the tile of y among those that are split.
+    pub split_tile: u32,
+}
+
+impl Work {
+    /// Blocks `(token tiles, row blocks, parts)`.
+    #[inline(always)]
+    pub fn of_grid(args: &Args) -> Work {
+        let (row_block, token_tile) = (thread::block_idx_y(), thread::block_idx_x());
+        Work {
+            row_block,
+            token_tile,
+            part: thread::block_idx_z(),
+            parts: args.parts,
+            split_tile: row_block * thread::grid_dim_x() + token_tile,
+        }
+    }
+
+    /// Blocks in a row: of the whole tiles, then the parts of the others, tiles along the tokens first.
+    #[inline(always)]
+    pub fn in_order(args: &Args, block_tokens: u32) -> Work {
+        let block = thread::block_idx_x();
+        let (tile, part, parts, split_tile) = if block < args.whole {
+            (block, 0, 1, 0)
+        } else {
+            let rest = block - args.whole;
+            let split_tile = rest / args.parts;
+            let part = rest - split_tile * args.parts;
+            (args.whole + split_tile, part, args.parts, split_tile)
+        };
+        let token_tiles = args.tokens.div_ceil(block_tokens);
+        let row_block = tile / token_tiles;
+        Work {
+            row_block,
+            token_tile: tile - row_block * token_tiles,
+            part,
+            parts,
+            split_tile,
+        }
+    }
+
+    /// First tile along K, and the one after the last.
+    #[inline(always)]
+    pub fn depth(&self, args: &Args) -> (u32, u32) {
+        let of = |part: u32| args.depth_tiles * part / self.parts;
+        (of(self.part), of(self.part + 1))
     }
 }
 
@@ -289,9 +349,8 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
     let base = shared::dynamic_shared_mem();
     let has_mins = !args.mins.is_null();
     let stage = Stage::new(BLOCK_TILES, tokens, args.group_shift, has_mins);
-    let (part, parts) = (thread::block_idx_z(), thread::grid_dim_z());
-    let first = args.depth_tiles * part / parts;
-    let end = args.depth_tiles * (part + 1) / parts;
+    let work = Work::of_grid(args);
+    let (first, end) = work.depth(args);
     let ring = (UNDER_WAY + 2) * stage.bytes;
     let next = |at: u32| {
         let next = at + stage.bytes;
@@ -306,7 +365,7 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
     unsafe {
         let at = |token, eight| x_offset(token, eight);
         let mut feed =
-            Feed::<BLOCK_THREADS, BLOCK_TILES, X_BYTES>::new(args, thread, tokens, first, at);
+            Feed::<BLOCK_THREADS, BLOCK_TILES, X_BYTES>::new(args, &work, thread, tokens, at);
         let mut into = 0;
         let mut ahead = first;
         while at_least_sm_80() && ahead < first + UNDER_WAY + 1 {
@@ -356,19 +415,11 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
             at = if at_least_sm_80() { next(at) } else { 0 };
             tile += 1;
         }
-        if parts > 1 {
-            let parts = Parts::of_block(part, parts, 4 * NT as u32 * BLOCK_THREADS);
-            if !parts.add_up::<1, NT, BLOCK_THREADS>(args, base, thread, &mut sums) {
-                return;
-            }
+        let one_of = work.parts > 1;
+        if one_of && !add_up::<1, NT, BLOCK_THREADS>(args, &work, base, thread, &mut sums) {
+            return;
         }
-        let row_tile = thread::block_idx_y() * BLOCK_TILES + place.tile;
-        store(
-            args,
-            row_tile,
-            thread::block_idx_x() * tokens,
-            lane,
-            &mut sums[0],
-        );
+        let row_tile = work.row_block * BLOCK_TILES + place.tile;
+        store(args, row_tile, work.token_tile * tokens, lane, &mut sums[0]);
     }
 }

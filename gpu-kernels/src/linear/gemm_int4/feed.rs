@@ -1,9 +1,8 @@
 //! The copies that bring a block its stages.
 
 use cuda_std::shared::Shared;
-use cuda_std::thread;
 
-use super::block::{Args, COPY_BYTES, Stage, TILE_COLS, TILE_WORDS, scale_bytes};
+use super::block::{Args, COPY_BYTES, Stage, TILE_COLS, TILE_WORDS, Work, scale_bytes};
 use crate::ptx;
 use crate::unroll::unroll;
 
@@ -37,22 +36,23 @@ impl<const THREADS: u32, const TILES: u32, const ROW_BYTES: u32> Feed<THREADS, T
     /// Tokens that a block's threads copy 16 bytes of at a time: eights, whose rows are exchanged alike.
     const COPY_TOKENS: u32 = THREADS / 16;
 
-    /// For blocks of `tokens` tokens, from tile `tile` along K on. `x_offset` says where eight columns of
+    /// For blocks of `tokens` tokens. `x_offset` says where eight columns of
     /// a token lie in the x of a stage.
     #[inline(always)]
     pub fn new(
         args: &Args,
+        work: &Work,
         thread: u32,
         tokens: u32,
-        tile: u32,
         x_offset: impl Fn(u32, u32) -> u32,
     ) -> Self {
-        let first_tile = thread::block_idx_y() * TILES;
+        let (tile, _) = work.depth(args);
+        let first_tile = work.row_block * TILES;
         let row_tile = first_tile + thread / (TILE_WORDS / 4);
         let at = |row_tile: u32| (row_tile * args.depth_tiles + tile) as usize;
         let within = (thread % (TILE_WORDS / 4) * 4) as usize;
         let (eight, first) = (thread % 16, thread / 16);
-        let token = thread::block_idx_x() * tokens + first;
+        let token = work.token_tile * tokens + first;
         let column = tile * TILE_COLS + eight * 8;
         let pair_words = (scale_bytes(args.group_shift) / 4) as usize;
         // 16-byte copies of a tile's scales: a power of two, 2 to 8.

@@ -118,11 +118,13 @@ macro_rules! entry {
             depth_tiles: u32,
             group_shift: u32,
             flags: u32,
+            whole: u32, // tiles of y that have a block each
+            parts: u32, // blocks that share each of the others
         ) {
             thread::max_block_threads::<{ $threads }>();
             let $args = block::Args {
                 quants, scales, mins, bias, x, y, partials, arrived,
-                rows, cols, tokens, row_tiles, depth_tiles, group_shift, flags,
+                rows, cols, tokens, row_tiles, depth_tiles, group_shift, flags, whole, parts,
             };
             // SAFETY: launched as `plan` says.
             unsafe { $body }

@@ -97,7 +97,8 @@ pub struct Tiling {
     pub rows: u32,
     /// Tokens a tile: 8, 16, 32 or 64; 128 with `wgmma`.
     pub tokens: u32,
-    /// Blocks that share the work along K.
+    /// Blocks that share the work along K: of every tile, or, by warpgroups, of the tiles that are left when
+    /// each multiprocessor has had as many as all can have.
     pub parts: u32,
 }
 
@@ -126,14 +127,26 @@ impl Tiling {
         shape.row_blocks(self.rows).saturating_mul(token_tiles)
     }
 
+    /// Tiles that a block has alone, and tiles that several share.
+    fn whole_and_split(&self, device: &DeviceInfo, shape: &Shape) -> (usize, usize) {
+        let tiles = self.tiles(shape);
+        let left = match self.form() {
+            _ if self.parts < 2 => 0,
+            Some(form) if form.warpgroups => tiles % device.multiprocessors.max(1) as usize,
+            _ => tiles,
+        };
+        (tiles - left, left)
+    }
+
     /// Bytes of [`Operands::scratch`].
-    pub fn scratch_bytes(&self, shape: &Shape) -> u64 {
-        if self.parts < 2 {
+    pub fn scratch_bytes(&self, device: &DeviceInfo, shape: &Shape) -> u64 {
+        let (_, split) = self.whole_and_split(device, shape);
+        if split == 0 {
             return 0;
         }
         let tile = self.rows as usize * self.tokens as usize;
         let parts = self.parts as usize;
-        COUNTER_BYTES.saturating_add(tensor_bytes(&[self.tiles(shape), parts, tile], 4))
+        COUNTER_BYTES.saturating_add(tensor_bytes(&[split, parts, tile], 4))
     }
 
     fn form(&self) -> Option<&'static Form> {
@@ -226,17 +239,20 @@ impl Form {
     fn cost(&self, device: &DeviceInfo, tiling: &Tiling, shape: &Shape) -> u64 {
         let depth = shape.depth_tiles().min(u32::MAX as usize) as u64;
         let parts = u64::from(tiling.parts);
-        let blocks = (tiling.tiles(shape).min(u32::MAX as usize) as u64).saturating_mul(parts);
-        let waves = blocks.div_ceil(u64::from(device.multiprocessors.max(1)));
+        let multiprocessors = u64::from(device.multiprocessors.max(1));
+        let (whole, split) = tiling.whole_and_split(device, shape);
+        let waves = |blocks: u64| blocks.div_ceil(multiprocessors);
         if self.warpgroups {
             // A block at a time; its start and its end take as long as three stages.
             let step = u64::from(10 * self.rows / 128);
-            return waves * (step * depth.div_ceil(parts) + 30 + 5 * (parts - 1).min(4));
+            let block = |stages: u64| step * stages + 30;
+            let shared = block(depth.div_ceil(parts)) + 5 * parts;
+            return waves(whole as u64) * block(depth) + waves(split as u64 * parts) * shared;
         }
         // Stages of a block, and about two for its start and its sums.
         let block = 10 * depth / parts + 20;
         // A block by itself takes as long as 1.4 that share a multiprocessor.
-        match waves {
+        match waves((tiling.tiles(shape).min(u32::MAX as usize) as u64).saturating_mul(parts)) {
             0 | 1 => 14 * block,
             waves => waves * 10 * block,
         }
@@ -259,11 +275,12 @@ pub fn candidates(device: &DeviceInfo, shape: &Shape) -> Vec<Tiling> {
     found
 }
 
-/// Whether the blocks of a tiling are no more than [`most_scratch_bytes`] has room for.
+/// Whether the blocks that share tiles are no more than [`most_scratch_bytes`] has room for.
 fn is_few(device: &DeviceInfo, tiling: &Tiling, shape: &Shape) -> bool {
-    let blocks = tiling.tiles(shape).saturating_mul(tiling.parts as usize);
+    let (_, split) = tiling.whole_and_split(device, shape);
+    let blocks = split.saturating_mul(tiling.parts as usize);
     let most = 4 * device.multiprocessors as usize;
-    blocks <= most && tiling.scratch_bytes(shape) <= most_scratch_bytes(device)
+    blocks <= most && tiling.scratch_bytes(device, shape) <= most_scratch_bytes(device)
 }
 
 /// As many bytes of [`Operands::scratch`] as the rule's tiling of any shape needs: for four blocks of 128
@@ -339,10 +356,11 @@ pub fn plan(
         parts,
         "there must be a tile along K for each, and at most 12",
     )?;
+    let (whole, split) = tiling.whole_and_split(device, shape);
     call.require(
-        parts == 1 || tiling.tiles(shape) <= MAX_SPLIT_TILES,
+        split <= MAX_SPLIT_TILES,
         "tiles",
-        tiling.tiles(shape),
+        split,
         "they must be at most 1024 where K is split",
     )?;
 
@@ -365,8 +383,8 @@ pub fn plan(
     call.tensor("x", ops.x, tensor_bytes(&[tokens, cols], 2), 16)?;
     let y_elem = if shape.half_y { 2 } else { 4 };
     call.tensor("y", ops.y, tensor_bytes(&[tokens, rows], y_elem), y_elem)?;
-    if parts > 1 {
-        let need = tiling.scratch_bytes(shape);
+    if split > 0 {
+        let need = tiling.scratch_bytes(device, shape);
         let counters = ops.scratch;
         let sums = DeviceSlice {
             address: counters.address + COUNTER_BYTES,
@@ -396,12 +414,25 @@ pub fn plan(
         Epilogue::SwiGlu => FLAG_SWIGLU,
     } | if ops.zeros { FLAG_ZEROS } else { 0 };
     call.u32(flags | if shape.half_y { FLAG_HALF_Y } else { 0 });
+    call.u32(if form.warpgroups { whole as u32 } else { 0 });
+    call.u32(tiling.parts);
+    let blocks = whole.saturating_add(split.saturating_mul(parts));
+    call.require(
+        blocks < 1 << 31,
+        "blocks",
+        blocks,
+        "they must be fewer than 2^31",
+    )?;
     let launch = Launch {
-        grid: [
-            tokens.div_ceil(tiling.tokens as usize) as u32,
-            shape.row_blocks(form.rows).min(u32::MAX as usize) as u32,
-            tiling.parts,
-        ],
+        grid: if form.warpgroups {
+            [blocks as u32, 1, 1]
+        } else {
+            [
+                tokens.div_ceil(tiling.tokens as usize) as u32,
+                shape.row_blocks(form.rows).min(u32::MAX as usize) as u32,
+                tiling.parts,
+            ]
+        },
         block: [form.threads, 1, 1],
         shared_bytes: form.shared_bytes(device, group, mins),
     };

@@ -1,87 +1,60 @@
 //! What becomes of a block's sums: parts of K are added up, and y is written.
 
 use cuda_std::shared::Shared;
-use cuda_std::thread;
 
-use super::block::{Args, TILE_ROWS};
+use super::block::{Args, TILE_ROWS, Work};
 use super::{FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU};
 use crate::arrive::last_to_arrive;
 use crate::unroll::unroll;
 use crate::{ptx, swiglu};
 
-/// The parts of K whose sums a block's are one of.
-#[derive(Clone, Copy)]
-pub(super) struct Parts {
-    /// The block's tile of y.
-    tile: u32,
-    part: u32,
-    parts: u32,
-    /// Sums a block.
-    floats: u32,
-}
-
-impl Parts {
-    /// Of the block that runs: part `part` of `parts`.
-    #[inline(always)]
-    pub fn of_block(part: u32, parts: u32, floats: u32) -> Parts {
-        Parts {
-            tile: thread::block_idx_y() * thread::grid_dim_x() + thread::block_idx_x(),
-            part,
-            parts,
-            floats,
+/// Leaves the sums of a thread of `THREADS` of a block that does a part of its tile's work: four of each
+/// product, next to those of the other threads. Whether the block is the last of its tile: it gets the sums
+/// of all parts, in their order.
+///
+/// # Safety
+/// All threads of the block call it, launched as the plan says; nobody reads the first word at `base`.
+#[inline(always)]
+pub(super) unsafe fn add_up<const MT: usize, const NT: usize, const THREADS: u32>(
+    args: &Args,
+    work: &Work,
+    base: Shared,
+    thread: u32,
+    sums: &mut [[[f32; 4]; NT]; MT],
+) -> bool {
+    let step = 4 * THREADS as usize;
+    let place = |part: u32| {
+        let block = (work.split_tile * work.parts + part) as usize * (MT * NT * step);
+        args.partials.wrapping_add(block + 4 * thread as usize)
+    };
+    // SAFETY: by the caller's promise; others' sums are read when all have left theirs.
+    unsafe {
+        let own = place(work.part);
+        unroll!(M < (MT) => {
+            unroll!(N < (NT) => {
+                let to = own.wrapping_add((M * NT + N) * step);
+                ptx::st_global_v4_f32(to, sums[M % MT][N % NT]);
+            });
+        });
+        let arrived = args.arrived.wrapping_add(work.split_tile as usize);
+        if !last_to_arrive(arrived, work.parts, base) {
+            return false;
         }
-    }
-
-    /// Leaves the sums of a thread of `THREADS`: four of each product, next to those of the other threads.
-    /// Whether the block is the last of its tile: it gets the sums of all parts, in their order.
-    ///
-    /// # Safety
-    /// All threads of the block call it, launched as the plan says; nobody reads the first word at `base`.
-    #[inline(always)]
-    pub unsafe fn add_up<const MT: usize, const NT: usize, const THREADS: u32>(
-        &self,
-        args: &Args,
-        base: Shared,
-        thread: u32,
-        sums: &mut [[[f32; 4]; NT]; MT],
-    ) -> bool {
-        let place = |part: u32| {
-            let block = (self.tile * self.parts + part) as usize * self.floats as usize;
-            args.partials.wrapping_add(block + 4 * thread as usize)
-        };
-        let step = 4 * THREADS as usize;
-        // SAFETY: by the caller's promise; others' sums are read when all have left theirs.
-        unsafe {
-            let own = place(self.part);
+        *sums = [[[0.0; 4]; NT]; MT];
+        let mut part = 0;
+        while part < work.parts {
+            let from = place(part).cast_const();
             unroll!(M < (MT) => {
                 unroll!(N < (NT) => {
-                    let to = own.wrapping_add((M * NT + N) * step);
-                    ptx::st_global_v4_f32(to, sums[M % MT][N % NT]);
+                    let part = ptx::ld_global_v4_f32(from.wrapping_add((M * NT + N) * step));
+                    let sum = &mut sums[M % MT][N % NT];
+                    *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
                 });
             });
-            if !last_to_arrive(
-                args.arrived.wrapping_add(self.tile as usize),
-                self.parts,
-                base,
-            ) {
-                return false;
-            }
-            *sums = [[[0.0; 4]; NT]; MT];
-            let mut part = 0;
-            while part < self.parts {
-                let from = place(part).cast_const();
-                unroll!(M < (MT) => {
-                    unroll!(N < (NT) => {
-                        let part = ptx::ld_global_v4_f32(from.wrapping_add((M * NT + N) * step));
-                        let sum = &mut sums[M % MT][N % NT];
-                        *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
-                    });
-                });
-                part += 1;
-            }
+            part += 1;
         }
-        true
     }
+    true
 }
 
 /// Where an element of y lies.

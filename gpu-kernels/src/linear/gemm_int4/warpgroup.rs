@@ -1,8 +1,8 @@
 //! The product by warpgroups: `wgmma`, which capability 9.0 alone has.
 //!
 //! ```text
-//! block (i, j, s)   tokens TILE i .. + TILE, 64 rows of the matrix a warpgroup, the s-th part of the
-//!                   tiles along K
+//! block             a tile of tokens, 64 or 128 rows of the matrix a warpgroup; as many tiles as
+//!                   multiprocessors have a block each, and what is left over is split along K
 //! a stage           128 columns: the tiles, x in two halves of 64 columns, scales and mins
 //! a warp            a row tile and all tokens of the block: 16 rows of its warpgroup's 64
 //! ```
@@ -17,9 +17,9 @@ use cuda_std::warpgroup::{self, Operand, Product, Sums};
 use cuda_std::{shared, thread, warp};
 
 use super::super::gemv_int4_mma::tile::HALVES_1024;
-use super::block::{Args, Group, Stage, TILE_BYTES, scale_bytes, weights};
+use super::block::{Args, Group, Stage, TILE_BYTES, Work, scale_bytes, weights};
 use super::feed::Feed;
-use super::store::{Parts, store};
+use super::store::{add_up, store};
 use crate::ptx;
 use crate::unroll::unroll;
 
@@ -105,7 +105,7 @@ unsafe fn multiply<const MT: usize, const SUMS: usize, const MINS: bool>(
     let shift = args.group_shift;
     let tiles = at + place.tile * TILE_BYTES + place.lane * 16;
     let pairs = scale_bytes(shift);
-    let scales = at + stage.scales + place.tile * pairs + (place.lane / 4 << (9 - shift));
+    let scales = at + stage.scales + place.tile * pairs + ((place.lane / 4) << (9 - shift));
     let mins = scales + (stage.mins - stage.scales);
     let x = at + stage.x;
     let half_bytes = 2 * SUMS as u32 * warpgroup::ROW_BYTES;
@@ -192,9 +192,8 @@ pub(super) unsafe fn gemm<
     };
     let base = shared::dynamic_shared_mem();
     let stage = stage(TILES, tokens, args.group_shift, MINS);
-    let (part, parts) = (thread::block_idx_z(), thread::grid_dim_z());
-    let first = args.depth_tiles * part / parts;
-    let end = args.depth_tiles * (part + 1) / parts;
+    let work = Work::in_order(args, tokens);
+    let (first, end) = work.depth(args);
     let ring = STAGES * stage.bytes;
     let next = |at: u32| {
         let next = at + stage.bytes;
@@ -210,7 +209,7 @@ pub(super) unsafe fn gemm<
     unsafe {
         let x_offset = |token, eight| x_offset(tokens, token, eight);
         let mut feed = Feed::<THREADS, TILES, { warpgroup::ROW_BYTES }>::new(
-            args, thread, tokens, first, x_offset,
+            args, &work, thread, tokens, x_offset,
         );
         let mut into = 0;
         let mut ahead = first;
@@ -249,16 +248,13 @@ pub(super) unsafe fn gemm<
         }
         warpgroup::wait::<0>();
         let mut sums = sums.map(|sums| by_product::<SUMS, NT>(sums.values()));
-        if parts > 1 {
-            let parts = Parts::of_block(part, parts, (4 * MT * NT) as u32 * THREADS);
-            if !parts.add_up::<MT, NT, THREADS>(args, base, thread, &mut sums) {
-                return;
-            }
+        let one_of = work.parts > 1;
+        if one_of && !add_up::<MT, NT, THREADS>(args, &work, base, thread, &mut sums) {
+            return;
         }
-        let token = thread::block_idx_x() * tokens;
         unroll!(M < (MT) => {
-            let row_tile = thread::block_idx_y() * TILES + place.tile + 4 * M as u32;
-            store(args, row_tile, token, lane, &mut sums[M % MT]);
+            let row_tile = work.row_block * TILES + place.tile + 4 * M as u32;
+            store(args, row_tile, work.token_tile * tokens, lane, &mut sums[M % MT]);
         });
     }
 }
