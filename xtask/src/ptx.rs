@@ -228,6 +228,12 @@ fn verdict(tiers: &TierFigures, mut faults: Vec<String>) -> Result<(), Error> {
         if let Some(name) = missing {
             faults.push(format!("{arch} lacks {name}, which {} has", tiers[0].0));
         }
+        for figures in kernels.iter().filter(|figures| figures.serialized) {
+            faults.push(format!(
+                "{} for {arch} waits after every wgmma: something touches sums or weights between them",
+                figures.kernel
+            ));
+        }
         for figures in kernels.iter().filter(|figures| figures.uses_local_memory()) {
             faults.push(format!(
                 "{} for {arch} keeps values in local memory: {figures}",
