@@ -79,11 +79,6 @@ pub fn all() -> Vec<Row> {
     rows.extend(fused_int4());
     rows.extend(heads_rows());
     rows.extend(prompt_rows());
-    if std::env::var("GEMM").is_ok() {
-        rows.clear();
-        rows.extend(prompt::experiment());
-        return rows;
-    }
     rows.extend(float_rows());
     for (n, k) in [(1536, 1536), (8960, 1536), (1536, 8960)] {
         rows.push(gemv_int8(n, k, 32));

@@ -80,8 +80,6 @@ pub static ENTRIES: &[&cuda_std::emulator::Entry] = &[
     &linear::gemm_int4::LINEAR_GEMM_INT4_R128_T128_MIN_ENTRY,
     &linear::gemm_int4::LINEAR_GEMM_INT4_R256_T128_ENTRY,
     &linear::gemm_int4::LINEAR_GEMM_INT4_R256_T128_MIN_ENTRY,
-    &linear::gemm_int4::LINEAR_GEMM_INT4_R257_T128_ENTRY,
-    &linear::gemm_int4::LINEAR_GEMM_INT4_R258_T128_ENTRY,
     &linear::gemv_int8::LINEAR_GEMV_INT8_MULTIROW_ENTRY,
     &linear::gemv_f16::LINEAR_GEMV_F16_ENTRY,
     &rope::ROPE_F32_ENTRY,

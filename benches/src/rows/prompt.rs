@@ -39,62 +39,6 @@ pub(super) fn prompt_rows() -> Vec<Row> {
     rows
 }
 
-pub(super) fn experiment() -> Vec<Row> {
-    let mut rows = Vec::new();
-    for (n, k) in [
-        (4096, 4096),
-        (17_920, 1536),
-        (1536, 8960),
-        (2048, 1536),
-        (1536, 1536),
-    ] {
-        for tokens in [128, 512, 2048] {
-            for tile in [128u32, 256, 257, 258] {
-                let tiles = usize::div_ceil(n, tile as usize) * usize::div_ceil(tokens, 128);
-                let left = tiles % 132;
-                let mut all = vec![1];
-                let cap = 132 * 256 / (tile as usize / 128 * 128) / left.max(1);
-                if left > 0 && cap > 1 {
-                    all.push((132 / left.max(1)).clamp(1, 12) as u32);
-                    all.push((264 / left.max(1)).clamp(1, 12).min(cap) as u32);
-                }
-                all.sort();
-                all.dedup();
-                all.truncate(if tokens == 2048 { 1 } else { 2 });
-                let few = n == 1536 && k == 1536 || tokens == 2048 && k < 8960 && n < 4096;
-                if few || tokens != 512 && tile == 258 {
-                    continue;
-                }
-                for parts in all {
-                    if parts as usize > usize::div_ceil(k, 128) {
-                        continue;
-                    }
-                    let tiling = gemm_int4::Tiling {
-                        rows: tile,
-                        tokens: 128,
-                        parts,
-                    };
-                    let shape = gemm_int4::Shape::plain(n, k, 128, tokens);
-                    let mut row = product(&shape, false, tiling, true);
-                    row.shape = format!("{n}x{k} T{tokens} r{tile} p{parts}");
-                    row.streams = false;
-                    rows.push(row);
-                }
-            }
-            let shape = gemm_int4::Shape::plain(n, k, 128, tokens);
-            let by_warps = DeviceInfo {
-                warpgroup_products: false,
-                ..DeviceInfo::H100
-            };
-            let mut row = product(&shape, false, gemm_int4::rule(&by_warps, &shape), false);
-            row.shape = format!("{n}x{k} T{tokens} old");
-            row.streams = false;
-            rows.push(row);
-        }
-    }
-    rows
-}
-
 /// A product by warps, and one by warpgroups where that is the rule.
 fn products(shape: &gemm_int4::Shape, mins: bool) -> Vec<Row> {
     let rule = |warpgroup_products| {
