@@ -95,6 +95,7 @@ impl Work {
     }
 
     /// Blocks in a row: of the whole tiles, then the parts of the others, tiles along the tokens first.
+    #[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
     #[inline(always)]
     pub fn in_order(args: &Args, block_tokens: u32) -> Work {
         let block = thread::block_idx_x();

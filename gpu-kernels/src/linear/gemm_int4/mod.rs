@@ -194,5 +194,5 @@ macro_rules! by_warpgroups {
 
 by_warpgroups! {
     linear_gemm_int4_r128_t128, linear_gemm_int4_r128_t128_min: 128 x 16, 4, 1;
-    linear_gemm_int4_r256_t128, linear_gemm_int4_r256_t128_min: 256 x 16, 3, 2;
+    linear_gemm_int4_r256_t128, linear_gemm_int4_r256_t128_min: 256 x 16, 3, 1;
 }

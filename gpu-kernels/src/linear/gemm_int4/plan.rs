@@ -214,11 +214,12 @@ pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
         let of = |tiling: Tiling| (form.cost(device, &tiling, shape), tiling);
         tilings.map(of).min_by_key(|(cost, _)| *cost)
     };
-    if shape.tokens > 64
-        && let Some((_, tiling)) = forms(device)
-            .filter(|form| form.warpgroups)
-            .filter_map(quickest)
-            .min_by_key(|(cost, _)| *cost)
+    // Few weights for few tokens: the sums of parts take longer than what they save.
+    let many = shape.tokens > 128 || shape.tokens > 64 && shape.rows * shape.cols >= 8 << 20;
+    let by_warpgroups = forms(device).filter(|form| many && form.warpgroups);
+    if let Some((_, tiling)) = by_warpgroups
+        .filter_map(quickest)
+        .min_by_key(|(cost, _)| *cost)
     {
         return tiling;
     }
@@ -235,7 +236,7 @@ pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
 }
 
 impl Form {
-    /// What the busiest multiprocessor has to do, in tenths of a stage of 128 rows.
+    /// What the busiest multiprocessor has to do; units of forms by warps and by warpgroups differ.
     fn cost(&self, device: &DeviceInfo, tiling: &Tiling, shape: &Shape) -> u64 {
         let depth = shape.depth_tiles().min(u32::MAX as usize) as u64;
         let parts = u64::from(tiling.parts);
@@ -243,11 +244,15 @@ impl Form {
         let (whole, split) = tiling.whole_and_split(device, shape);
         let waves = |blocks: u64| blocks.div_ceil(multiprocessors);
         if self.warpgroups {
-            // A block at a time; its start and its end take as long as three stages.
-            let step = u64::from(10 * self.rows / 128);
-            let block = |stages: u64| step * stages + 30;
-            let shared = block(depth.div_ceil(parts)) + 5 * parts;
-            return waves(whole as u64) * block(depth) + waves(split as u64 * parts) * shared;
+            // Tenths of a microsecond on an H100 (2026-11-24): a stage, the start and the end of a block,
+            // and the sums of its parts.
+            let [stage, ends, sums, part] = match self.rows {
+                128 => [11, 35, 50, 3],
+                _ => [18, 44, 70, 5],
+            };
+            let shared = stage * depth.div_ceil(parts) + ends + sums + part * parts;
+            let blocks = waves(split as u64 * parts);
+            return waves(whole as u64) * (stage * depth + ends) + blocks * shared;
         }
         // Stages of a block, and about two for its start and its sums.
         let block = 10 * depth / parts + 20;
