@@ -135,13 +135,13 @@ unsafe fn multiply<const MT: usize, const SUMS: usize, const MINS: bool>(
                 });
                 let b = Operand::new(base.offset_bytes(x + quarter / 2 * half_bytes));
                 let b = b.step(quarter % 2 * 2 + S as u32);
-                // Of the two groups before this one, the first: its registers are free for the next.
-                warpgroup::wait::<1>();
                 warpgroup::fence();
                 unroll!(M < (MT) => {
                     sums[M % MT].multiply_add(a[M % MT], b);
                 });
                 warpgroup::commit();
+                // The registers of the product before this one are free for the next.
+                warpgroup::wait::<1>();
             });
         });
     }
