@@ -474,6 +474,23 @@ mod tests {
     }
 
     #[test]
+    fn by_warpgroups_the_rule_takes_what_was_fastest() {
+        let of = |rows, cols, tokens| {
+            let shape = Shape::plain(rows, cols, 128, tokens);
+            let tiling = rule(&DeviceInfo::H100, &shape);
+            [tiling.rows, tiling.tokens, tiling.parts]
+        };
+        assert_eq!(of(4096, 4096, 64), [128, 32, 4]);
+        assert_eq!(of(2048, 1536, 128), [128, 64, 4]);
+        assert_eq!(of(4096, 4096, 128), [128, 128, 4]);
+        assert_eq!(of(4096, 4096, 512), [128, 128, 1]);
+        assert_eq!(of(2048, 1536, 512), [128, 128, 2]);
+        assert_eq!(of(1536, 8960, 512), [256, 128, 5]);
+        assert_eq!(of(17_920, 1536, 512), [256, 128, 6]);
+        assert_eq!(of(4096, 4096, 2048), [256, 128, 1]);
+    }
+
+    #[test]
     fn every_tiling_of_the_rule_can_be_planned_with_the_scratch_of_all() {
         for device in [HOPPER, DeviceInfo::H100, DeviceInfo::T4] {
             let slice = |bytes| DeviceSlice {
