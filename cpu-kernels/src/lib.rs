@@ -18,6 +18,7 @@ pub mod logits;
 pub mod pages;
 pub mod read;
 pub mod relu2_glu;
+pub mod rescale;
 pub mod rmsnorm;
 pub mod rope;
 pub mod rope_kv_append;

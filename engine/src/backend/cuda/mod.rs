@@ -15,7 +15,6 @@
 //! host, and only token ids cross the bus. A caller that appends another token after all, or wants
 //! logits, has the position set back; what was computed too much is overwritten.
 
-mod adapt;
 mod ahead;
 pub mod device;
 pub mod launch;
@@ -115,8 +114,6 @@ impl CudaBackend {
         let forced = tier.is_some();
         let gpu = Gpu::open(tier)?;
         let device = gpu.info();
-        let adapted = adapt::adapt(model)?;
-        let model = adapted.as_ref().unwrap_or(model);
         let mut needed = Counter::default();
         plan::compile(model, context, &device, gpu.tuned(), &mut needed)?;
         let free = gpu.free_bytes()?;
@@ -160,7 +157,7 @@ impl CudaBackend {
             tier: format!("sm_{tier}"),
             device: gpu.name().to_owned(),
             reason: format!("{}, kernels sm_{tier} ({chosen_because})", gpu.name()),
-            bytes_per_token: model.bytes_per_token(),
+            bytes_per_token: model.bytes_per_token(plan::device_bytes),
         };
         Ok(Self {
             prompt: record(&plan.prompt)?,

@@ -25,10 +25,11 @@ use cust::memory::bytemuck;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
 use gpu_kernels::tuned::Tuned;
 use gpu_kernels::{attention, logits, sample};
+use models::quant::Weight;
 use models::recipe::{Buffer, Step};
 use rayon::prelude::*;
 
-use self::place::{Placed, pack};
+use self::place::{Placed, int4, pack};
 pub use self::prompt::Prompt;
 use crate::Error;
 use crate::backend::LoadedModel;
@@ -173,7 +174,7 @@ pub fn compile(
         ops,
         neighbours,
         half_gated,
-    } = fuse::fuse(&model.recipe, &|id| model.weights.get(id)?.int4());
+    } = fuse::fuse(&model.recipe, &|id| int4(model, id));
     let mut compiler = Compiler::new(model, context, device, tuned, &neighbours, memory)?;
     compiler.half_gated = half_gated;
     let mut many = prompt::Builder::new(&mut compiler, &ops)?;
@@ -194,13 +195,16 @@ pub fn compile(
                 body_calls = calls.len();
             }
             let mut launch = String::new();
+            let mut row_scales = DeviceSlice::NONE;
             calls.push(match op {
                 Op::Step(step) => compiler.step(step)?,
+                Op::Levels(buffer) => compiler.round(*buffer, true)?,
                 Op::Product(product) => {
                     let placed = compiler.place(product, packed.as_deref())?;
                     if let Some(many) = &mut many {
                         many.product(&mut compiler, product, &placed)?;
                     }
+                    row_scales = placed.row_scales;
                     let (call, chosen) = compiler.product(product, &placed)?;
                     launch = chosen;
                     call
@@ -217,6 +221,15 @@ pub fn compile(
                 step: compiler.name(op),
                 launch,
             });
+            if let Op::Product(product) = op
+                && let Some(call) = compiler.rescale(product, row_scales)?
+            {
+                calls.push(call);
+                notes.push(Note {
+                    step: "rescale".to_owned(),
+                    launch: String::new(),
+                });
+            }
             if op.appends() {
                 prompt_calls = calls.len();
             }
@@ -279,6 +292,18 @@ pub fn draw_settings(sampling: &Sampling) -> [u32; 8] {
     settings.words()
 }
 
+/// Bytes of a weight in device memory.
+pub fn device_bytes(weight: &Weight) -> u64 {
+    match weight {
+        Weight::Ternary(matrix) => {
+            let shape = matrix.int4();
+            let groups = shape.rows * shape.cols.div_ceil(shape.group);
+            (shape.rows * shape.cols / 2 + groups * size_of::<half::f16>()) as u64
+        }
+        other => other.bytes(),
+    }
+}
+
 fn unsupported(error: ShapeError) -> Error {
     Error::input(format!("the GPU kernels cannot run this model: {error}"))
 }
@@ -306,6 +331,8 @@ struct Compiler<'a> {
     /// What the blocks of an attention leave for each other: one layer at a time.
     partials: DeviceSlice,
     logits_scratch: DeviceSlice,
+    /// `(1,)` f32: what multiplies the levels of a token.
+    level_scale: DeviceSlice,
     cos: DeviceSlice,
     sin: DeviceSlice,
     state: DeviceSlice,
@@ -368,6 +395,7 @@ impl<'a> Compiler<'a> {
             caches,
             partials,
             logits_scratch: memory.upload(&vec![0; logits::scratch_bytes(device) as usize])?,
+            level_scale: memory.reserve(size_of::<f32>() as u64)?,
             cos,
             sin,
             state: memory.upload(bytemuck::cast_slice(&[0u32]))?,
