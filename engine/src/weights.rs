@@ -231,7 +231,7 @@ impl ModelFile {
                 let weight = models::weights::decode(source, reference)?;
                 for name in models::weights::check(source, reference)? {
                     if let Some(tensor) = source.tensor(&name) {
-                        self.release_range(&tensor.data);
+                        self.release_range(tensor.data);
                     }
                 }
                 Ok(weight)
