@@ -7,14 +7,16 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod plain;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod rows;
 
 use half::f16;
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
-use crate::isa::Kind;
-use crate::isa::{Isa, per_isa};
+use crate::isa::{Isa, Kind, per_isa};
 use crate::lanes::{exp, max, sum};
 
 /// Dimensions of one attention call.
@@ -153,14 +155,16 @@ pub fn forward(
 ) {
     let isa = Isa::selected();
     let tokens = shape.tokens(q.len(), k_cache.len(), v_cache.len(), out.len());
+    let per_kv = shape.heads / shape.kv_heads;
     let units = q
-        .par_chunks_exact(shape.head_dim)
-        .zip(out.par_chunks_exact_mut(shape.head_dim));
-    let min_len = (VALUES_PER_TASK / (shape.head_dim * (shape.position + tokens))).max(1);
+        .par_chunks_exact(per_kv * shape.head_dim)
+        .zip(out.par_chunks_exact_mut(per_kv * shape.head_dim));
+    let values = per_kv * shape.head_dim * (shape.position + tokens);
+    let min_len = (VALUES_PER_TASK / values).max(1);
     units.enumerate().with_min_len(min_len).for_each_init(
-        || vec![0.0; shape.position + tokens],
+        || vec![0.0; per_kv * (shape.position + tokens)],
         |scores, (unit, (q, out))| {
-            let (token, head) = (unit / shape.heads, unit % shape.heads);
+            let (token, head) = (unit / shape.kv_heads, unit % shape.kv_heads);
             part(isa, q, k_cache, v_cache, out, shape, token, head, scores);
         },
     );
@@ -169,8 +173,8 @@ pub fn forward(
 /// Cached values that are worth a task of their own.
 const VALUES_PER_TASK: usize = 64 * 1024;
 
-/// Attention of one head of one token: `q` and `out` are `(dh,)`; `scores` is scratch memory for at
-/// least `position + token + 1` floats.
+/// Attention of one token's query heads that read key/value head `kv_head`: `q` and `out` are `(h/kv, dh)`;
+/// `scores` is scratch memory for at least `position + token + 1` floats for each.
 ///
 /// # Panics
 /// If a length does not fit `shape`.
@@ -186,41 +190,54 @@ pub fn part(
     out: &mut [f32],
     shape: &AttentionShape,
     token: usize,
-    head: usize,
+    kv_head: usize,
     scores: &mut [f32],
 ) {
-    let dh = shape.head_dim;
+    let (dh, per_kv) = (shape.head_dim, shape.heads / shape.kv_heads);
     assert!(
-        q.len() == dh && out.len() == dh && head < shape.heads,
-        "attention: one head"
+        q.len() == per_kv * dh && out.len() == q.len() && kv_head < shape.kv_heads,
+        "attention: the queries of a key/value head"
     );
     let seen = shape.position + token + 1;
-    let start = head / (shape.heads / shape.kv_heads) * shape.capacity * dh;
+    let start = kv_head * shape.capacity * dh;
     let (keys, values) = (
         &k_cache[start..start + seen * dh],
         &v_cache[start..start + seen * dh],
     );
-    let scores = &mut scores[..seen];
+    let scores = &mut scores[..per_kv * seen];
+    let softmax = |scores: &mut [f32]| {
+        for scores in scores.chunks_exact_mut(seen) {
+            softmax(isa, scores, shape.scale);
+        }
+    };
     match isa.0 {
-        // SAFETY: an `Isa` only exists for a CPU that has its features; `keys` holds `seen` rows as
-        // long as `q`, `values` as many as long as `out`.
+        // SAFETY: an `Isa` only exists for a CPU that has its features; `keys` and `values` are `(seen, dh)`.
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2 => unsafe {
-            avx2::dot(q, keys, scores);
-            softmax(isa, scores, shape.scale);
-            avx2::blend(scores, values, out);
+            avx2::dot(q, keys, scores, dh);
+            softmax(scores);
+            avx2::blend(scores, values, out, dh);
         },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512 | Kind::Avx512Vnni | Kind::Avx512Vbmi => unsafe {
-            avx512::dot(q, keys, scores);
-            softmax(isa, scores, shape.scale);
-            avx512::blend(scores, values, out);
+            avx512::dot(q, keys, scores, dh);
+            softmax(scores);
+            avx512::blend(scores, values, out, dh);
         },
-        _ => {
-            plain::dot(q, keys, scores);
-            softmax(isa, scores, shape.scale);
-            plain::blend(scores, values, out);
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Kind::Neon | Kind::NeonDotprod | Kind::NeonI8mm => unsafe {
+            neon::dot(q, keys, scores, dh);
+            softmax(scores);
+            neon::blend(scores, values, out, dh);
+        },
+        Kind::Scalar => {
+            let rows = q.chunks_exact(dh).zip(scores.chunks_exact_mut(seen));
+            rows.for_each(|(q, scores)| plain::dot(q, keys, scores));
+            softmax(scores);
+            let rows = scores.chunks_exact(seen).zip(out.chunks_exact_mut(dh));
+            rows.for_each(|(weights, out)| plain::blend(weights, values, out));
         }
     }
 }

@@ -42,14 +42,13 @@ pub mod float16;
 mod forms;
 pub mod int4;
 pub mod int8;
+mod ints;
 mod kernel;
 mod layout;
 pub mod lookup;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
-#[cfg(target_arch = "aarch64")]
-mod sdot;
 pub mod ternary;
 
 pub use kernel::{Input, part};

@@ -5,6 +5,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod fuse;
 mod select;
+mod tier;
 
 use models::quant::Weight;
 use models::recipe::Recipe;
@@ -13,6 +14,7 @@ use crate::Error;
 use crate::sampler::Sampling;
 
 pub use select::{Choice, Selected, select};
+pub use tier::Tier;
 
 /// A model in memory: what every backend is built from.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Backend, LoadedModel};
+use super::{Backend, LoadedModel, Tier};
 use crate::Error;
 
 /// What the caller asked for.
@@ -24,8 +24,8 @@ pub struct Selected {
     pub reason: String,
 }
 
-/// Builds the backend for `model` with a cache of `context` tokens. `tier` forces a PTX tier
-/// (75, 80, 90), which also means that only CUDA will do.
+/// Builds the backend for `model` with a cache of `context` tokens. `tier` forces a PTX tier,
+/// which also means that only CUDA will do.
 ///
 /// # Errors
 /// [`Error::Machine`] if the chosen backend cannot run here, [`Error::Input`] if `context` is zero
@@ -34,7 +34,7 @@ pub fn select(
     choice: Choice,
     model: Arc<LoadedModel>,
     context: usize,
-    tier: Option<u32>,
+    tier: Option<Tier>,
 ) -> Result<Selected, Error> {
     if context == 0 {
         return Err(Error::Input(
@@ -78,14 +78,18 @@ impl Selected {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda(model: &LoadedModel, context: usize, tier: Option<u32>) -> Result<Box<dyn Backend>, Error> {
+fn cuda(
+    model: &LoadedModel,
+    context: usize,
+    tier: Option<Tier>,
+) -> Result<Box<dyn Backend>, Error> {
     Ok(Box::new(super::cuda::CudaBackend::new(
         model, context, tier,
     )?))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(_: &LoadedModel, _: usize, _: Option<u32>) -> Result<Box<dyn Backend>, Error> {
+fn cuda(_: &LoadedModel, _: usize, _: Option<Tier>) -> Result<Box<dyn Backend>, Error> {
     Err(Error::Machine("this binary was built without CUDA".into()))
 }
 

@@ -33,17 +33,17 @@ use self::ahead::{AHEAD, TokenReader};
 use self::device::{DeviceMemory, Gpu};
 use self::launch::Graph;
 use self::plan::{Counter, Plan};
-use super::{Backend, BackendInfo, LoadedModel, Profile};
+use super::{Backend, BackendInfo, LoadedModel, Profile, Tier};
 use crate::Error;
 use crate::sampler::{self, Sampling};
 
-/// Tiers that this program has kernels for, as compute capabilities: 75, 80, 90.
-pub fn tiers() -> Vec<u32> {
+/// Tiers that this program has kernels for, lowest first.
+pub fn tiers() -> Vec<Tier> {
     ptx::TIERS.iter().map(|(tier, _)| *tier).collect()
 }
 
-/// The kernels of every tier as PTX: compute capability and text.
-pub fn ptx() -> &'static [(u32, &'static str)] {
+/// The kernels of every tier as PTX.
+pub fn ptx() -> &'static [(Tier, &'static str)] {
     ptx::TIERS
 }
 
@@ -104,13 +104,13 @@ pub struct CudaBackend {
 
 impl CudaBackend {
     /// Uploads `model` to device 0 with a cache of `context` tokens, and records its graphs.
-    /// `tier` forces the kernels of one compute capability (75, 80, 90).
+    /// `tier` forces the kernels of one tier.
     ///
     /// # Errors
     /// [`Error::Machine`] with the CUDA error's name: no driver, no device, not enough memory (says
     /// how much is needed), a tier that the device cannot run. [`Error::Input`] for a model that
     /// the kernels cannot run, a tier that was not built, or an empty context.
-    pub fn new(model: &LoadedModel, context: usize, tier: Option<u32>) -> Result<Self, Error> {
+    pub fn new(model: &LoadedModel, context: usize, tier: Option<Tier>) -> Result<Self, Error> {
         let forced = tier.is_some();
         let gpu = Gpu::open(tier)?;
         let device = gpu.info();
@@ -154,9 +154,9 @@ impl CudaBackend {
         };
         let info = BackendInfo {
             name: "cuda",
-            tier: format!("sm_{tier}"),
+            tier: tier.to_string(),
             device: gpu.name().to_owned(),
-            reason: format!("{}, kernels sm_{tier} ({chosen_because})", gpu.name()),
+            reason: format!("{}, kernels {tier} ({chosen_because})", gpu.name()),
             bytes_per_token: model.bytes_per_token(plan::device_bytes),
         };
         Ok(Self {
