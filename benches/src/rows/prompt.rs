@@ -128,6 +128,7 @@ fn rope_tokens([heads, kv_heads, head_dim]: [usize; 3], tokens: usize) -> Row {
                 turned: memory.reserve((2 * tokens * heads * head_dim) as u64)?,
                 k_cache: memory.reserve((2 * tokens * kv_heads * head_dim) as u64)?,
                 v_cache: memory.reserve((2 * tokens * kv_heads * head_dim) as u64)?,
+                v_scales: DeviceSlice::NONE,
                 state: ints(memory, &[0])?,
             };
             planned(rope_kv_append::tokens::plan(

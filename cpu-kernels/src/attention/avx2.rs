@@ -71,18 +71,49 @@ pub(super) unsafe fn dot(q: &[f32], keys: &[f16], out: &mut [f32]) {
 /// `values` is `(weights, out)`.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn blend(weights: &[f32], values: &[f16], out: &mut [f32]) {
+    // SAFETY: passed on; what is loaded is there.
+    unsafe { blend_by(weights, values, out, |values| load(values)) };
+}
+
+/// [`blend`] of bytes.
+///
+/// # Safety
+/// As [`blend`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn blend_int8(weights: &[f32], values: &[i8], out: &mut [f32]) {
+    let load = |values: *const i8| {
+        // SAFETY: eight bytes are there.
+        let bytes = unsafe { _mm_loadl_epi64(values.cast()) };
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))
+    };
+    // SAFETY: passed on.
+    unsafe { blend_by(weights, values, out, load) };
+}
+
+/// [`blend`] of what `load` makes floats of, eight at a time.
+///
+/// # Safety
+/// As [`blend`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn blend_by<V: Copy + Into<f32>>(
+    weights: &[f32],
+    values: &[V],
+    out: &mut [f32],
+    load: impl Fn(*const V) -> __m256,
+) {
     let dh = out.len();
     let mut column = 0;
     while column < dh {
         let len = match dh - column {
             left if left >= REGISTERS * LANES => {
                 // SAFETY: that many columns of `out` and of each row of `values`.
-                unsafe { blend_columns::<REGISTERS>(weights, values, out, column) };
+                unsafe { blend_columns::<REGISTERS, V>(weights, values, out, column, &load) };
                 REGISTERS * LANES
             }
             left if left >= LANES => {
                 // SAFETY: as above.
-                unsafe { blend_columns::<1>(weights, values, out, column) };
+                unsafe { blend_columns::<1, V>(weights, values, out, column, &load) };
                 LANES
             }
             _ => {
@@ -90,7 +121,7 @@ pub(super) unsafe fn blend(weights: &[f32], values: &[f16], out: &mut [f32]) {
                 out[column] = weights
                     .iter()
                     .zip(column_values)
-                    .map(|(w, v)| w * v.to_f32())
+                    .map(|(w, v)| w * (*v).into())
                     .sum::<f32>();
                 1
             }
@@ -105,19 +136,20 @@ pub(super) unsafe fn blend(weights: &[f32], values: &[f16], out: &mut [f32]) {
 /// `out` and the rows of `values` have these columns.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn blend_columns<const R: usize>(
+unsafe fn blend_columns<const R: usize, V>(
     weights: &[f32],
-    values: &[f16],
+    values: &[V],
     out: &mut [f32],
     column: usize,
+    load: &impl Fn(*const V) -> __m256,
 ) {
     let mut sums = [_mm256_setzero_ps(); R];
     for (p, &weight) in weights.iter().enumerate() {
         let weight = _mm256_set1_ps(weight);
         for (i, sum) in sums.iter_mut().enumerate() {
             // SAFETY: 8 columns of row `p`.
-            let values = unsafe { load(values.as_ptr().add(p * out.len() + column + i * LANES)) };
-            *sum = _mm256_fmadd_ps(weight, values, *sum);
+            let row = unsafe { values.as_ptr().add(p * out.len() + column + i * LANES) };
+            *sum = _mm256_fmadd_ps(weight, load(row), *sum);
         }
     }
     for (i, sum) in sums.into_iter().enumerate() {

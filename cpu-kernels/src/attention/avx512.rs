@@ -69,6 +69,37 @@ pub(super) unsafe fn dot(q: &[f32], keys: &[f16], out: &mut [f32]) {
 /// `values` is `(weights, out)`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 pub(super) unsafe fn blend(weights: &[f32], values: &[f16], out: &mut [f32]) {
+    // SAFETY: passed on; what is loaded is there.
+    unsafe { blend_by(weights, values, out, |values, mask| load(values, mask)) };
+}
+
+/// [`blend`] of bytes.
+///
+/// # Safety
+/// As [`blend`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) unsafe fn blend_int8(weights: &[f32], values: &[i8], out: &mut [f32]) {
+    let load = |values: *const i8, mask| {
+        // SAFETY: masked lanes are not read, the others are there.
+        let bytes = unsafe { _mm_maskz_loadu_epi8(mask, values) };
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))
+    };
+    // SAFETY: passed on.
+    unsafe { blend_by(weights, values, out, load) };
+}
+
+/// [`blend`] of what `load` makes floats of, the lanes that a mask selects.
+///
+/// # Safety
+/// As [`blend`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn blend_by<V>(
+    weights: &[f32],
+    values: &[V],
+    out: &mut [f32],
+    load: impl Fn(*const V, __mmask16) -> __m512,
+) {
     let dh = out.len();
     for (piece, out) in out.chunks_mut(REGISTERS * LANES).enumerate() {
         let column = piece * REGISTERS * LANES;
@@ -79,8 +110,8 @@ pub(super) unsafe fn blend(weights: &[f32], values: &[f16], out: &mut [f32]) {
             let weight = _mm512_set1_ps(weight);
             let row = values.as_ptr().wrapping_add(p * dh + column);
             for i in 0..REGISTERS {
-                // SAFETY: masked columns of a row of `values`.
-                let values = unsafe { load(row.wrapping_add(i * LANES), masks[i]) };
+                // Masked columns of a row of `values`.
+                let values = load(row.wrapping_add(i * LANES), masks[i]);
                 sums[i] = _mm512_fmadd_ps(weight, values, sums[i]);
             }
         }

@@ -1,4 +1,4 @@
-//! Causal grouped-query attention over the f16 cache.
+//! Causal grouped-query attention over the f16 cache, values also of 8 bits.
 //!
 //! Query head `i` reads key/value head `i / (h / kv)`. The token at position `p` sees positions
 //! `0..=p`; keys and values of all tokens of the call are in the cache already.
@@ -161,16 +161,26 @@ pub fn forward(
         || vec![0.0; shape.position + tokens],
         |scores, (unit, (q, out))| {
             let (token, head) = (unit / shape.heads, unit % shape.heads);
-            part(isa, q, k_cache, v_cache, out, shape, token, head, scores);
+            let values = Values::F16(v_cache);
+            part(isa, q, k_cache, values, out, shape, token, head, scores);
         },
     );
+}
+
+/// The values of a cache.
+#[derive(Debug, Clone, Copy)]
+pub enum Values<'a> {
+    /// `(kv, s, dh)`.
+    F16(&'a [f16]),
+    /// `(kv, s, dh)` with a scale for each position and head, `(kv, s)`.
+    Int8(&'a [i8], &'a [f16]),
 }
 
 /// Cached values that are worth a task of their own.
 const VALUES_PER_TASK: usize = 64 * 1024;
 
 /// Attention of one head of one token: `q` and `out` are `(dh,)`; `scores` is scratch memory for at
-/// least `position + token + 1` floats.
+/// least `position + token + 1` floats. Scales of values go to the weights.
 ///
 /// # Panics
 /// If a length does not fit `shape`.
@@ -182,7 +192,7 @@ pub fn part(
     isa: Isa,
     q: &[f32],
     k_cache: &[f16],
-    v_cache: &[f16],
+    v_cache: Values<'_>,
     out: &mut [f32],
     shape: &AttentionShape,
     token: usize,
@@ -195,33 +205,58 @@ pub fn part(
         "attention: one head"
     );
     let seen = shape.position + token + 1;
-    let start = head / (shape.heads / shape.kv_heads) * shape.capacity * dh;
-    let (keys, values) = (
-        &k_cache[start..start + seen * dh],
-        &v_cache[start..start + seen * dh],
-    );
+    let first = head / (shape.heads / shape.kv_heads) * shape.capacity;
+    let rows = first * dh..(first + seen) * dh;
+    let keys = &k_cache[rows.clone()];
     let scores = &mut scores[..seen];
     match isa.0 {
         // SAFETY: an `Isa` only exists for a CPU that has its features; `keys` holds `seen` rows as
-        // long as `q`, `values` as many as long as `out`.
+        // long as `q`.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx2 => unsafe {
-            avx2::dot(q, keys, scores);
-            softmax(isa, scores, shape.scale);
-            avx2::blend(scores, values, out);
-        },
+        Kind::Avx2 => unsafe { avx2::dot(q, keys, scores) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 | Kind::Avx512Vnni => unsafe {
-            avx512::dot(q, keys, scores);
-            softmax(isa, scores, shape.scale);
-            avx512::blend(scores, values, out);
-        },
-        _ => {
-            plain::dot(q, keys, scores);
-            softmax(isa, scores, shape.scale);
-            plain::blend(scores, values, out);
+        Kind::Avx512 | Kind::Avx512Vnni => unsafe { avx512::dot(q, keys, scores) },
+        _ => plain::dot(q, keys, scores),
+    }
+    softmax(isa, scores, shape.scale);
+    match v_cache {
+        Values::F16(values) => blend(isa, scores, &values[rows], out),
+        Values::Int8(values, scales) => {
+            for (weight, scale) in scores.iter_mut().zip(&scales[first..first + seen]) {
+                *weight *= scale.to_f32();
+            }
+            blend_int8(isa, scores, &values[rows], out);
         }
+    }
+}
+
+/// `out = Σ weights[p] * values[p]` for `values` `(p, dh)`.
+fn blend(isa: Isa, weights: &[f32], values: &[f16], out: &mut [f32]) {
+    assert_eq!(values.len(), weights.len() * out.len());
+    match isa.0 {
+        // SAFETY: an `Isa` only exists for a CPU that has its features; `values` holds a row as long as
+        // `out` for each weight.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => unsafe { avx2::blend(weights, values, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 | Kind::Avx512Vnni => unsafe { avx512::blend(weights, values, out) },
+        _ => plain::blend(weights, values, out),
+    }
+}
+
+/// [`blend`] of bytes.
+fn blend_int8(isa: Isa, weights: &[f32], values: &[i8], out: &mut [f32]) {
+    assert_eq!(values.len(), weights.len() * out.len());
+    match isa.0 {
+        // SAFETY: as in `blend`.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => unsafe { avx2::blend_int8(weights, values, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 | Kind::Avx512Vnni => unsafe { avx512::blend_int8(weights, values, out) },
+        _ => plain::blend_int8(weights, values, out),
     }
 }
 

@@ -27,7 +27,7 @@ fn caches(random: &mut Random, shape: &AttentionShape) -> (Vec<f16>, Vec<f16>) {
     (cache(3.0), cache(1.0))
 }
 
-fn by_parts(isa: Isa, q: &[f32], k: &[f16], v: &[f16], shape: &AttentionShape) -> Vec<f32> {
+fn by_parts(isa: Isa, q: &[f32], k: &[f16], v: Values<'_>, shape: &AttentionShape) -> Vec<f32> {
     let dh = shape.head_dim;
     let mut out = vec![f32::NAN; q.len()];
     let mut scores = vec![f32::NAN; shape.capacity];
@@ -58,7 +58,17 @@ fn every_variant_is_close_to_the_reference() {
             assert_close(&out, &expected, 3e-6, "forward");
             for isa in Isa::available() {
                 let what = format!("{isa} {shape:?} t={tokens}");
-                assert_close(&by_parts(isa, &q, &k, &v, &shape), &expected, 3e-6, &what);
+                let out = by_parts(isa, &q, &k, Values::F16(&v), &shape);
+                assert_close(&out, &expected, 3e-6, &what);
+            }
+            let levels: Vec<i8> = v.iter().map(|v| (v.to_f32() * 127.0) as i8).collect();
+            let scales = random.floats(v.len() / shape.head_dim, 0.01);
+            let scales: Vec<f16> = scales.into_iter().map(f16::from_f32).collect();
+            reference_int8(&q, &k, &levels, &scales, &mut expected, &shape);
+            for isa in Isa::available() {
+                let what = format!("{isa} {shape:?} t={tokens}, values of 8 bits");
+                let out = by_parts(isa, &q, &k, Values::Int8(&levels, &scales), &shape);
+                assert_close(&out, &expected, 3e-6, &what);
             }
         }
     }
@@ -73,7 +83,7 @@ fn a_chunk_equals_token_by_token() {
     let q = random.floats(17 * width, 3.0);
     for isa in Isa::available() {
         shape.position = 11;
-        let chunk = by_parts(isa, &q, &k, &v, &shape);
+        let chunk = by_parts(isa, &q, &k, Values::F16(&v), &shape);
         for (i, (q, expected)) in q
             .chunks_exact(width)
             .zip(chunk.chunks_exact(width))
@@ -81,7 +91,7 @@ fn a_chunk_equals_token_by_token() {
         {
             shape.position = 11 + i;
             assert_eq!(
-                by_parts(isa, q, &k, &v, &shape),
+                by_parts(isa, q, &k, Values::F16(&v), &shape),
                 expected,
                 "{isa} token {i}"
             );
@@ -105,7 +115,7 @@ fn large_scores_do_not_overflow() {
     assert_eq!(expected[0], 32.0);
     for isa in Isa::available() {
         assert_close(
-            &by_parts(isa, &[200.0; 16], &k, &v, &shape),
+            &by_parts(isa, &[200.0; 16], &k, Values::F16(&v), &shape),
             &expected,
             1e-6,
             isa.name(),

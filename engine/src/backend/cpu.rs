@@ -4,6 +4,7 @@
 //! threads walk the phases together and take shares as they come. Threads are woken once a token, not
 //! once a matrix. Every buffer exists before the first token: a step allocates nothing.
 
+mod cache;
 mod forward;
 mod program;
 mod system;
@@ -19,18 +20,15 @@ use cpu_kernels::isa::Isa;
 use cpu_kernels::levels::{self, Levels};
 use cpu_kernels::linear::{self, Input, Packed};
 use cpu_kernels::team::{Phases, SharedSlice, split};
-use cpu_kernels::{
-    add, embed, kv_append, read, relu2_glu, rmsnorm, rope, round_int8, sample, swiglu,
-};
-use half::f16;
-use half::slice::HalfBitsSliceExt;
+use cpu_kernels::{add, embed, read, relu2_glu, rmsnorm, rope, round_int8, sample, swiglu};
 use models::quant::Weight;
 use models::recipe::{Buffer, Recipe, Step, WeightId};
 use rayon::prelude::*;
 
+use self::cache::{Cache, SharedCache};
 use self::program::{Cut, Op, Program};
 use self::team::Team;
-use super::{Backend, BackendInfo, LoadedModel, Profile};
+use super::{Backend, BackendInfo, KvCache, LoadedModel, Profile};
 use crate::Error;
 use crate::sampler::{self, Sampling};
 
@@ -57,8 +55,7 @@ pub struct CpuBackend {
     sin: Vec<f32>,
     /// All activation buffers, each where the program says.
     activations: AlignedBuffer,
-    /// `(layers, 2, kv, s, dh)` as bits of f16: keys, then values of each layer.
-    cache: Vec<u16>,
+    cache: Cache,
     /// Scores of attention for each thread.
     scratch: AlignedBuffer,
     /// What the cache holds.
@@ -68,26 +65,27 @@ pub struct CpuBackend {
 }
 
 impl CpuBackend {
-    /// Compiles `model` for this CPU, with room for `context` tokens. Takes the instruction set that
+    /// Compiles `model` for this CPU, with a cache: its size and form, or tokens as f16. Takes the instruction set that
     /// `EDGELLM_CPU` names, else the fastest, and as many threads as `RAYON_NUM_THREADS` says, else
     /// as the CPU has cores.
     ///
     /// # Errors
-    /// [`Error::Input`] if the recipe and its weights do not fit each other, `context` is 0, or
+    /// [`Error::Input`] if the recipe and its weights do not fit each other, the cache holds nothing, or
     /// `EDGELLM_CPU` names an instruction set that this CPU lacks; [`Error::Machine`] if the cache
     /// does not fit in memory or threads cannot be started.
-    pub fn new(model: Arc<LoadedModel>, context: usize) -> Result<CpuBackend, Error> {
+    pub fn new(model: Arc<LoadedModel>, cache: impl Into<KvCache>) -> Result<CpuBackend, Error> {
         let (isa, why) = system::chosen()?;
-        CpuBackend::with(model, context, isa, team::default_threads()?, why)
+        CpuBackend::with(model, cache.into(), isa, team::default_threads()?, why)
     }
 
     fn with(
         model: Arc<LoadedModel>,
-        context: usize,
+        cache: KvCache,
         isa: Isa,
         threads: usize,
         why: String,
     ) -> Result<CpuBackend, Error> {
+        let context = cache.tokens;
         if context == 0 {
             return Err(Error::input("a context of 0 tokens holds nothing"));
         }
@@ -95,17 +93,12 @@ impl CpuBackend {
         let team = Team::new(threads)?;
         let bytes_per_token = model.bytes_per_token();
         let (recipe, weights) = operands(model);
-        let c = &recipe.config;
         // First: where it fits, the tables do.
-        let cache = [2, c.layers, c.kv_heads, c.head_dim]
-            .into_iter()
-            .try_fold(context, |elems, factor| elems.checked_mul(factor))
-            .and_then(zeroed)
-            .ok_or_else(|| {
-                Error::machine(format!(
-                    "no memory for a cache of {context} tokens: lower --context"
-                ))
-            })?;
+        let cache = Cache::new(&recipe.config, cache).ok_or_else(|| {
+            Error::machine(format!(
+                "no memory for a cache of {context} tokens: lower --context"
+            ))
+        })?;
         let (cos, sin) = recipe.rope_tables(context);
         let scratch = scores_elems(context) * threads;
         let info = BackendInfo {
@@ -186,7 +179,7 @@ impl CpuBackend {
             cos: &self.cos,
             sin: &self.sin,
             activations,
-            cache: SharedSlice::new(self.cache.reinterpret_cast_mut::<f16>()),
+            cache: self.cache.share(),
         };
         let scratch = SharedSlice::new(&mut self.scratch);
         self.phases.restart();
@@ -289,14 +282,6 @@ impl Backend for CpuBackend {
     }
 }
 
-/// `elems` zeros that the system hands out as they are first touched; `None` if it has not that
-/// much memory to give.
-fn zeroed(elems: usize) -> Option<Vec<u16>> {
-    // The vector below would end the process where this one only fails.
-    Vec::<u16>::new().try_reserve_exact(elems).ok()?;
-    Some(vec![0; elems])
-}
-
 /// Floats that attention scores of one thread take, a whole number of cache lines.
 fn scores_elems(context: usize) -> usize {
     context.next_multiple_of(16)
@@ -358,7 +343,7 @@ struct Job<'a> {
     cos: &'a [f32],
     sin: &'a [f32],
     activations: SharedSlice<'a, f32>,
-    cache: SharedSlice<'a, f16>,
+    cache: SharedCache<'a>,
 }
 
 impl Job<'_> {
@@ -374,13 +359,6 @@ impl Job<'_> {
         let buffer = self.buffer(buffer);
         // SAFETY: the caller excludes writers.
         unsafe { buffer.slice(0..buffer.len()) }
-    }
-
-    /// Keys (0) or values (1) of a layer.
-    fn layer_cache(&self, layer: usize, which: usize) -> SharedSlice<'_, f16> {
-        let elems = self.shape.kv_heads * self.context * self.shape.head_dim;
-        let start = (2 * layer + which) * elems;
-        self.cache.part(start..start + elems)
     }
 
     fn vector(&self, id: WeightId) -> &[f32] {
@@ -505,16 +483,14 @@ impl Job<'_> {
             }
             Step::KvAppend { layer, key, value } => {
                 let (dh, heads) = (self.shape.head_dim, self.shape.kv_heads);
-                for (which, buffer) in [key, value].into_iter().enumerate() {
-                    let (cache, buffer) = (self.layer_cache(layer, which), self.buffer(buffer));
-                    for unit in split(tokens * heads, 1, part, parts) {
-                        let (token, head) = (unit / heads, unit % heads);
-                        let place = (head * self.context + self.position + token) * dh;
-                        // SAFETY: a head of this share, and its own place in the cache.
-                        unsafe {
-                            let values = buffer.slice(unit * dh..(unit + 1) * dh);
-                            kv_append::part(values, cache.slice_mut(place..place + dh));
-                        }
+                let buffers = [key, value].map(|buffer| self.buffer(buffer));
+                for unit in split(tokens * heads, 1, part, parts) {
+                    let (token, head) = (unit / heads, unit % heads);
+                    let row = head * self.context + self.position + token;
+                    // SAFETY: a head of this share, and its own place in the cache.
+                    unsafe {
+                        let own = buffers.map(|buffer| buffer.slice(unit * dh..(unit + 1) * dh));
+                        self.cache.append(layer, row, own);
                     }
                 }
             }
@@ -529,10 +505,8 @@ impl Job<'_> {
                     scale,
                     ..self.shape
                 };
-                let (keys, values) = (self.layer_cache(layer, 0), self.layer_cache(layer, 1));
                 // SAFETY: the cache was complete before this phase.
-                let (keys, values) =
-                    unsafe { (keys.slice(0..keys.len()), values.slice(0..values.len())) };
+                let (keys, values) = unsafe { self.cache.layer(layer) };
                 let (query, dst) = (self.buffer(query), self.buffer(dst));
                 for unit in split(tokens * heads, 1, part, parts) {
                     let own = unit * dh..(unit + 1) * dh;

@@ -1,5 +1,6 @@
 //! The backend seam: a [`Backend`] compiles a model's recipe once, at load, and then moves tokens.
 
+mod cache;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -11,6 +12,7 @@ use models::recipe::Recipe;
 use crate::Error;
 use crate::sampler::Sampling;
 
+pub use cache::{KvCache, KvForm};
 pub use select::{Choice, Selected, select};
 
 /// A model in memory: what every backend is built from.
@@ -122,8 +124,8 @@ fn logits_one_by_one(
     Ok(all)
 }
 
-/// Moves tokens through one model. The KV cache belongs to the backend; its capacity is the
-/// `context` given to the constructor.
+/// Moves tokens through one model. The KV cache belongs to the backend; its capacity and form are
+/// given to the constructor.
 pub trait Backend {
     /// What this backend is.
     fn info(&self) -> &BackendInfo;

@@ -92,7 +92,7 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
     } = select(
         args.model.backend.into(),
         model,
-        context,
+        args.model.cache(context),
         args.model.tier.map(u32::from),
     )?;
     let load_seconds = start.elapsed().as_secs_f64();

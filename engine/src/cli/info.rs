@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use engine::Error;
+use engine::backend::KvCache;
 use engine::backend::cpu::System;
 use engine::weights::ModelFile;
 use models::arch::Config;
@@ -15,7 +16,7 @@ use models::weights;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{Failure, model_path, positive, set_threads, stdout_failure};
+use super::{Failure, KvArg, model_path, positive, set_threads, stdout_failure};
 
 /// Show what a model file holds: architecture, sizes, bits a weight, memory on a device.
 ///
@@ -35,6 +36,10 @@ pub struct InfoArgs {
     /// Tokens that the key/value cache shall hold. Without it, as many as the model was trained for.
     #[arg(long, value_name = "TOKENS", value_parser = positive)]
     context: Option<usize>,
+
+    /// How that cache holds numbers.
+    #[arg(long, value_enum, default_value_t = KvArg::K16V16)]
+    kv: KvArg,
 
     /// Print one JSON object.
     #[arg(long)]
@@ -90,7 +95,7 @@ pub fn execute(args: InfoArgs) -> Result<ExitCode, Failure> {
     let mapped = ModelFile::open(&model_path::resolve(Some(&model))?)?;
     let file = mapped.parse()?;
     let recipe = mapped.recipe(&file)?;
-    let report = inspect(file.source(), recipe, args.context)?;
+    let report = inspect(file.source(), recipe, args.context, args.kv)?;
     let text = match args.json {
         true => serde_json::to_string(&report).map_err(Error::machine)? + "\n",
         false => show(&report),
@@ -127,7 +132,12 @@ fn system(json: bool) -> Result<ExitCode, Failure> {
     print(&text)
 }
 
-fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Result<Report, Error> {
+fn inspect(
+    source: &dyn Source,
+    recipe: Recipe,
+    context: Option<usize>,
+    kv: KvArg,
+) -> Result<Report, Error> {
     let context = match context {
         Some(asked) if asked > recipe.config.context => {
             return Err(Error::Input(format!(
@@ -172,9 +182,11 @@ fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Resul
     let config = &recipe.config;
     let sum = |of: fn(&Kind) -> u64| kinds.iter().map(of).sum::<u64>();
     let (all, weight_bytes) = (sum(|kind| kind.weights), sum(|kind| kind.loaded_bytes));
-    // Keys and values as halves; counts up to 2^31 each, so no product of the first three overflows.
-    let per_token = 2 * 2 * config.kv_heads as u64 * config.head_dim as u64 * config.layers as u64;
-    let cache_bytes = per_token.saturating_mul(context as u64);
+    let cache = KvCache {
+        tokens: context,
+        form: kv.into(),
+    };
+    let cache_bytes = cache.bytes(config).unwrap_or(u64::MAX);
     let buffer_bytes = 4 * Buffer::ALL
         .iter()
         .map(|&buffer| recipe.elems(buffer) as u64)

@@ -34,7 +34,7 @@ use self::ahead::{AHEAD, TokenReader};
 use self::device::{DeviceMemory, Gpu};
 use self::launch::Graph;
 use self::plan::{Counter, Plan};
-use super::{Backend, BackendInfo, LoadedModel, Profile};
+use super::{Backend, BackendInfo, KvCache, LoadedModel, Profile};
 use crate::Error;
 use crate::sampler::{self, Sampling};
 
@@ -104,21 +104,27 @@ pub struct CudaBackend {
 }
 
 impl CudaBackend {
-    /// Uploads `model` to device 0 with a cache of `context` tokens, and records its graphs.
+    /// Uploads `model` to device 0 with a cache, its size and form or tokens as f16, and records its graphs.
     /// `tier` forces the kernels of one compute capability (75, 80, 90).
     ///
     /// # Errors
     /// [`Error::Machine`] with the CUDA error's name: no driver, no device, not enough memory (says
     /// how much is needed), a tier that the device cannot run. [`Error::Input`] for a model that
     /// the kernels cannot run, a tier that was not built, or an empty context.
-    pub fn new(model: &LoadedModel, context: usize, tier: Option<u32>) -> Result<Self, Error> {
+    pub fn new(
+        model: &LoadedModel,
+        cache: impl Into<KvCache>,
+        tier: Option<u32>,
+    ) -> Result<Self, Error> {
+        let cache = cache.into();
+        let context = cache.tokens;
         let forced = tier.is_some();
         let gpu = Gpu::open(tier)?;
         let device = gpu.info();
         let adapted = adapt::adapt(model)?;
         let model = adapted.as_ref().unwrap_or(model);
         let mut needed = Counter::default();
-        plan::compile(model, context, &device, gpu.tuned(), &mut needed)?;
+        plan::compile(model, cache, &device, gpu.tuned(), &mut needed)?;
         let free = gpu.free_bytes()?;
         if needed.bytes > free {
             return Err(Error::machine(format!(
@@ -129,7 +135,7 @@ impl CudaBackend {
             )));
         }
         let mut memory = DeviceMemory::new(&gpu);
-        let plan = plan::compile(model, context, &device, gpu.tuned(), &mut memory)?;
+        let plan = plan::compile(model, cache, &device, gpu.tuned(), &mut memory)?;
         // One step outside of a graph, call by call: the driver loads each kernel now rather than
         // while it records, and a kernel that fails is named.
         for calls in [&plan.full, &plan.draw] {

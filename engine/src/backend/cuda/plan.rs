@@ -32,7 +32,7 @@ use self::fuse::Op;
 use self::place::{Placed, pack};
 pub use self::prompt::Prompt;
 use crate::Error;
-use crate::backend::LoadedModel;
+use crate::backend::{KvCache, KvForm, LoadedModel};
 use crate::sampler::Sampling;
 
 /// Products packed at a time, on all cores: what bounds the memory that the packed copies take.
@@ -153,7 +153,7 @@ pub struct Plan {
     pub seen: DeviceSlice,
 }
 
-/// Compiles `model` for a cache of `context` tokens, with the launches of `tuned` where it has one.
+/// Compiles `model` for a cache, with the launches of `tuned` where it has one.
 /// Weights go to `memory` in the process.
 ///
 /// # Errors
@@ -161,20 +161,20 @@ pub struct Plan {
 /// [`Error::Machine`] from `memory`.
 pub fn compile(
     model: &LoadedModel,
-    context: usize,
+    cache: KvCache,
     device: &DeviceInfo,
     tuned: &Tuned,
     memory: &mut dyn Memory,
 ) -> Result<Plan, Error> {
-    if context == 0 {
+    if cache.tokens == 0 {
         return Err(Error::input("a context of 0 tokens holds nothing"));
     }
     let fuse::Fused {
         ops,
         neighbours,
         half_gated,
-    } = fuse::fuse(model);
-    let mut compiler = Compiler::new(model, context, device, tuned, &neighbours, memory)?;
+    } = fuse::fuse(model, cache.form);
+    let mut compiler = Compiler::new(model, cache, device, tuned, &neighbours, memory)?;
     compiler.half_gated = half_gated;
     let mut many = prompt::Builder::new(&mut compiler, &ops)?;
     let mut calls = Vec::with_capacity(ops.len());
@@ -283,16 +283,21 @@ fn unsupported(error: ShapeError) -> Error {
     Error::input(format!("the GPU kernels cannot run this model: {error}"))
 }
 
-/// Keys and values of one layer, `(KV, S, Dh)` f16 each.
+/// Keys and values of one layer.
 #[derive(Debug, Clone, Copy)]
 struct Cache {
+    /// `(KV, S, Dh)` f16.
     keys: DeviceSlice,
+    /// `(KV, S, Dh)` f16, or i8.
     values: DeviceSlice,
+    /// `(KV, S)` f16 where the values are i8, else none.
+    scales: DeviceSlice,
 }
 
 struct Compiler<'a> {
     model: &'a LoadedModel,
     context: usize,
+    form: KvForm,
     device: &'a DeviceInfo,
     tuned: &'a Tuned,
     memory: &'a mut dyn Memory,
@@ -315,7 +320,7 @@ struct Compiler<'a> {
 impl<'a> Compiler<'a> {
     fn new(
         model: &'a LoadedModel,
-        context: usize,
+        cache: KvCache,
         device: &'a DeviceInfo,
         tuned: &'a Tuned,
         neighbours: &[Vec<Buffer>],
@@ -323,19 +328,26 @@ impl<'a> Compiler<'a> {
     ) -> Result<Self, Error> {
         let config = &model.recipe.config;
         let buffers = place_buffers(model, neighbours, memory)?;
-        let cache_bytes = bytes_of(&[config.kv_heads, context, config.head_dim, 2])?;
+        let context = cache.tokens;
+        let of_8_bits = cache.form == KvForm::K16V8;
+        let rows_of = |width: usize, bytes| bytes_of(&[config.kv_heads, context, width, bytes]);
         let caches = (0..config.layers)
             .map(|_| {
                 Ok(Cache {
-                    keys: memory.reserve(cache_bytes)?,
-                    values: memory.reserve(cache_bytes)?,
+                    keys: memory.reserve(rows_of(config.head_dim, 2)?)?,
+                    values: memory
+                        .reserve(rows_of(config.head_dim, if of_8_bits { 1 } else { 2 })?)?,
+                    scales: match of_8_bits {
+                        true => memory.reserve(rows_of(1, 2)?)?,
+                        false => DeviceSlice::NONE,
+                    },
                 })
             })
             .collect::<Result<Vec<_>, Error>>()?;
         let scratch_bytes = model.recipe.steps.iter().find_map(|step| match *step {
             Step::Attention { scale, .. } => {
                 let shape = attention_shape(model, context, scale);
-                let chosen = attention::choose(device, tuned, &shape, false);
+                let chosen = attention::choose(device, tuned, &shape, of_8_bits);
                 Some(attention::scratch_bytes(&shape, chosen.launch))
             }
             _ => None,
@@ -360,6 +372,7 @@ impl<'a> Compiler<'a> {
         Ok(Self {
             model,
             context,
+            form: cache.form,
             device,
             tuned,
             half_gated: false,

@@ -5,7 +5,7 @@
 //! [norm] linear linear swiglu       one product of gate and up interleaved
 //! [norm] linear add                 one product that adds to what is there
 //! [norm] linear linear linear       one product of q, k and v that turns queries and keys and appends
-//!   rope(q) rope(k) kv-append(k, v)   keys and values, where tiles hold whole heads
+//!   rope(q) rope(k) kv-append(k, v)   keys and values, where tiles hold whole heads and values are halves
 //! rope(q) rope(k) kv-append(k, v)   one launch
 //! ```
 //!
@@ -16,7 +16,7 @@ use models::quant::int4_tiled::TILE_ROWS;
 use models::quant::{Int4Matrix, Weight};
 use models::recipe::{Buffer, Step, WeightId};
 
-use crate::backend::LoadedModel;
+use crate::backend::{KvForm, LoadedModel};
 
 /// What becomes one kernel call.
 #[derive(Debug, Clone, PartialEq)]
@@ -90,13 +90,14 @@ pub(super) struct Fused<'a> {
     pub half_gated: bool,
 }
 
-/// Goes through the recipe and takes the longest pattern at each place.
-pub(super) fn fuse(model: &LoadedModel) -> Fused<'_> {
+/// Goes through the recipe and takes the longest pattern at each place. A value of 8 bits needs the
+/// greatest of its head first, whose tiles are spread over blocks: it comes from a launch of its own.
+pub(super) fn fuse(model: &LoadedModel, form: KvForm) -> Fused<'_> {
     let steps = &model.recipe.steps;
     let mut fused = Fused::default();
     let mut at = 0;
     while at < steps.len() {
-        let (op, taken) = product(model, at, &mut fused.neighbours)
+        let (op, taken) = product(model, at, form, &mut fused.neighbours)
             .or_else(|| rope_kv_append(steps, at))
             .unwrap_or((Op::Step(&steps[at]), 1));
         fused.ops.push(op);
@@ -154,6 +155,7 @@ fn linear(model: &LoadedModel, at: usize) -> Option<Linear<'_>> {
 fn product<'a>(
     model: &'a LoadedModel,
     at: usize,
+    form: KvForm,
     neighbours: &mut Vec<Vec<Buffer>>,
 ) -> Option<(Op<'a>, usize)> {
     let steps = &model.recipe.steps;
@@ -214,6 +216,7 @@ fn product<'a>(
         return Some((make(&run, vec![dst], Then::Add), first + 2 - at));
     }
     if let [q, k, v] = &run[..]
+        && form == KvForm::K16V16
         && let Some((
             Op::RopeKvAppend {
                 layer,
