@@ -17,6 +17,8 @@ mod container;
 mod greedy;
 #[path = "golden/hf.rs"]
 mod hf;
+#[path = "golden/kv.rs"]
+mod kv;
 #[path = "golden/logits.rs"]
 mod logits;
 #[path = "golden/prompts.rs"]

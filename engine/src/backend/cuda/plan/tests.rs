@@ -231,7 +231,8 @@ fn a_qwen2_on_the_emulator() {
     emulated_logits_equal_the_cpu(model("tiny-qwen2", DType::Q4_0));
 }
 
-/// Both backends round the same values to bytes, but for those at an edge between two.
+/// What the products' rounding moves across an edge between two levels is a whole level off: the bound is
+/// that of 8 bits.
 #[test]
 fn values_of_8_bits_on_the_emulator() {
     for (shape, linear) in [
@@ -240,7 +241,7 @@ fn values_of_8_bits_on_the_emulator() {
         ("tiny-llama3", DType::Q8_0),
     ] {
         let model = model(shape, linear);
-        let names = emulated_with(model, KvForm::K16V8, 5e-3);
+        let names = emulated_with(model, KvForm::K16V8, 1e-2);
         let append = |name: &String| name == "rope q k, append";
         assert!(names.iter().any(append), "{shape}: {names:?}");
     }
