@@ -146,6 +146,7 @@ fn check(isa: Isa, name: &str, weight: &Weight, packed: &Packed) {
     };
     match weight {
         Weight::Int4(w) => linear::int4::reference(w, None, &x.x, &mut expected),
+        Weight::Int4Tiled(w) => linear::int4::reference(&w.in_rows(), None, &x.x, &mut expected),
         Weight::Int8(w) => linear::int8::reference(w, None, &x.x, &mut expected),
         Weight::Ternary(w) => linear::ternary::reference(w, None, &x.x, &mut expected),
         Weight::F16(w) => linear::float16::reference(w, None, &x.x, &mut expected),

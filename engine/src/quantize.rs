@@ -139,15 +139,18 @@ pub fn quantize<W: Write>(
     for stored in &planned {
         writer.weight(stored.clone());
     }
+    for pack in plan::packs(recipe, &planned) {
+        writer.pack(pack);
+    }
     let mut data = writer.begin(out).map_err(Error::machine)?;
-    let mut write = |weight: &Weight| data.write(weight).map_err(Error::machine);
+    let mut write = |weight: Weight| data.write(weight).map_err(Error::machine);
     if options.method.calibrates() && options.bits == Bits::Four {
         calibrate::quantize(
             source, recipe, &planned, options, sequences, hooks, &mut write,
         )?;
     } else {
         for (reference, stored) in recipe.weights.iter().zip(&planned) {
-            write(&uncalibrated(
+            write(uncalibrated(
                 source,
                 reference,
                 stored,

@@ -109,7 +109,10 @@ impl<'a> FloatRows<'a> {
     /// As [`decode`]; types that only a kernel form is known of are decoded.
     pub fn new(source: &'a dyn Source, weight: &'a WeightRef) -> Result<Self, Error> {
         if source.container().is_some() || packed::find(source, weight)?.is_some() {
-            return decode(source, weight).map(FloatRows::Decoded);
+            return Ok(FloatRows::Decoded(match decode(source, weight)? {
+                Weight::Int4Tiled(part) => Weight::Int4(part.in_rows()),
+                other => other,
+            }));
         }
         let rows = Rows::new(source, weight)?;
         let decode = rows.decoder()?;
@@ -158,6 +161,19 @@ pub fn check(source: &dyn Source, weight: &WeightRef) -> Result<Vec<String>, Err
     }
     check_shape(source.require_tensor(&weight.name)?, weight)?;
     Ok(vec![weight.name.clone()])
+}
+
+/// Bytes of the source that a weight is made of, after [`check`]ing that they are there.
+///
+/// # Errors
+/// As [`check`].
+pub fn stored_bytes(source: &dyn Source, weight: &WeightRef) -> Result<u64, Error> {
+    let parts = check(source, weight)?;
+    if let Some(container) = source.container() {
+        return container.stored_bytes(&weight.name);
+    }
+    let tensors = parts.iter().filter_map(|name| source.tensor(name));
+    Ok(tensors.map(|tensor| tensor.data.len() as u64).sum())
 }
 
 /// [`check`] for a weight in kernel form.

@@ -1,9 +1,15 @@
 //! The container: what is written is what is read, in place, and nothing else passes for it.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use half::f16;
-use models::file::container::{ALIGNMENT, Container, StoredWeight, Writer};
-use models::quant::{F16Matrix, Int4Form, Int4Matrix, Int8Matrix, TernaryMatrix, Weight};
+use models::file::Source;
+use models::file::container::{ALIGNMENT, Container, Pack, StoredWeight, Writer};
+use models::quant::int4_tiled::Order;
+use models::quant::{
+    F16Matrix, Int4Form, Int4Matrix, Int4Tiled, Int8Matrix, TernaryMatrix, Weight,
+};
 use proptest::prelude::*;
 
 /// Bytes at a multiple of the alignment, as a map has them.
@@ -21,15 +27,22 @@ fn aligned(bytes: &[u8]) -> Bytes {
 }
 
 fn file(weights: &[(String, Weight)]) -> Vec<u8> {
+    packed_file(weights, &[])
+}
+
+fn packed_file(weights: &[(String, Weight)], packs: &[Pack]) -> Vec<u8> {
     let mut writer = Writer::new();
     writer.text("note", "one\n\"two\"");
+    for pack in packs {
+        writer.pack(pack.clone());
+    }
     for (name, weight) in weights {
         writer.weight(StoredWeight::of(name.clone(), weight));
     }
     let planned = writer.file_bytes().expect("a size");
     let mut data = writer.begin(Vec::new()).expect("a header");
     for (_, weight) in weights {
-        data.write(weight).expect("written");
+        data.write(weight.clone()).expect("written");
     }
     let bytes = data.finish().expect("all written");
     assert_eq!(bytes.len() as u64, planned);
@@ -78,6 +91,48 @@ fn weight() -> impl Strategy<Value = Weight> {
     })
 }
 
+/// A weight that shares tiles with no other by now.
+fn in_rows(weight: &Weight) -> Weight {
+    match weight {
+        Weight::Int4Tiled(part) => Weight::Int4(part.in_rows()),
+        other => other.clone(),
+    }
+}
+
+/// INT4 matrices that can share tiles, and how.
+fn packed() -> impl Strategy<Value = (Order, Vec<Int4Matrix>)> {
+    let shape = (1usize..5, 1usize..4, 1usize..11);
+    (shape, 0usize..3, 0usize..3, 0usize..3, any::<u32>()).prop_map(
+        |((heads, tiles, blocks), kind, group, form, seed)| {
+            let head_dim = 16 * tiles;
+            let (order, rows) = match kind {
+                0 => (Order::Rows, vec![heads * 5, 3, tiles * 9]),
+                1 => (Order::GateUp, vec![heads * 7; 2]),
+                _ => (
+                    Order::Heads { head_dim },
+                    vec![heads * head_dim, head_dim, head_dim],
+                ),
+            };
+            let cols = 32 * blocks;
+            let matrix = |(i, rows): (usize, usize)| {
+                let values = floats(rows * cols, seed.wrapping_add(i as u32));
+                let int4 = match form {
+                    0 => Int4Form::Symmetric,
+                    _ => Int4Form::Asymmetric,
+                };
+                let matrix = Int4Matrix::encode(rows, cols, 32 << group, int4, &values).unwrap();
+                if form < 2 {
+                    return matrix;
+                }
+                let zeros = (0..matrix.scales.len()).map(|i| f16::from_f32((i % 17) as f32));
+                let mins = Some(zeros.collect());
+                Int4Matrix { mins, ..matrix }.with_zeros().unwrap()
+            };
+            (order, rows.into_iter().enumerate().map(matrix).collect())
+        },
+    )
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -98,9 +153,9 @@ proptest! {
         let here = bytes.as_ptr_range();
         for (name, weight) in &named {
             let read = container.weight(name).expect("decoded");
-            prop_assert_eq!(&read, weight);
+            prop_assert_eq!(&in_rows(&read), weight);
             let start = match &read {
-                Weight::Int4(m) => m.quants.as_ptr(),
+                Weight::Int4Tiled(part) => part.tiles().quants.as_ptr().cast(),
                 Weight::Int8(m) => m.quants.as_ptr().cast(),
                 Weight::Ternary(m) => m.quants.as_ptr(),
                 Weight::F16(m) => m.values.as_ptr().cast(),
@@ -109,9 +164,61 @@ proptest! {
             prop_assert!(here.contains(&start), "a matrix was copied");
             prop_assert_eq!(start.align_offset(ALIGNMENT), 0);
         }
+        // A file made of what was read is the same file.
+        let read: Vec<(String, Weight)> = named
+            .iter()
+            .map(|(name, _)| (name.clone(), container.weight(name).expect("decoded")))
+            .collect();
+        prop_assert!(file(&read) == bytes);
         // What the format's own library says of it.
         let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
         prop_assert!(tensors.len() >= named.len());
+    }
+
+    #[test]
+    fn matrices_that_share_tiles_lie_as_a_gpu_reads_them_and_come_apart_exactly(
+        (order, matrices) in packed(),
+        vectors in prop::collection::vec(1usize..40, 4),
+    ) {
+        // Something else between them, before and behind.
+        let mut named = Vec::new();
+        for (i, len) in vectors.into_iter().enumerate() {
+            named.push((format!("{i}.bias"), Weight::Vector(floats(len, 7))));
+            if let Some(matrix) = matrices.get(i) {
+                named.push((format!("{i}.weight"), Weight::Int4(matrix.clone())));
+            }
+        }
+        let members = (0..matrices.len()).map(|i| format!("{i}.weight")).collect();
+        let pack = Pack::new(order, members);
+        let bytes = aligned(&packed_file(&named, std::slice::from_ref(&pack)));
+        let container = Container::parse(&bytes).expect("parsed");
+        let wanted = Int4Tiled::pack_as(order, &matrices.iter().collect::<Vec<_>>()).unwrap();
+        let mut seen = Vec::new();
+        let mut stored = 0;
+        for (name, weight) in &named {
+            let read = container.weight(name).expect("decoded");
+            prop_assert_eq!(&in_rows(&read), weight);
+            prop_assert_eq!(read.shape(), weight.shape());
+            if let Weight::Int4Tiled(part) = read {
+                prop_assert_eq!(part.member(), seen.len());
+                prop_assert_eq!(&**part.tiles(), &wanted);
+                stored += container.stored_bytes(name).expect("a size");
+                seen.push(part);
+            }
+        }
+        let tiles = seen[0].tiles();
+        prop_assert_eq!(stored, tiles.bytes());
+        prop_assert!(seen.iter().all(|part| Arc::ptr_eq(part.tiles(), tiles)));
+        let parts = [
+            (".quants", tiles.quants.as_ptr().cast::<u8>()),
+            (".scales", tiles.scales.as_ptr().cast()),
+            (".mins", tiles.mins.as_ref().map_or(std::ptr::null(), |m| m.as_ptr().cast())),
+        ];
+        for (suffix, start) in parts {
+            let tensor = container.tensor(&format!("{}{suffix}", pack.name));
+            prop_assert_eq!(tensor.map(|t| t.data.as_ptr()), (!start.is_null()).then_some(start));
+            prop_assert_eq!(start.align_offset(ALIGNMENT), 0);
+        }
     }
 }
 
@@ -183,12 +290,17 @@ fn hostile_metadata_is_one_line_that_names_the_field() {
     for (from, to, expected) in [
         (r#""format":"edgellm""#, r#""format":"pt""#, "format"),
         (
-            r#""edgellm.version":"1""#,
             r#""edgellm.version":"2""#,
-            "version 2",
+            r#""edgellm.version":"1""#,
+            "version 1 is not supported, 2 is: quantise the source again",
         ),
         (
-            r#""edgellm.version":"1""#,
+            r#""edgellm.version":"2""#,
+            r#""edgellm.version":"3""#,
+            "version 3 is not supported, 2 is: a newer edgellm",
+        ),
+        (
+            r#""edgellm.version":"2""#,
             r#""edgellm.version":"x\ny""#,
             "edgellm.version",
         ),
@@ -221,10 +333,35 @@ fn hostile_metadata_is_one_line_that_names_the_field() {
             "a.mins",
         ),
         (r#""a.mins""#, r#""a.minns""#, "a.mins"),
+        (r#""edgellm.packs""#, r#""edgellm.pakcs""#, "edgellm.packs"),
+        (
+            r#"\"order\":\"rows\""#,
+            r#"\"order\":\"gate_up\""#,
+            "gate and up",
+        ),
+        (
+            r#"\"order\":\"rows\""#,
+            r#"\"order\":\"heads\""#,
+            "head_dim",
+        ),
+        (
+            r#"\"order\":\"rows\""#,
+            r#"\"order\":\"heads\",\"head_dim\":0"#,
+            "heads of 0",
+        ),
+        (r#"[\"a\"]"#, r#"[\"b\"]"#, "not INT4"),
+        (r#"[\"a\"]"#, r#"[\"x\"]"#, "x"),
+        (r#"[\"a\"]"#, r#"[\"a\",\"a\"]"#, "two packs"),
+        (r#"[\"a\"]"#, r#"[]"#, "no matrix"),
+        (
+            r#"[{\"name\":\"a\",\"order\":\"rows\",\"members\":[\"a\"]}]"#,
+            "[]",
+            "in none of",
+        ),
         (r#""dtype":"I8""#, r#""dtype":"U8""#, "b.quants"),
         (r#""padding.0""#, r#""adding.0""#, "adding.0"),
-        (r#""shape":[3,48]"#, r#""shape":[48,3]"#, "a.quants"),
-        (r#""shape":[3,48]"#, r#""shape":[3,49]"#, "needs 147"),
+        (r#""shape":[1,1,256]"#, r#""shape":[256,1,1]"#, "a.quants"),
+        (r#""shape":[1,1,256]"#, r#""shape":[1,1,257]"#, "needs 1028"),
         ("{", "[", "safetensors"),
     ] {
         let message = refusal(&edited(from, to)).unwrap_or_else(|| panic!("{from} -> {to}"));
@@ -275,8 +412,26 @@ fn the_writer_keeps_to_what_was_declared() {
         writer
     };
     assert!(declared(["a", "a"]).begin(Vec::new()).is_err());
+    for (order, members) in [
+        (Order::Rows, &["a", "c"][..]),
+        (Order::Rows, &["a", "a"]),
+        (Order::GateUp, &["a"]),
+        (Order::Heads { head_dim: 16 }, &["a", "b"]),
+    ] {
+        let members = members.iter().map(|name| (*name).to_owned()).collect();
+        let mut writer = declared(["a", "b"]);
+        writer.pack(Pack::new(order, members));
+        assert!(writer.begin(Vec::new()).is_err(), "{order:?}");
+    }
+    let names = |members: &[&str]| {
+        let members = members.iter().map(|name| (*name).to_owned()).collect();
+        Pack::new(Order::Rows, members).name
+    };
+    let together = names(&["0.attn.q.weight", "0.attn.k.weight", "1.v.weight"]);
+    assert_eq!(together, "0.attn.q+k+1.v.weight");
+    assert_eq!(names(&["table"]), "table");
     let mut data = declared(["a", "b"]).begin(Vec::new()).unwrap();
-    assert!(data.write(&weights[1].1).is_err());
-    data.write(&weights[0].1).unwrap();
+    assert!(data.write(weights[1].1.clone()).is_err());
+    data.write(weights[0].1.clone()).unwrap();
     assert!(data.finish().unwrap_err().to_string().contains("`b`"));
 }

@@ -111,6 +111,7 @@ impl Packed {
     pub fn new(weight: &Weight) -> Option<Packed> {
         Some(match weight {
             Weight::Int4(w) => Packed::int4(w),
+            Weight::Int4Tiled(part) => Packed::int4(&part.in_rows()),
             Weight::Int8(w) => Packed::int8(w),
             Weight::Ternary(w) => Packed::ternary(w),
             Weight::F16(w) => Packed::f16(w),

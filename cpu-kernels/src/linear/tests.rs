@@ -75,6 +75,7 @@ fn run(
 fn reference(w: &Weight, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
     match w {
         Weight::Int4(w) => int4::reference(w, bias, x, y),
+        Weight::Int4Tiled(w) => int4::reference(&w.in_rows(), bias, x, y),
         Weight::Int8(w) => int8::reference(w, bias, x, y),
         Weight::Ternary(w) => ternary::reference(w, bias, x, y),
         Weight::F16(w) => float16::reference(w, bias, x, y),

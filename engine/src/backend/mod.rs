@@ -4,6 +4,7 @@ mod cache;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod fuse;
 mod select;
 
 use models::quant::Weight;

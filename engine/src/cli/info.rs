@@ -152,9 +152,7 @@ fn inspect(
         .weights
         .par_iter()
         .map(|weight| {
-            let parts = weights::check(source, weight)?;
-            let stored = parts.iter().filter_map(|name| source.tensor(name));
-            let file = stored.map(|tensor| tensor.data.len() as u64).sum();
+            let file = weights::stored_bytes(source, weight)?;
             Ok((file, weights::decode(source, weight)?.bytes()))
         })
         .collect::<Result<_, models::Error>>()?;

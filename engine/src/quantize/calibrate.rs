@@ -52,7 +52,7 @@ pub fn quantize(
     options: &Options,
     sequences: Vec<Vec<u32>>,
     hooks: &Hooks<'_>,
-    write: &mut dyn FnMut(&Weight) -> Result<(), Error>,
+    write: &mut dyn FnMut(Weight) -> Result<(), Error>,
 ) -> Result<(), Error> {
     if sequences.is_empty() {
         return Err(Error::input("the calibration text is empty"));
@@ -126,11 +126,11 @@ impl Walk<'_> {
     fn write_before(
         &mut self,
         id: WeightId,
-        write: &mut dyn FnMut(&Weight) -> Result<(), Error>,
+        write: &mut dyn FnMut(Weight) -> Result<(), Error>,
     ) -> Result<(), Error> {
         while self.written < id {
             match self.weights[self.written].take() {
-                Some(weight) => write(&weight)?,
+                Some(weight) => write(weight)?,
                 None => {
                     let name = &self.planned[self.written].name;
                     return Err(Error::machine(format!(

@@ -1,11 +1,15 @@
 //! Which form each weight of a recipe takes.
 
 use models::arch::hugging_face_name;
-use models::file::container::{Layout, StoredWeight};
+use std::collections::HashSet;
+
+use models::file::container::{Layout, Pack, StoredWeight};
 use models::recipe::{Recipe, Step, WeightKind};
 
 use super::{Bits, Head, Options};
 use crate::Error;
+use crate::backend::KvForm;
+use crate::backend::fuse::{self, Op};
 
 /// The form of every weight, in the recipe's order.
 ///
@@ -40,6 +44,26 @@ pub fn plan(recipe: &Recipe, options: &Options) -> Result<Vec<StoredWeight>, Err
             })
         })
         .collect()
+}
+
+/// Which INT4 matrices share tiles: those that one kernel of a GPU takes together.
+pub fn packs(recipe: &Recipe, planned: &[StoredWeight]) -> Vec<Pack> {
+    let fused = fuse::fuse(recipe, KvForm::default(), &|id| planned.get(id)?.int4());
+    let mut packed = HashSet::new();
+    let mut packs = Vec::new();
+    for op in fused.ops {
+        let Op::Product(product) = op else { continue };
+        // A matrix of several products is packed for the first.
+        if product.matrices.iter().all(|id| !packed.contains(id)) {
+            packed.extend(product.matrices.iter().copied());
+            let members = product.matrices.iter().map(|&id| planned[id].name.clone());
+            packs.push(Pack::new(
+                product.order(recipe.config.head_dim),
+                members.collect(),
+            ));
+        }
+    }
+    packs
 }
 
 fn layout(kind: WeightKind, cols: usize, is_head: bool, options: &Options) -> Layout {

@@ -5,43 +5,49 @@
 //! header bytes u64 | header, JSON, filled up with spaces to a multiple of 4,096 | tensors
 //!
 //! __metadata__  "format": "edgellm", "edgellm.version", "edgellm.weights": what each weight is,
+//!               "edgellm.packs": which INT4 matrices share tiles, and in which order,
 //!               and what the source says of the model: configuration, tokenizer, chat template, …
 //! tensors       NAME          (n,) F32                    a vector
 //!               NAME          (n, k) F16                  a matrix of floats
-//!               NAME.quants   (n, k/2) U8, (n, k) I8, (n, k/4) U8   of INT4, INT8 and ternary
+//!               NAME.quants   (n, k) I8, (n, k/4) U8      of INT8 and ternary
 //!               NAME.scales   (n, ceil(k/group)) F16      F32 for ternary
-//!               NAME.mins     (n, ceil(k/group)) F16      INT4 with minima or zeros
+//!               PACK.quants   (ceil(n/16), ceil(k/128), 256) U32             INT4 in tiles
+//!               PACK.scales   (ceil(n/16), ceil(k/128), 16 * 128/group) F16
+//!               PACK.mins     as the scales                                  minima or zeros
 //!               padding.I     (n,) U8 zeros               fills up to the next 4,096 bytes
 //! ```
 //!
-//! Every weight starts at a multiple of 4,096 bytes, so that it is read from the mapped file without a
-//! copy before it. Safetensors allows no holes, hence the padding tensors. INT4 is stored row by row
-//! ([`int4`](crate::quant::int4)): which matrices share tiles on a GPU
-//! ([`int4_tiled`](crate::quant::int4_tiled)), and how a CPU's tiles are laid out, is a choice of the
-//! backend, made at load.
+//! Every tensor starts at a multiple of 4,096 bytes, so that it is read from the mapped file without a
+//! copy before it. Safetensors allows no holes, hence the padding tensors. INT4 is stored as a GPU's
+//! kernels read it ([`int4_tiled`](crate::quant::int4_tiled)), matrices that one kernel takes together in
+//! one tensor, so that nothing lies between the file and the device; a CPU takes the tiles apart at load.
 
 mod config;
+mod stored;
 mod writer;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 use bytemuck::Pod;
 use bytes::Bytes;
 use half::f16;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
+pub use stored::{Layout, Pack, StoredWeight};
 pub use writer::{DataWriter, Writer};
 
 use super::safetensors::SafeTensors;
-use super::{DType, Naming, Source, Tensor};
+use super::{Naming, Source, Tensor};
 use crate::Error;
 use crate::arch::Config;
 use crate::error::shown;
-use crate::quant::{F16Matrix, Int4Form, Int4Matrix, Int8Matrix, Shared, TernaryMatrix, Weight};
+use crate::quant::{F16Matrix, Int4Part, Int4Tiled, Int8Matrix, Shared, TernaryMatrix, Weight};
+use stored::Part;
 
-/// Version of the metadata that is written, and the only one that is read.
-pub const VERSION: u32 = 1;
-/// Every weight starts at a multiple of this many bytes: a page of memory.
+/// Version of the metadata that is written, and the only one that is read: version 1 stored INT4 by rows.
+pub const VERSION: u32 = 2;
+/// Every tensor starts at a multiple of this many bytes: a page of memory.
 pub const ALIGNMENT: usize = 4096;
 
 /// Key and value that tell this file from other safetensors files.
@@ -51,6 +57,8 @@ const FORMAT: &str = "edgellm";
 const VERSION_KEY: &str = "edgellm.version";
 /// Key of the list of [`StoredWeight`]s, JSON.
 const WEIGHTS_KEY: &str = "edgellm.weights";
+/// Key of the list of [`Pack`]s, JSON.
+const PACKS_KEY: &str = "edgellm.packs";
 /// Key of the model's [`Config`], JSON.
 const CONFIG_KEY: &str = "edgellm.config";
 /// Prefix of the names of tensors that hold nothing.
@@ -61,158 +69,6 @@ const _: () = assert!(
 );
 /// Bytes of the header's length.
 const LENGTH_BYTES: usize = size_of::<u64>();
-
-/// How a weight is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "format", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Layout {
-    /// [`Int4Matrix`].
-    Int4 {
-        /// Weights that share a scale.
-        group: usize,
-        /// What the levels stand for.
-        form: Int4Form,
-    },
-    /// [`Int4Matrix`] with zeros.
-    Int4Zeros {
-        /// Weights that share a scale.
-        group: usize,
-    },
-    /// [`Int8Matrix`].
-    Int8 {
-        /// Weights that share a scale.
-        group: usize,
-    },
-    /// [`TernaryMatrix`].
-    Ternary {
-        /// Weights that share a scale.
-        group: usize,
-    },
-    /// [`F16Matrix`].
-    F16,
-    /// A vector of 32-bit floats; `rows` is 1.
-    F32,
-}
-
-/// One weight of a file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StoredWeight {
-    /// Name.
-    pub name: String,
-    /// N.
-    pub rows: usize,
-    /// K.
-    pub cols: usize,
-    /// How it is stored.
-    #[serde(flatten)]
-    pub layout: Layout,
-}
-
-/// A tensor of the file that is a part of a weight.
-struct Part {
-    name: String,
-    dtype: DType,
-    /// Outermost first.
-    shape: Vec<u64>,
-    bytes: u64,
-}
-
-impl StoredWeight {
-    /// How `weight` is stored under `name`.
-    pub fn of(name: String, weight: &Weight) -> StoredWeight {
-        let (rows, cols) = weight.shape();
-        let layout = match weight {
-            Weight::Int4(m) if m.zeros => Layout::Int4Zeros { group: m.group },
-            Weight::Int4(m) => Layout::Int4 {
-                group: m.group,
-                form: match m.mins {
-                    Some(_) => Int4Form::Asymmetric,
-                    None => Int4Form::Symmetric,
-                },
-            },
-            Weight::Int8(m) => Layout::Int8 { group: m.group },
-            Weight::Ternary(m) => Layout::Ternary { group: m.group },
-            Weight::F16(_) => Layout::F16,
-            Weight::Vector(_) => Layout::F32,
-        };
-        StoredWeight {
-            name,
-            rows,
-            cols,
-            layout,
-        }
-    }
-
-    /// Bytes of the weight, without padding.
-    ///
-    /// # Errors
-    /// A size that overflows, a group of zero.
-    pub fn bytes(&self) -> Result<u64, Error> {
-        Ok(self.parts()?.iter().map(|part| part.bytes).sum())
-    }
-
-    /// The tensors that make up the weight, in file order.
-    fn parts(&self) -> Result<Vec<Part>, Error> {
-        let (rows, cols) = (self.rows as u64, self.cols as u64);
-        let part = |suffix: &str, dtype: DType, cols: u64| -> Result<Part, Error> {
-            let shape = match self.layout {
-                Layout::F32 => vec![cols],
-                _ => vec![rows, cols],
-            };
-            let bytes = dtype
-                .tensor_bytes(&shape)
-                .ok_or_else(|| self.fail(format!("its size of {shape:?} overflows")))?;
-            Ok(Part {
-                name: format!("{}{suffix}", self.name),
-                dtype,
-                shape,
-                bytes,
-            })
-        };
-        let groups = |group: usize| match group {
-            0 => Err(self.fail("group is 0")),
-            _ => Ok(cols.div_ceil(group as u64)),
-        };
-        Ok(match self.layout {
-            Layout::Int4 { group, form } => {
-                let groups = groups(group)?;
-                let mut parts = vec![
-                    part(".quants", DType::U8, cols / 2)?,
-                    part(".scales", DType::F16, groups)?,
-                ];
-                if form == Int4Form::Asymmetric {
-                    parts.push(part(".mins", DType::F16, groups)?);
-                }
-                parts
-            }
-            Layout::Int4Zeros { group } => {
-                let groups = groups(group)?;
-                vec![
-                    part(".quants", DType::U8, cols / 2)?,
-                    part(".scales", DType::F16, groups)?,
-                    part(".mins", DType::F16, groups)?,
-                ]
-            }
-            Layout::Int8 { group } => vec![
-                part(".quants", DType::I8, cols)?,
-                part(".scales", DType::F16, groups(group)?)?,
-            ],
-            Layout::Ternary { group } => vec![
-                part(".quants", DType::U8, cols / 4)?,
-                part(".scales", DType::F32, groups(group)?)?,
-            ],
-            Layout::F16 => vec![part("", DType::F16, cols)?],
-            Layout::F32 => vec![part("", DType::F32, cols)?],
-        })
-    }
-
-    fn fail(&self, reason: impl Into<String>) -> Error {
-        Error::Tensor {
-            name: shown(&self.name),
-            reason: reason.into(),
-        }
-    }
-}
 
 /// A parsed file; shares its bytes with whoever holds them.
 #[derive(Debug, Clone)]
@@ -225,6 +81,11 @@ pub struct Container<'a> {
     weights: Vec<StoredWeight>,
     /// Place of a weight by name.
     weight_index: HashMap<String, usize>,
+    packs: Vec<Pack>,
+    /// INT4 matrices, by their place among the weights.
+    int4: HashMap<usize, Int4Part>,
+    /// The pack of each, likewise.
+    pack_index: HashMap<usize, usize>,
 }
 
 impl<'a> Container<'a> {
@@ -243,8 +104,8 @@ impl<'a> Container<'a> {
     ///
     /// # Errors
     /// A file that is no safetensors file or not one of EdgeLLM's, another version, weights that are
-    /// named twice, and tensors that are missing or not what the list of weights says, in one line
-    /// that names the field or tensor.
+    /// named twice, tensors that are missing or not what the lists of weights and packs say, INT4 whose
+    /// parts do not fit each other, in one line that names the field or tensor.
     pub fn parse(bytes: &'a Bytes) -> Result<Container<'a>, Error> {
         let SafeTensors {
             metadata,
@@ -259,9 +120,13 @@ impl<'a> Container<'a> {
         }
         let version: u32 = json(&metadata, VERSION_KEY)?;
         if version != VERSION {
+            let way_out = match version < VERSION {
+                true => "quantise the source again",
+                false => "a newer edgellm wrote it",
+            };
             return Err(Error::KeyValue {
                 key: shown(VERSION_KEY),
-                reason: format!("version {version} is not supported: {VERSION} is"),
+                reason: format!("version {version} is not supported, {VERSION} is: {way_out}"),
             });
         }
         let tensor_index: HashMap<&str, usize> = tensors
@@ -270,29 +135,94 @@ impl<'a> Container<'a> {
             .map(|(i, tensor)| (tensor.name, i))
             .collect();
         let weights: Vec<StoredWeight> = json(&metadata, WEIGHTS_KEY)?;
+        let packs: Vec<Pack> = json(&metadata, PACKS_KEY)?;
         let mut weight_index = HashMap::new();
         let mut used = HashSet::new();
+        let mut take = |part: Part| {
+            let tensor = tensor_index.get(part.name.as_str()).map(|&i| &tensors[i]);
+            let checked = part.check(tensor);
+            used.insert(part.name);
+            checked
+        };
         for (i, weight) in weights.iter().enumerate() {
             if weight_index.insert(weight.name.clone(), i).is_some() {
                 return Err(weight.fail("named twice in the list of weights"));
             }
             for part in weight.parts()? {
-                let tensor = tensor_index.get(part.name.as_str()).map(|&i| &tensors[i]);
-                part.check(tensor).map_err(|reason| weight.fail(reason))?;
-                used.insert(part.name);
+                take(part).map_err(|reason| weight.fail(reason))?;
             }
+        }
+        let mut members = Vec::with_capacity(packs.len());
+        let mut pack_index = HashMap::new();
+        for (p, pack) in packs.iter().enumerate() {
+            let of_pack = pack
+                .members
+                .iter()
+                .map(|name| match weight_index.get(name) {
+                    Some(&i) => match pack_index.insert(i, p) {
+                        None => Ok(i),
+                        Some(_) => Err(weights[i].fail("is in two packs")),
+                    },
+                    None => Err(fail(
+                        name,
+                        format!("is in {PACKS_KEY} and not in {WEIGHTS_KEY}"),
+                    )),
+                })
+                .collect::<Result<Vec<usize>, Error>>()?;
+            let stored: Vec<&StoredWeight> = of_pack.iter().map(|&i| &weights[i]).collect();
+            for part in pack.parts(&stored)?.0 {
+                take(part).map_err(|reason| fail(&pack.name, reason))?;
+            }
+            members.push(of_pack);
+        }
+        let is_apart = |(i, weight): &(usize, &StoredWeight)| {
+            weight.int4().is_some() && !pack_index.contains_key(i)
+        };
+        if let Some((_, weight)) = weights.iter().enumerate().find(is_apart) {
+            return Err(weight.fail(format!("is INT4 and in none of {PACKS_KEY}")));
         }
         if let Some(tensor) = tensors.iter().find(|tensor| !used.contains(tensor.name)) {
             return Err(tensor.fail(format!("is in no weight of {WEIGHTS_KEY}")));
         }
-        Ok(Container {
+        let mut container = Container {
             bytes,
             metadata,
             tensors,
             tensor_index,
             weights,
             weight_index,
-        })
+            packs,
+            int4: HashMap::new(),
+            pack_index,
+        };
+        for (pack, members) in container.packs.iter().zip(members) {
+            let tiles = Arc::new(container.tiles(pack, &members)?);
+            for (member, weight) in members.into_iter().enumerate() {
+                let part = Int4Part::new(Arc::clone(&tiles), member);
+                container.int4.extend(part.map(|part| (weight, part)));
+            }
+        }
+        Ok(container)
+    }
+
+    /// The tiles of checked tensors.
+    fn tiles(&self, pack: &Pack, members: &[usize]) -> Result<Int4Tiled, Error> {
+        let stored: Vec<&StoredWeight> = members.iter().map(|&i| &self.weights[i]).collect();
+        let (_, shape) = pack.parts(&stored)?;
+        let mins = match shape.has_mins {
+            true => Some(self.values(&pack.name, ".mins")?),
+            false => None,
+        };
+        Int4Tiled::from_shared(
+            pack.order,
+            stored.iter().map(|weight| weight.rows).collect(),
+            [shape.cols, shape.group],
+            self.values(&pack.name, ".quants")?,
+            self.values(&pack.name, ".scales")?,
+            mins,
+            shape.zeros,
+        )
+        .map_err(|error| pack.fail(error))
     }
 
     /// The weights in file order.
@@ -305,10 +235,36 @@ impl<'a> Container<'a> {
         self.weight_index.get(name).map(|&i| &self.weights[i])
     }
 
-    /// Names of the tensors that make up the weight with this name.
+    /// Names of the tensors that make up the weight with this name, alone or with others.
+    ///
+    /// # Errors
+    /// A weight that is missing.
     pub fn part_names(&self, name: &str) -> Result<Vec<String>, Error> {
-        let parts = self.require(name)?.parts()?;
+        let place = self.require(name)?;
+        let parts = match self.pack_index.get(&place) {
+            None => self.weights[place].parts()?,
+            Some(&pack) => {
+                let pack = &self.packs[pack];
+                let members = pack.members.iter().filter_map(|name| self.stored(name));
+                pack.parts(&members.collect::<Vec<_>>())?.0
+            }
+        };
         Ok(parts.into_iter().map(|part| part.name).collect())
+    }
+
+    /// Bytes of the file that are this weight's: of tiles that it shares, its part by rows.
+    ///
+    /// # Errors
+    /// A weight that is missing.
+    pub fn stored_bytes(&self, name: &str) -> Result<u64, Error> {
+        let place = self.require(name)?;
+        let parts = self.part_names(name)?;
+        let tensors = parts.iter().filter_map(|name| self.tensor(name));
+        let bytes = tensors.map(|tensor| tensor.data.len() as u64).sum();
+        Ok(match self.int4.get(&place) {
+            None => bytes,
+            Some(part) => part.share(bytes),
+        })
     }
 
     /// Text that the file holds under `key`.
@@ -330,52 +286,37 @@ impl<'a> Container<'a> {
     /// A weight that is missing or lies askew, a group or a width that its format does not have, a
     /// scale or value that is not finite.
     pub fn weight(&self, name: &str) -> Result<Weight, Error> {
-        let stored = self.require(name)?;
+        let place = self.require(name)?;
+        let stored = &self.weights[place];
         let (rows, cols) = (stored.rows, stored.cols);
         let weight = match stored.layout {
-            Layout::Int4 { group, form } => Int4Matrix::from_shared(
-                rows,
-                cols,
-                group,
-                self.values(stored, ".quants")?,
-                self.values(stored, ".scales")?,
-                match form {
-                    Int4Form::Symmetric => None,
-                    Int4Form::Asymmetric => Some(self.values(stored, ".mins")?),
-                },
-            )
-            .map(Weight::Int4),
-            Layout::Int4Zeros { group } => Int4Matrix::from_shared(
-                rows,
-                cols,
-                group,
-                self.values(stored, ".quants")?,
-                self.values(stored, ".scales")?,
-                Some(self.values(stored, ".mins")?),
-            )
-            .and_then(Int4Matrix::with_zeros)
-            .map(Weight::Int4),
+            Layout::Int4 { .. } | Layout::Int4Zeros { .. } => self
+                .int4
+                .get(&place)
+                .cloned()
+                .map(Weight::Int4Tiled)
+                .ok_or_else(|| stored.fail("is in no pack")),
             Layout::Int8 { group } => Int8Matrix::from_shared(
                 rows,
                 cols,
                 group,
-                self.values(stored, ".quants")?,
-                self.values(stored, ".scales")?,
+                self.values(name, ".quants")?,
+                self.values(name, ".scales")?,
             )
             .map(Weight::Int8),
             Layout::Ternary { group } => TernaryMatrix::new(
                 rows,
                 cols,
                 group,
-                self.values::<u8>(stored, ".quants")?,
-                self.values::<f32>(stored, ".scales")?,
+                self.values::<u8>(name, ".quants")?,
+                self.values::<f32>(name, ".scales")?,
             )
             .map(Weight::Ternary),
             Layout::F16 => {
-                F16Matrix::new(rows, cols, self.values::<f16>(stored, "")?).map(Weight::F16)
+                F16Matrix::new(rows, cols, self.values::<f16>(name, "")?).map(Weight::F16)
             }
             Layout::F32 => {
-                let values: Shared<f32> = self.values(stored, "")?;
+                let values: Shared<f32> = self.values(name, "")?;
                 if rows != 1 {
                     return Err(stored.fail(format!("a vector has one row, not {rows}")));
                 }
@@ -391,16 +332,17 @@ impl<'a> Container<'a> {
         })
     }
 
-    fn require(&self, name: &str) -> Result<&StoredWeight, Error> {
-        self.stored(name)
-            .ok_or_else(|| Error::MissingTensor { name: shown(name) })
+    /// Place of a weight in the list.
+    fn require(&self, name: &str) -> Result<usize, Error> {
+        let place = self.weight_index.get(name).copied();
+        place.ok_or_else(|| Error::MissingTensor { name: shown(name) })
     }
 
-    /// A part of a weight, in place.
-    fn values<T: Pod>(&self, weight: &StoredWeight, suffix: &str) -> Result<Shared<T>, Error> {
-        let tensor = self.require_tensor(&format!("{}{suffix}", weight.name))?;
+    /// A tensor, in place.
+    fn values<T: Pod>(&self, name: &str, suffix: &str) -> Result<Shared<T>, Error> {
+        let tensor = self.require_tensor(&format!("{name}{suffix}"))?;
         Shared::from_bytes(self.bytes.slice_ref(tensor.data)).ok_or_else(|| {
-            weight.fail(format!(
+            tensor.fail(format!(
                 "its values do not lie at a multiple of {} bytes",
                 align_of::<T>()
             ))
@@ -431,22 +373,11 @@ impl Source for Container<'_> {
     }
 }
 
-impl Part {
-    /// Whether the file has this part.
-    fn check(&self, tensor: Option<&Tensor<'_>>) -> Result<(), String> {
-        let name = shown(&self.name);
-        let tensor = tensor.ok_or_else(|| format!("its tensor {name} is missing"))?;
-        let same = tensor.dtype == self.dtype && tensor.dims.iter().rev().eq(&self.shape);
-        match same {
-            true => Ok(()),
-            false => Err(format!(
-                "its tensor {name} is {} {:?}, expected {} {:?}",
-                tensor.dtype.name(),
-                tensor.dims.iter().rev().collect::<Vec<_>>(),
-                self.dtype.name(),
-                self.shape
-            )),
-        }
+/// An error of the weight or tensor with this name.
+fn fail(name: &str, reason: impl Into<String>) -> Error {
+    Error::Tensor {
+        name: shown(name),
+        reason: reason.into(),
     }
 }
 

@@ -122,15 +122,7 @@ impl Int4Matrix {
     /// # Errors
     /// A matrix without minima, or one that is no whole number between 0 and [`MAX_ZERO`].
     pub fn with_zeros(mut self) -> Result<Self, Error> {
-        let mins = self.mins.as_deref().unwrap_or_default();
-        let fits = |zero: f32| zero.fract() == 0.0 && (0.0..=MAX_ZERO).contains(&zero);
-        if let Some(i) = mins.iter().position(|zero| !fits(zero.to_f32())) {
-            return Err(Error::Matrix {
-                format: FORMAT,
-                reason: format!("zero {i} is {}, not a level of 0 to {MAX_ZERO}", mins[i]),
-            });
-        }
-        check_len(FORMAT, "zeros", mins.len(), self.scales.len())?;
+        check_zeros(FORMAT, self.mins.as_deref(), self.scales.len())?;
         self.zeros = true;
         Ok(self)
     }
@@ -258,8 +250,25 @@ impl Int4Matrix {
     }
 }
 
+/// Checks that minima are zeros: as many as scales, each a level.
+pub(super) fn check_zeros(
+    format: &'static str,
+    mins: Option<&[f16]>,
+    scales: usize,
+) -> Result<(), Error> {
+    let mins = mins.unwrap_or_default();
+    let fits = |zero: f32| zero.fract() == 0.0 && (0.0..=MAX_ZERO).contains(&zero);
+    if let Some(i) = mins.iter().position(|zero| !fits(zero.to_f32())) {
+        return Err(Error::Matrix {
+            format,
+            reason: format!("zero {i} is {}, not a level of 0 to {MAX_ZERO}", mins[i]),
+        });
+    }
+    check_len(format, "zeros", mins.len(), scales)
+}
+
 /// Checks the shape and gives the number of groups of the whole matrix.
-fn check_group(rows: usize, cols: usize, group: usize) -> Result<usize, Error> {
+pub(super) fn check_group(rows: usize, cols: usize, group: usize) -> Result<usize, Error> {
     if !matches!(group, 32 | 64 | 128) {
         return Err(Error::Matrix {
             format: FORMAT,

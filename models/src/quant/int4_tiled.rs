@@ -18,15 +18,19 @@
 //! Weights are those of [`Int4Matrix`], nibble for nibble: the rearrangement loses nothing. Rows and
 //! columns that fill up the last tiles are zero, scales too.
 //!
-//! Several matrices that read the same input become one by putting their rows one after the other
-//! ([`Int4Tiled::pack`]). A gate and an up projection are interleaved by eights, so that both
-//! halves of a pair meet in one tile ([`Int4Tiled::pack_gate_up`]); so are the halves of heads whose
-//! pairs are turned together ([`Int4Tiled::pack_heads`]).
+//! Several matrices that read the same input become one, in an [`Order`] that suits what becomes of the
+//! product.
+
+mod order;
+mod part;
 
 use half::f16;
 
-use super::int4::{CELL_BYTES, CELL_WEIGHTS, Int4Matrix};
-use super::{check_finite, check_len};
+pub use order::Order;
+pub use part::Int4Part;
+
+use super::int4::{CELL_BYTES, CELL_WEIGHTS, Int4Matrix, check_group, check_zeros};
+use super::{Shared, check_finite, check_len};
 use crate::Error;
 
 /// Rows a tile.
@@ -42,21 +46,25 @@ const TILE_CELLS: usize = TILE_COLS / CELL_WEIGHTS;
 
 const FORMAT: &str = "tiled INT4";
 
-/// An `(rows, cols)` matrix in tiles.
+/// Matrices in tiles.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Int4Tiled {
-    /// N.
+    /// Where the rows of each matrix are.
+    pub order: Order,
+    /// Rows of each matrix.
+    pub members: Vec<usize>,
+    /// N: rows in tiles, [`Order::packed_rows`] of the members.
     pub rows: usize,
     /// K, a multiple of 32.
     pub cols: usize,
     /// Weights that share a scale: 32, 64 or 128.
     pub group: usize,
     /// `(ceil(N/16), ceil(K/128), 256)` words.
-    pub quants: Vec<u32>,
+    pub quants: Shared<u32>,
     /// `(ceil(N/16), ceil(K/128), 8, 128/group, 2)`.
-    pub scales: Vec<f16>,
+    pub scales: Shared<f16>,
     /// As the scales, absent for the symmetric form.
-    pub mins: Option<Vec<f16>>,
+    pub mins: Option<Shared<f16>>,
     /// The minima are zeros, levels that stand for 0: [`Int4Matrix::zeros`].
     pub zeros: bool,
 }
@@ -68,69 +76,36 @@ impl Int4Tiled {
     /// The matrices' rows one after the other.
     ///
     /// # Errors
-    /// No matrix, or matrices that differ in columns, group or form.
+    /// As [`Int4Tiled::pack_as`].
     pub fn pack(matrices: &[&Int4Matrix]) -> Result<Self, Error> {
-        let rows: Vec<Source<'_>> = matrices
-            .iter()
-            .flat_map(|m| (0..m.rows).map(|row| Some((*m, row))))
-            .collect();
-        Self::from_rows(matrices, &rows)
+        Self::pack_as(Order::Rows, matrices)
     }
 
-    /// Eight rows of `gate`, the same eight of `up`, the next eight of `gate`, and so on: row `r`
-    /// of tile `t` is gate row `8t + r` for `r < 8` and up row `8t + r - 8` from there on. Both are
-    /// filled up to a multiple of eight rows.
+    /// [`Order::GateUp`].
     ///
     /// # Errors
-    /// Matrices that differ in anything but their weights.
+    /// As [`Int4Tiled::pack_as`].
     pub fn pack_gate_up(gate: &Int4Matrix, up: &Int4Matrix) -> Result<Self, Error> {
-        check_len(FORMAT, "rows of `up`", up.rows, gate.rows)?;
-        let rows: Vec<Source<'_>> = (0..gate.rows.div_ceil(HALF) * TILE_ROWS)
-            .map(|i| {
-                let row = i / TILE_ROWS * HALF + i % HALF;
-                let matrix = if i % TILE_ROWS < HALF { gate } else { up };
-                (row < matrix.rows).then_some((matrix, row))
-            })
-            .collect();
-        Self::from_rows(&[gate, up], &rows)
+        Self::pack_as(Order::GateUp, &[gate, up])
     }
 
-    /// The matrices one after the other, head by head: eight rows of the head's first half, the same
-    /// eight of its second, and so on. Row `r` of tile `t` of a head is row `8t + r` of the head for
-    /// `r < 8` and row `head_dim / 2 + 8t + r - 8` from there on.
+    /// [`Order::Heads`].
     ///
     /// # Errors
-    /// No matrix, matrices that differ in columns, group or form, a `head_dim` that is no multiple of
-    /// 16 or does not divide their rows.
+    /// As [`Int4Tiled::pack_as`].
     pub fn pack_heads(matrices: &[&Int4Matrix], head_dim: usize) -> Result<Self, Error> {
-        let whole = |m: &&Int4Matrix| head_dim > 0 && m.rows.is_multiple_of(head_dim);
-        if !head_dim.is_multiple_of(TILE_ROWS) || !matrices.iter().all(whole) {
-            return Err(Error::Matrix {
-                format: FORMAT,
-                reason: format!("heads of {head_dim} rows do not fill tiles of {TILE_ROWS}"),
-            });
-        }
-        let rows: Vec<Source<'_>> = matrices
-            .iter()
-            .flat_map(|m| {
-                (0..m.rows).map(move |i| {
-                    let (head, of_head) = (i / head_dim, i % head_dim);
-                    let (tile, r) = (of_head / TILE_ROWS, of_head % TILE_ROWS);
-                    let second = if r < HALF { 0 } else { head_dim / 2 };
-                    Some((*m, head * head_dim + second + tile * HALF + r % HALF))
-                })
-            })
-            .collect();
-        Self::from_rows(matrices, &rows)
+        Self::pack_as(Order::Heads { head_dim }, matrices)
     }
 
-    fn from_rows(matrices: &[&Int4Matrix], rows: &[Source<'_>]) -> Result<Self, Error> {
-        let Some(first) = matrices.first() else {
-            return Err(Error::Matrix {
-                format: FORMAT,
-                reason: "no matrix".to_owned(),
-            });
-        };
+    /// The matrices in tiles that they share.
+    ///
+    /// # Errors
+    /// Rows that the order does not take ([`Order::packed_rows`]), matrices that differ in columns, group
+    /// or form.
+    pub fn pack_as(order: Order, matrices: &[&Int4Matrix]) -> Result<Self, Error> {
+        let members: Vec<usize> = matrices.iter().map(|m| m.rows).collect();
+        let packed_rows = order.packed_rows(&members)?;
+        let first = matrices[0];
         for other in matrices {
             check_len(FORMAT, "columns", other.cols, first.cols)?;
             check_len(FORMAT, "groups", other.group, first.group)?;
@@ -138,6 +113,12 @@ impl Int4Tiled {
             check_len(FORMAT, "forms with minima", mins.into(), need.into())?;
             let (zeros, need) = (other.zeros, first.zeros);
             check_len(FORMAT, "forms with zeros", zeros.into(), need.into())?;
+        }
+        let mut rows: Vec<Source<'_>> = vec![None; packed_rows];
+        for (member, matrix) in matrices.iter().enumerate() {
+            for row in 0..matrix.rows {
+                rows[order.place(&members, member, row)] = Some((*matrix, row));
+            }
         }
         let column_tiles = first.cols.div_ceil(TILE_COLS);
         let tiles = rows.len().div_ceil(TILE_ROWS) * column_tiles;
@@ -147,92 +128,149 @@ impl Int4Tiled {
                 push_words(&mut quants, row_tile, column_tile);
             }
         }
-        let scales = group_values(rows, column_tiles, |m, row| m.row_scales(row));
+        let scales = group_values(&rows, column_tiles, |m, row| m.row_scales(row));
         let mins = first.mins.is_some().then(|| {
             let no_mins: &[f16] = &[];
-            group_values(rows, column_tiles, |m, row| {
+            group_values(&rows, column_tiles, |m, row| {
                 m.row_mins(row).unwrap_or(no_mins)
             })
         });
         Ok(Int4Tiled {
-            rows: rows.len(),
+            order,
+            members,
+            rows: packed_rows,
             cols: first.cols,
             group: first.group,
-            quants,
-            scales,
-            mins,
+            quants: quants.into(),
+            scales: scales.into(),
+            mins: mins.map(Into::into),
             zeros: first.zeros,
         })
     }
 
-    /// The rows in the order in which they were packed; of [`Int4Tiled::pack_gate_up`] with what
-    /// fills them up.
+    /// Puts tiles together from parts that may lie in a file. `zeros` says that the minima are zeros.
     ///
     /// # Errors
-    /// Parts of the wrong length, a scale or minimum that is not finite, a zero that is no level.
-    pub fn unpack(&self) -> Result<Int4Matrix, Error> {
-        let column_tiles = self.cols.div_ceil(TILE_COLS);
-        let row_tiles = self.rows.div_ceil(TILE_ROWS);
-        let tiles = row_tiles * column_tiles;
-        let groups_per_tile = TILE_COLS / self.group;
-        check_len(FORMAT, "quants", self.quants.len(), tiles * TILE_WORDS)?;
-        let scale_count = tiles * TILE_ROWS * groups_per_tile;
-        for values in [Some(&self.scales), self.mins.as_ref()]
-            .into_iter()
-            .flatten()
-        {
-            check_len(FORMAT, "scales or minima", values.len(), scale_count)?;
-            check_finite(FORMAT, "scale or minimum", values)?;
+    /// Rows that the order does not take, a group or columns that INT4 does not have, parts of the wrong
+    /// length, a scale or minimum that is not finite, a zero that is no level.
+    pub fn from_shared(
+        order: Order,
+        members: Vec<usize>,
+        [cols, group]: [usize; 2],
+        quants: Shared<u32>,
+        scales: Shared<f16>,
+        mins: Option<Shared<f16>>,
+        zeros: bool,
+    ) -> Result<Self, Error> {
+        let rows = order.packed_rows(&members)?;
+        check_group(rows, cols, group)?;
+        let words = rows
+            .div_ceil(TILE_ROWS)
+            .checked_mul(cols.div_ceil(TILE_COLS))
+            .and_then(|tiles| tiles.checked_mul(TILE_WORDS))
+            .ok_or_else(|| Error::Matrix {
+                format: FORMAT,
+                reason: format!("{rows} x {cols} overflows"),
+            })?;
+        check_len(FORMAT, "quants", quants.len(), words)?;
+        // Fewer than words: no overflow.
+        let scale_count = words / TILE_WORDS * TILE_ROWS * (TILE_COLS / group);
+        check_len(FORMAT, "scales", scales.len(), scale_count)?;
+        check_finite(FORMAT, "scale", &scales)?;
+        if let Some(mins) = &mins {
+            check_len(FORMAT, "mins", mins.len(), scale_count)?;
+            check_finite(FORMAT, "minimum", mins)?;
         }
-        let mut quants = vec![0u8; self.rows * self.cols / 2];
-        for (row, out) in quants.chunks_exact_mut(self.cols / 2).enumerate() {
-            for (j, byte) in out.iter_mut().enumerate() {
-                let column = j / CELL_BYTES * CELL_WEIGHTS + j % CELL_BYTES;
-                let high = self.quant(row, column + CELL_BYTES);
-                *byte = self.quant(row, column) | high << 4;
+        if zeros {
+            check_zeros(FORMAT, mins.as_deref(), scale_count)?;
+        }
+        Ok(Int4Tiled {
+            order,
+            members,
+            rows,
+            cols,
+            group,
+            quants,
+            scales,
+            mins,
+            zeros,
+        })
+    }
+
+    /// One of the matrices as it was before it was packed.
+    pub fn member(&self, member: usize) -> Int4Matrix {
+        self.copy_rows((0..self.members[member]).map(|row| self.place(member, row)))
+    }
+
+    /// The row in tiles of row `row` of matrix `member`.
+    fn place(&self, member: usize, row: usize) -> usize {
+        self.order.place(&self.members, member, row)
+    }
+
+    /// Rows in tiles, row by row.
+    fn copy_rows(&self, rows: impl ExactSizeIterator<Item = usize>) -> Int4Matrix {
+        let groups = self.cols.div_ceil(self.group);
+        let row_bytes = self.cols / 2;
+        let count = rows.len();
+        let mut quants = vec![0u8; count * row_bytes];
+        let mut scales = Vec::with_capacity(count * groups);
+        let mut mins = Vec::with_capacity(self.mins.as_ref().map_or(0, |_| count * groups));
+        for (row, out) in rows.zip(quants.chunks_exact_mut(row_bytes)) {
+            self.copy_quants(row, out);
+            let place = |group| self.group_place(row, group);
+            scales.extend((0..groups).map(|group| self.scales[place(group)]));
+            if let Some(all) = &self.mins {
+                mins.extend((0..groups).map(|group| all[place(group)]));
             }
         }
-        let by_row = |values: &[f16]| -> Vec<f16> {
-            let groups = self.cols.div_ceil(self.group);
-            (0..self.rows * groups)
-                .map(|i| {
-                    let (row, group) = (i / groups, i % groups);
-                    let tile = row / TILE_ROWS * column_tiles + group / groups_per_tile;
-                    let pair =
-                        (tile * HALF + row % HALF) * groups_per_tile + group % groups_per_tile;
-                    values[pair * 2 + row % TILE_ROWS / HALF]
-                })
-                .collect()
-        };
-        let matrix = Int4Matrix::new(
-            self.rows,
-            self.cols,
-            self.group,
-            quants,
-            by_row(&self.scales),
-            self.mins.as_deref().map(by_row),
-        )?;
-        match self.zeros {
-            true => matrix.with_zeros(),
-            false => Ok(matrix),
+        Int4Matrix {
+            rows: count,
+            cols: self.cols,
+            group: self.group,
+            quants: quants.into(),
+            scales: scales.into(),
+            mins: self.mins.as_ref().map(|_| mins.into()),
+            zeros: self.zeros,
         }
     }
 
-    /// The 4 bits of one weight.
-    fn quant(&self, row: usize, column: usize) -> u8 {
+    /// Where the scale of a group of a row is.
+    fn group_place(&self, row: usize, group: usize) -> usize {
+        let groups_per_tile = TILE_COLS / self.group;
+        let tile = row / TILE_ROWS * self.cols.div_ceil(TILE_COLS) + group / groups_per_tile;
+        let pair = (tile * HALF + row % HALF) * groups_per_tile + group % groups_per_tile;
+        pair * 2 + row % TILE_ROWS / HALF
+    }
+
+    /// The cells of a row: what [`push_words`] does, backwards.
+    fn copy_quants(&self, row: usize, out: &mut [u8]) {
         let column_tiles = self.cols.div_ceil(TILE_COLS);
-        let tile = row / TILE_ROWS * column_tiles + column / TILE_COLS;
-        let step = column % TILE_COLS / 32 * 2 + column % 8 / 4;
-        let lane = row % HALF * 4 + column % 32 / 8;
-        let word = self.quants[tile * TILE_WORDS + step / 4 * 128 + lane * 4 + step % 4];
-        let nibble = column % 2 * 4 + row % TILE_ROWS / HALF * 2 + column % 4 / 2;
-        (word >> (4 * nibble)) as u8 & 15
+        let first = row / TILE_ROWS * column_tiles * TILE_WORDS;
+        let tiles = self.quants[first..][..column_tiles * TILE_WORDS].chunks_exact(TILE_WORDS);
+        let (lanes, shift) = (row % HALF * 4, row % TILE_ROWS / HALF * 8);
+        for (cells, tile) in out.chunks_mut(TILE_CELLS * CELL_BYTES).zip(tiles) {
+            for (c, cell) in cells.chunks_exact_mut(CELL_BYTES).enumerate() {
+                // Of the eight words of a cell, those whose columns are the same bytes' low and high nibbles.
+                for (i, bytes) in cell.chunks_exact_mut(4).enumerate() {
+                    let (q, p) = (i / 2, i % 2);
+                    let step = 2 * c + p;
+                    let word = |q: usize| {
+                        tile[step / 4 * 128 + (lanes + q) * 4 + step % 4] >> shift & 0x00ff_00ff
+                    };
+                    let (low, high) = (word(q), word(q + 2));
+                    // Nibbles 0, 4, 1 and 5 of a word are columns in order.
+                    for (byte, at) in bytes.iter_mut().zip([0, 16, 4, 20]) {
+                        *byte = (low >> at & 15 | (high >> at & 15) << 4) as u8;
+                    }
+                }
+            }
+        }
     }
 
     /// Bytes that reading the whole matrix moves, padding included.
     pub fn bytes(&self) -> u64 {
-        let floats = self.scales.len() + self.mins.as_ref().map_or(0, Vec::len);
-        (size_of_val(self.quants.as_slice()) + floats * size_of::<f16>()) as u64
+        let floats = self.scales.len() + self.mins.as_ref().map_or(0, |mins| mins.len());
+        (size_of_val(&*self.quants) + floats * size_of::<f16>()) as u64
     }
 }
 
@@ -304,6 +342,8 @@ fn group_values<'a>(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     /// Every nibble and every scale its own, as far as four and sixteen bits go.
@@ -321,6 +361,11 @@ mod tests {
         Int4Matrix::new(rows, cols, group, quants, halves(1), mins).unwrap()
     }
 
+    /// The rows in the order in which they were packed.
+    fn all_rows(tiled: &Int4Tiled) -> Int4Matrix {
+        tiled.copy_rows(0..tiled.rows)
+    }
+
     #[test]
     fn unpacking_gives_back_what_was_packed() {
         for (rows, cols) in [(1, 32), (16, 128), (17, 160), (40, 576), (33, 1120)] {
@@ -330,7 +375,7 @@ mod tests {
                 let tiles = rows.div_ceil(16) * cols.div_ceil(128);
                 assert_eq!(tiled.quants.len(), tiles * 256);
                 assert_eq!(tiled.scales.len(), tiles * 16 * (128 / group));
-                assert_eq!(tiled.unpack().unwrap(), matrix, "{rows} x {cols} / {group}");
+                assert_eq!(tiled.member(0), matrix, "{rows} x {cols} / {group}");
             }
         }
     }
@@ -343,9 +388,9 @@ mod tests {
         let plain = Int4Tiled::pack(&[&matrix]).unwrap();
         let matrix = matrix.with_zeros().unwrap();
         let tiled = Int4Tiled::pack(&[&matrix]).unwrap();
-        assert_eq!(tiled.unpack().unwrap(), matrix);
+        assert_eq!(tiled.member(0), matrix);
         assert_eq!(tiled.bytes(), plain.bytes());
-        assert!(Int4Tiled::pack(&[&matrix, &plain.unpack().unwrap()]).is_err());
+        assert!(Int4Tiled::pack(&[&matrix, &plain.member(0)]).is_err());
     }
 
     #[test]
@@ -377,7 +422,9 @@ mod tests {
     #[test]
     fn matrices_follow_each_other() {
         let (a, b) = (matrix(5, 96, 32, true), matrix(14, 96, 32, true));
-        let both = Int4Tiled::pack(&[&a, &b]).unwrap().unpack().unwrap();
+        let tiled = Int4Tiled::pack(&[&a, &b]).unwrap();
+        assert_eq!([tiled.member(0), tiled.member(1)], [a.clone(), b.clone()]);
+        let both = all_rows(&tiled);
         assert_eq!(both.rows, 19);
         for row in 0..19 {
             let (of, i) = if row < 5 { (&a, row) } else { (&b, row - 5) };
@@ -393,10 +440,12 @@ mod tests {
         let mut up = gate.clone();
         up.quants.reverse();
         up.scales.reverse();
-        let both = Int4Tiled::pack_gate_up(&gate, &up)
-            .unwrap()
-            .unpack()
-            .unwrap();
+        let tiled = Int4Tiled::pack_gate_up(&gate, &up).unwrap();
+        assert_eq!(
+            [tiled.member(0), tiled.member(1)],
+            [gate.clone(), up.clone()]
+        );
+        let both = all_rows(&tiled);
         assert_eq!(both.rows, 32);
         for row in 0..32 {
             let of = if row % 16 < 8 { &gate } else { &up };
@@ -413,8 +462,9 @@ mod tests {
     #[test]
     fn halves_of_a_head_meet_in_a_tile() {
         let (q, k) = (matrix(96, 160, 64, true), matrix(48, 160, 64, true));
-        let both = Int4Tiled::pack_heads(&[&q, &k], 48).unwrap();
-        let both = both.unpack().unwrap();
+        let tiled = Int4Tiled::pack_heads(&[&q, &k], 48).unwrap();
+        assert_eq!([tiled.member(0), tiled.member(1)], [q.clone(), k.clone()]);
+        let both = all_rows(&tiled);
         assert_eq!(both.rows, 144);
         let mut seen = [false; 144];
         for row in 0..144 {
@@ -444,8 +494,62 @@ mod tests {
         assert!(Int4Tiled::pack(&[&a, &matrix(16, 128, 32, false)]).is_err());
         assert!(Int4Tiled::pack(&[&a, &matrix(16, 128, 64, true)]).is_err());
         assert!(Int4Tiled::pack_gate_up(&a, &matrix(17, 128, 64, false)).is_err());
-        let mut tiled = Int4Tiled::pack(&[&a]).unwrap();
-        tiled.quants.pop();
-        assert!(tiled.unpack().is_err());
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_are_refused() {
+        let mut matrix = matrix(19, 160, 64, true);
+        matrix.mins = Some(vec![f16::ONE; matrix.scales.len()].into());
+        let good = Int4Tiled::pack(&[&matrix.with_zeros().unwrap()]).unwrap();
+        let again = |change: &dyn Fn(&mut Int4Tiled)| {
+            let mut t = good.clone();
+            change(&mut t);
+            let shape = [t.cols, t.group];
+            Int4Tiled::from_shared(
+                t.order, t.members, shape, t.quants, t.scales, t.mins, t.zeros,
+            )
+        };
+        assert_eq!(again(&|_| ()).unwrap(), good);
+        let refused = |change: &dyn Fn(&mut Int4Tiled), expected: &str| {
+            let message = again(change).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        };
+        refused(&|t| _ = t.quants.to_mut().pop(), "quants");
+        refused(&|t| _ = t.scales.to_mut().pop(), "scales");
+        refused(&|t| t.mins = None, "zeros");
+        refused(
+            &|t| t.mins.as_mut().unwrap()[3] = f16::from_f32(0.5),
+            "zero 3",
+        );
+        refused(&|t| t.scales[5] = f16::NAN, "NaN");
+        refused(&|t| t.group = 48, "group is 48");
+        refused(&|t| t.cols = 170, "170 columns");
+        refused(&|t| t.members = vec![40], "quants");
+        refused(&|t| t.members = Vec::new(), "no matrix");
+        refused(&|t| t.members = vec![19, 0], "without rows");
+        refused(&|t| t.members = vec![usize::MAX, 19], "overflow");
+        refused(&|t| t.members = vec![usize::MAX / 128], "overflow");
+        refused(&|t| t.order = Order::GateUp, "gate and up");
+        refused(&|t| t.order = Order::Heads { head_dim: 16 }, "heads of 16");
+        refused(&|t| t.order = Order::Heads { head_dim: 0 }, "heads of 0");
+    }
+
+    #[test]
+    fn a_part_is_one_of_the_matrices() {
+        let (q, k) = (matrix(96, 160, 64, true), matrix(48, 160, 64, true));
+        let tiles = Arc::new(Int4Tiled::pack_heads(&[&q, &k], 48).unwrap());
+        let parts = [0, 1].map(|member| Int4Part::new(Arc::clone(&tiles), member).unwrap());
+        assert!(Int4Part::new(Arc::clone(&tiles), 2).is_none());
+        for (part, matrix) in parts.iter().zip([&q, &k]) {
+            assert_eq!((part.rows(), part.in_rows()), (matrix.rows, matrix.clone()));
+            let (mut got, mut want) = ([0.0; 160], [0.0; 160]);
+            for row in 0..matrix.rows {
+                part.dequantize_row(row, &mut got);
+                matrix.dequantize_row(row, &mut want);
+                assert_eq!(got, want);
+            }
+        }
+        assert_eq!(parts[0].bytes() + parts[1].bytes(), tiles.bytes());
+        assert_eq!(parts[0].share(10), 6);
     }
 }

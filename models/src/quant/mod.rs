@@ -12,7 +12,7 @@ pub mod ternary;
 pub use float16::F16Matrix;
 pub use int4::{Int4Form, Int4Matrix};
 pub use int4_fit::Int4Fit;
-pub use int4_tiled::Int4Tiled;
+pub use int4_tiled::{Int4Part, Int4Tiled};
 pub use int8::Int8Matrix;
 pub use shared::Shared;
 pub use ternary::TernaryMatrix;
@@ -26,6 +26,8 @@ use crate::Error;
 pub enum Weight {
     /// 4-bit matrix.
     Int4(Int4Matrix),
+    /// 4-bit matrix in the tiles of a GPU, as the quantiser's file holds it.
+    Int4Tiled(Int4Part),
     /// 8-bit matrix.
     Int8(Int8Matrix),
     /// 2-bit matrix of -1, 0 and 1.
@@ -36,11 +38,37 @@ pub enum Weight {
     Vector(Vec<f32>),
 }
 
+/// Shape and form of a 4-bit matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Int4Shape {
+    /// N.
+    pub rows: usize,
+    /// K.
+    pub cols: usize,
+    /// Weights that share a scale.
+    pub group: usize,
+    /// Whether it has minima, or zeros.
+    pub has_mins: bool,
+    /// Whether the minima are zeros.
+    pub zeros: bool,
+}
+
+impl Int4Shape {
+    /// Whether a matrix can share tiles with `other`.
+    pub fn fits(self, other: Int4Shape) -> bool {
+        self == Int4Shape {
+            rows: self.rows,
+            ..other
+        }
+    }
+}
+
 impl Weight {
     /// Bytes that reading the whole tensor moves.
     pub fn bytes(&self) -> u64 {
         match self {
             Weight::Int4(matrix) => matrix.bytes(),
+            Weight::Int4Tiled(part) => part.bytes(),
             Weight::Int8(matrix) => matrix.bytes(),
             Weight::Ternary(matrix) => matrix.bytes(),
             Weight::F16(matrix) => matrix.bytes(),
@@ -52,6 +80,7 @@ impl Weight {
     pub fn dequantize_row(&self, i: usize, out: &mut [f32]) {
         match self {
             Weight::Int4(matrix) => matrix.dequantize_row(i, out),
+            Weight::Int4Tiled(part) => part.dequantize_row(i, out),
             Weight::Int8(matrix) => matrix.dequantize_row(i, out),
             Weight::Ternary(matrix) => matrix.dequantize_row(i, out),
             Weight::F16(matrix) => matrix.dequantize_row(i, out),
@@ -59,10 +88,31 @@ impl Weight {
         }
     }
 
+    /// What 4-bit matrices have to agree in to share tiles; `None` for other weights.
+    pub fn int4(&self) -> Option<Int4Shape> {
+        let (rows, cols) = self.shape();
+        let (group, has_mins, zeros) = match self {
+            Weight::Int4(m) => (m.group, m.mins.is_some(), m.zeros),
+            Weight::Int4Tiled(part) => {
+                let tiles = part.tiles();
+                (tiles.group, tiles.mins.is_some(), tiles.zeros)
+            }
+            _ => return None,
+        };
+        Some(Int4Shape {
+            rows,
+            cols,
+            group,
+            has_mins,
+            zeros,
+        })
+    }
+
     /// `(rows, columns)`; a vector is one row.
     pub fn shape(&self) -> (usize, usize) {
         match self {
             Weight::Int4(m) => (m.rows, m.cols),
+            Weight::Int4Tiled(part) => (part.rows(), part.tiles().cols),
             Weight::Int8(m) => (m.rows, m.cols),
             Weight::Ternary(m) => (m.rows, m.cols),
             Weight::F16(m) => (m.rows, m.cols),

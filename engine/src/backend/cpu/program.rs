@@ -186,10 +186,9 @@ fn check(model: &LoadedModel, step: &Step) -> Result<(), Error> {
         _ => fail(id, format!("a vector of {len}")),
     };
     let matrix = |id: WeightId, rows: usize, cols: usize| match model.weights.get(id) {
-        Some(Weight::Int4(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
-        Some(Weight::Int8(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
-        Some(Weight::Ternary(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
-        Some(Weight::F16(m)) if (m.rows, m.cols) == (rows, cols) => Ok(()),
+        Some(weight) if !matches!(weight, Weight::Vector(_)) && weight.shape() == (rows, cols) => {
+            Ok(())
+        }
         _ => fail(id, format!("a ({rows}, {cols}) matrix")),
     };
     let same = |what: &str, elems: &[usize]| {
@@ -385,7 +384,7 @@ fn with_levels(model: &LoadedModel) -> (Vec<Op>, Vec<LevelsPlace>) {
         } = step
             && matches!(
                 model.weights.get(*weight),
-                Some(Weight::Int4(_) | Weight::Int8(_) | Weight::Ternary(_))
+                Some(Weight::Int4(_) | Weight::Int4Tiled(_) | Weight::Int8(_) | Weight::Ternary(_))
             )
         {
             let (writer, cut) = writers[*src as usize];

@@ -161,6 +161,7 @@ fn reference_logits(model: &LoadedModel, tokens: &[u32], form: KvForm) -> Vec<f3
 fn reference_linear(weight: &Weight, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
     match weight {
         Weight::Int4(w) => linear::int4::reference(w, bias, x, y),
+        Weight::Int4Tiled(w) => linear::int4::reference(&w.in_rows(), bias, x, y),
         Weight::Int8(w) => linear::int8::reference(w, bias, x, y),
         Weight::Ternary(w) => linear::ternary::reference(w, bias, x, y),
         Weight::F16(w) => linear::float16::reference(w, bias, x, y),

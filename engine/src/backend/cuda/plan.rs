@@ -7,7 +7,8 @@
 //!           '-------------------------------------------- full -----------------------------------------------'
 //! ```
 //!
-//! That is a decoder of INT4 matrices; what else a recipe may hold runs step by step, see `fuse`.
+//! That is a decoder of INT4 matrices; what else a recipe may hold runs step by step, see
+//! [`fuse`].
 //!
 //! Both lists end by advancing the position: the prompt's with `advance_position`, the full one in
 //! the logits kernel, which also chooses the next token. Tokens and the position live in device
@@ -17,7 +18,6 @@
 //! those instead: see `prompt`.
 
 mod calls;
-mod fuse;
 mod place;
 mod prompt;
 
@@ -28,10 +28,10 @@ use gpu_kernels::{attention, logits, sample};
 use models::recipe::{Buffer, Step};
 use rayon::prelude::*;
 
-use self::fuse::Op;
 use self::place::{Placed, pack};
 pub use self::prompt::Prompt;
 use crate::Error;
+use crate::backend::fuse::{self, Op};
 use crate::backend::{KvCache, KvForm, LoadedModel};
 use crate::sampler::Sampling;
 
@@ -173,7 +173,9 @@ pub fn compile(
         ops,
         neighbours,
         half_gated,
-    } = fuse::fuse(model, cache.form);
+    } = fuse::fuse(&model.recipe, cache.form, &|id| {
+        model.weights.get(id)?.int4()
+    });
     let mut compiler = Compiler::new(model, cache, device, tuned, &neighbours, memory)?;
     compiler.half_gated = half_gated;
     let mut many = prompt::Builder::new(&mut compiler, &ops)?;
@@ -197,7 +199,7 @@ pub fn compile(
             calls.push(match op {
                 Op::Step(step) => compiler.step(step)?,
                 Op::Product(product) => {
-                    let placed = compiler.place(product, packed.as_ref())?;
+                    let placed = compiler.place(product, packed.as_deref())?;
                     if let Some(many) = &mut many {
                         many.product(&mut compiler, product, &placed)?;
                     }

@@ -9,11 +9,11 @@ use gpu_kernels::{
 use models::quant::Weight;
 use models::recipe::{Buffer, Step, WeightId};
 
-use super::fuse::{Op, Product, Then};
 use super::place::{Placed, PlacedProduct, pack};
 use super::{Cache, Compiler, attention_shape, unsupported};
 use crate::Error;
 use crate::backend::KvForm;
+use crate::backend::fuse::{Op, Product, Then};
 
 impl Compiler<'_> {
     /// The kernel call of one step.
@@ -214,7 +214,8 @@ impl Compiler<'_> {
             }
             Step::Logits { table, src, dst } => {
                 // The choice is a call of its own: [`Compiler::choice`].
-                if let Some(Weight::Int4(_)) = self.model.weights.get(table) {
+                let int4 = self.model.weights.get(table).and_then(Weight::int4);
+                if int4.is_some() {
                     let product = Product {
                         norm: None,
                         src,
@@ -224,7 +225,7 @@ impl Compiler<'_> {
                         then: Then::Store,
                     };
                     let packed = self.memory.keeps().then(|| pack(self.model, &product));
-                    let placed = self.place(&product, packed.transpose()?.as_ref())?;
+                    let placed = self.place(&product, packed.transpose()?.as_deref())?;
                     let (call, _) = self.product(&product, &placed)?;
                     return Ok(call);
                 }
@@ -278,7 +279,7 @@ impl Compiler<'_> {
     fn chooses(&self, table: WeightId) -> bool {
         !matches!(
             self.model.weights.get(table),
-            Some(Weight::F16(_) | Weight::Int4(_))
+            Some(Weight::F16(_) | Weight::Int4(_) | Weight::Int4Tiled(_))
         )
     }
 

@@ -1,17 +1,20 @@
 //! Weights in device memory: as they are, or packed into the tiles of the matrix units.
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use cust::memory::bytemuck;
 use gpu_kernels::launch::DeviceSlice;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use models::quant::int4_tiled::{TILE_COLS, TILE_ROWS};
-use models::quant::{Int4Matrix, Int4Tiled, Int8Matrix, Weight};
+use models::quant::{Int4Matrix, Int4Shape, Int4Tiled, Int8Matrix, Weight};
 use models::recipe::WeightId;
 
-use super::fuse::{Product, Then};
 use super::{Compiler, bytes_of};
 use crate::Error;
 use crate::backend::LoadedModel;
+use crate::backend::fuse::{Product, Then};
 
 /// A weight in device memory, as it is.
 #[derive(Debug, Clone, Copy)]
@@ -55,11 +58,9 @@ pub(super) struct PlacedProduct {
     pub gain: DeviceSlice,
 }
 
-fn int4(model: &LoadedModel, id: WeightId) -> Result<&Int4Matrix, Error> {
-    match model.weights.get(id) {
-        Some(Weight::Int4(matrix)) => Ok(matrix),
-        _ => Err(wrong_kind(model, id, "a 4-bit matrix")),
-    }
+fn int4(model: &LoadedModel, id: WeightId) -> Result<Int4Shape, Error> {
+    let shape = model.weights.get(id).and_then(Weight::int4);
+    shape.ok_or_else(|| wrong_kind(model, id, "a 4-bit matrix"))
 }
 
 fn wrong_kind(model: &LoadedModel, id: WeightId, wanted: &str) -> Error {
@@ -68,24 +69,44 @@ fn wrong_kind(model: &LoadedModel, id: WeightId, wanted: &str) -> Error {
     Error::input(format!("tensor {name} should be {wanted}"))
 }
 
-/// The matrices of a product as one, in tiles.
+/// The matrices of a product as one, in tiles: those of the file where it has them so.
 ///
 /// # Errors
 /// Matrices that do not fit each other.
-pub(super) fn pack(model: &LoadedModel, product: &Product) -> Result<Int4Tiled, Error> {
+pub(super) fn pack(model: &LoadedModel, product: &Product) -> Result<Arc<Int4Tiled>, Error> {
+    let order = product.order(model.recipe.config.head_dim);
+    if let Some(tiles) = stored(model, product)
+        && tiles.order == order
+    {
+        return Ok(Arc::clone(tiles));
+    }
     let matrices = product
         .matrices
         .iter()
-        .map(|id| int4(model, *id))
+        .map(|id| match model.weights.get(*id) {
+            Some(Weight::Int4(matrix)) => Ok(Cow::Borrowed(matrix)),
+            Some(Weight::Int4Tiled(part)) => Ok(Cow::Owned(part.in_rows())),
+            _ => Err(wrong_kind(model, *id, "a 4-bit matrix")),
+        })
         .collect::<Result<Vec<_>, _>>()?;
-    let tiled = match (product.then, &matrices[..]) {
-        (Then::SwiGlu, [gate, up]) => Int4Tiled::pack_gate_up(gate, up),
-        (Then::RopeKvAppend { .. }, _) => {
-            Int4Tiled::pack_heads(&matrices, model.recipe.config.head_dim)
-        }
-        _ => Int4Tiled::pack(&matrices),
+    let matrices: Vec<&Int4Matrix> = matrices.iter().map(AsRef::as_ref).collect();
+    let tiled = Int4Tiled::pack_as(order, &matrices).map_err(Error::input)?;
+    Ok(Arc::new(tiled))
+}
+
+/// The tiles that hold the matrices of a product, all of them in order and nothing else.
+fn stored<'m>(model: &'m LoadedModel, product: &Product) -> Option<&'m Arc<Int4Tiled>> {
+    let part = |id: &WeightId| match model.weights.get(*id) {
+        Some(Weight::Int4Tiled(part)) => Some(part),
+        _ => None,
     };
-    tiled.map_err(Error::input)
+    let tiles = part(product.matrices.first()?)?.tiles();
+    let is_next = |(i, id): (usize, &WeightId)| {
+        part(id).is_some_and(|part| Arc::ptr_eq(part.tiles(), tiles) && part.member() == i)
+    };
+    let all = product.matrices.len() == tiles.members.len()
+        && product.matrices.iter().enumerate().all(is_next);
+    all.then_some(tiles)
 }
 
 fn halves(values: &[f16]) -> &[u8] {
@@ -123,7 +144,9 @@ impl Compiler<'_> {
             Some(Weight::Ternary(_)) => {
                 return Err(self.wrong_kind(id, "in four bits by now"));
             }
-            Some(Weight::Int4(_)) => return Err(self.wrong_kind(id, "an 8-bit matrix or a vector")),
+            Some(Weight::Int4(_) | Weight::Int4Tiled(_)) => {
+                return Err(self.wrong_kind(id, "an 8-bit matrix or a vector"));
+            }
             None => return Err(Error::input(format!("there is no weight {id}"))),
         };
         self.weights[id] = Some(placed);
@@ -208,7 +231,7 @@ impl Compiler<'_> {
             group: first.group,
             quants: place(quants, packed.map(|p| bytemuck::cast_slice(&p.quants)))?,
             scales: place(scales, packed.map(|p| halves(&p.scales)))?,
-            mins: match first.mins.is_some() {
+            mins: match first.has_mins {
                 true => place(scales, packed.and_then(|p| p.mins.as_deref()).map(halves))?,
                 false => DeviceSlice::NONE,
             },

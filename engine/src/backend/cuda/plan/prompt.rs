@@ -16,10 +16,10 @@ use gpu_kernels::rope_kv_append::tokens::Strided;
 use gpu_kernels::{attention, embed, kv_values, rmsnorm, rope_kv_append};
 use models::recipe::{Buffer, Step};
 
-use super::fuse::{Op, Product, Then};
 use super::place::{Placed, PlacedProduct};
 use super::{Cache, Compiler, attention_shape, bytes_of, unsupported};
 use crate::Error;
+use crate::backend::fuse::{Op, Product, Then};
 use crate::backend::{KvForm, LoadedModel};
 
 /// Most tokens at once: more make the products no faster and take more memory.

@@ -1,4 +1,4 @@
-//! Which steps of a recipe one kernel takes together.
+//! Which steps of a recipe one kernel of a GPU takes together, and so which INT4 matrices share tiles.
 //!
 //! ```text
 //! [norm] linear linear ...          one product of the matrices packed row after row
@@ -12,25 +12,30 @@
 //! The steps of a pattern follow each other in the recipe, and what the fused kernel no longer
 //! writes is read by nothing after it. Steps in another arrangement run one by one.
 
-use models::quant::int4_tiled::TILE_ROWS;
-use models::quant::{Int4Matrix, Weight};
-use models::recipe::{Buffer, Step, WeightId};
+use models::quant::Int4Shape;
+use models::quant::int4_tiled::{Order, TILE_ROWS};
+use models::recipe::{Buffer, Recipe, Step, WeightId};
 
-use crate::backend::{KvForm, LoadedModel};
+use super::KvForm;
 
 /// What becomes one kernel call.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Op<'a> {
+pub enum Op<'a> {
     /// A step by itself.
     Step(&'a Step),
     /// INT4 matrices behind one input.
     Product(Product),
     /// Queries turned in place, keys turned and appended with the values.
     RopeKvAppend {
+        /// Layer of the cache.
         layer: usize,
+        /// Queries.
         query: Buffer,
+        /// Heads of the queries.
         heads: usize,
+        /// Keys.
         key: Buffer,
+        /// Values.
         value: Buffer,
     },
 }
@@ -48,26 +53,33 @@ impl Op<'_> {
 
 /// A norm in front of a product.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Norm {
+pub struct Norm {
+    /// Its gain.
     pub weight: WeightId,
+    /// What is added to the mean of the squares.
     pub eps: f32,
 }
 
 /// What becomes of a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Then {
+pub enum Then {
+    /// Written.
     Store,
+    /// Added to what is there.
     Add,
+    /// Gated.
     SwiGlu,
     /// Turned, and keys and values appended to the cache of a layer.
     RopeKvAppend {
+        /// The layer.
         layer: usize,
     },
 }
 
 /// INT4 matrices behind one input.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Product {
+pub struct Product {
+    /// The norm in front.
     pub norm: Option<Norm>,
     /// Input of the norm, or of the matrices if there is none.
     pub src: Buffer,
@@ -78,26 +90,54 @@ pub(super) struct Product {
     /// Where the rows of each matrix go, one after the other in memory; one with [`Then::SwiGlu`], the
     /// queries' with [`Then::RopeKvAppend`].
     pub dsts: Vec<Buffer>,
+    /// What becomes of the result.
     pub then: Then,
+}
+
+impl Product {
+    /// How its matrices share tiles in a model with heads of `head_dim`.
+    pub fn order(&self, head_dim: usize) -> Order {
+        match self.then {
+            Then::SwiGlu => Order::GateUp,
+            Then::RopeKvAppend { .. } => Order::Heads { head_dim },
+            Then::Store | Then::Add => Order::Rows,
+        }
+    }
 }
 
 /// The calls to make, and the buffers that have to lie one after the other, in this order.
 #[derive(Debug, Default)]
-pub(super) struct Fused<'a> {
+pub struct Fused<'a> {
+    /// The calls, in order.
     pub ops: Vec<Op<'a>>,
+    /// Buffers that lie one after the other.
     pub neighbours: Vec<Vec<Buffer>>,
     /// Whether the gated activations are halves: products write them and products read them.
     pub half_gated: bool,
 }
 
-/// Goes through the recipe and takes the longest pattern at each place. A value of 8 bits needs the
-/// greatest of its head first, whose tiles are spread over blocks: it comes from a launch of its own.
-pub(super) fn fuse(model: &LoadedModel, form: KvForm) -> Fused<'_> {
-    let steps = &model.recipe.steps;
+/// A recipe, the form of its cache, and which of its weights are INT4.
+#[derive(Clone, Copy)]
+struct Model<'a> {
+    recipe: &'a Recipe,
+    kv: KvForm,
+    int4: &'a dyn Fn(WeightId) -> Option<Int4Shape>,
+}
+
+/// Goes through the recipe and takes the longest pattern at each place. `int4` gives the shapes of the
+/// weights that are INT4. A value of 8 bits needs the greatest of its head first, whose tiles are spread
+/// over blocks: a launch of its own appends it.
+pub fn fuse<'a>(
+    recipe: &'a Recipe,
+    kv: KvForm,
+    int4: &dyn Fn(WeightId) -> Option<Int4Shape>,
+) -> Fused<'a> {
+    let steps = &recipe.steps;
+    let model = Model { recipe, kv, int4 };
     let mut fused = Fused::default();
     let mut at = 0;
     while at < steps.len() {
-        let (op, taken) = product(model, at, form, &mut fused.neighbours)
+        let (op, taken) = product(model, at, &mut fused.neighbours)
             .or_else(|| rope_kv_append(steps, at))
             .unwrap_or((Op::Step(&steps[at]), 1));
         fused.ops.push(op);
@@ -121,15 +161,15 @@ pub(super) fn fuse(model: &LoadedModel, form: KvForm) -> Fused<'_> {
 
 /// A linear step of an INT4 matrix.
 #[derive(Clone, Copy)]
-struct Linear<'a> {
+struct Linear {
     weight: WeightId,
-    matrix: &'a Int4Matrix,
+    matrix: Int4Shape,
     bias: Option<WeightId>,
     src: Buffer,
     dst: Buffer,
 }
 
-fn linear(model: &LoadedModel, at: usize) -> Option<Linear<'_>> {
+fn linear(model: Model<'_>, at: usize) -> Option<Linear> {
     let Step::Linear {
         weight,
         bias,
@@ -139,9 +179,7 @@ fn linear(model: &LoadedModel, at: usize) -> Option<Linear<'_>> {
     else {
         return None;
     };
-    let Some(Weight::Int4(matrix)) = model.weights.get(weight) else {
-        return None;
-    };
+    let matrix = (model.int4)(weight)?;
     (src != dst).then_some(Linear {
         weight,
         matrix,
@@ -153,9 +191,8 @@ fn linear(model: &LoadedModel, at: usize) -> Option<Linear<'_>> {
 
 /// The product that starts at step `at`, and the steps that it stands for.
 fn product<'a>(
-    model: &'a LoadedModel,
+    model: Model<'_>,
     at: usize,
-    form: KvForm,
     neighbours: &mut Vec<Vec<Buffer>>,
 ) -> Option<(Op<'a>, usize)> {
     let steps = &model.recipe.steps;
@@ -175,7 +212,7 @@ fn product<'a>(
     }
     // Without a norm of its own, or with one whose result nobody else wants.
     let normed_is_dead = |next: usize| norm.is_none_or(|(_, normed)| is_dead(steps, next, normed));
-    let make = |matrices: &[Linear<'_>], dsts: Vec<Buffer>, then| {
+    let make = |matrices: &[Linear], dsts: Vec<Buffer>, then| {
         let product = Product {
             norm: norm.map(|(norm, _)| norm),
             src,
@@ -216,7 +253,7 @@ fn product<'a>(
         return Some((make(&run, vec![dst], Then::Add), first + 2 - at));
     }
     if let [q, k, v] = &run[..]
-        && form == KvForm::K16V16
+        && model.kv == KvForm::K16V16
         && let Some((
             Op::RopeKvAppend {
                 layer,
@@ -253,7 +290,7 @@ fn product<'a>(
 }
 
 /// Whether the rows are those of the model's heads, and tiles hold halves of heads side by side.
-fn are_heads(model: &LoadedModel, heads: usize, [q, k, v]: [&Int4Matrix; 3]) -> bool {
+fn are_heads(model: Model<'_>, heads: usize, [q, k, v]: [Int4Shape; 3]) -> bool {
     let config = &model.recipe.config;
     let kv_rows = config.kv_heads * config.head_dim;
     config.head_dim.is_multiple_of(TILE_ROWS)
@@ -263,13 +300,12 @@ fn are_heads(model: &LoadedModel, heads: usize, [q, k, v]: [&Int4Matrix; 3]) -> 
 }
 
 /// The INT4 matrices from step `at` on that read one buffer and can be packed.
-fn run(model: &LoadedModel, at: usize) -> Vec<Linear<'_>> {
-    let mut run: Vec<Linear<'_>> = Vec::new();
+fn run(model: Model<'_>, at: usize) -> Vec<Linear> {
+    let mut run: Vec<Linear> = Vec::new();
     while let Some(next) = linear(model, at + run.len()) {
-        let fits = run.first().is_none_or(|first: &Linear<'_>| {
-            let form = |m: &Int4Matrix| (m.cols, m.group, m.mins.is_some(), m.zeros);
-            first.src == next.src && form(first.matrix) == form(next.matrix)
-        });
+        let fits = run
+            .first()
+            .is_none_or(|first: &Linear| first.src == next.src && first.matrix.fits(next.matrix));
         let new = run.iter().all(|l| l.dst != next.dst && l.src != next.dst);
         if !fits || !new {
             break;
