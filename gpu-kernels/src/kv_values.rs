@@ -22,6 +22,7 @@ use crate::unroll::unroll;
 /// Threads a block.
 const THREADS: u32 = 256;
 /// Elements a thread takes at a time.
+#[cfg(not(target_arch = "nvptx64"))]
 const EIGHT: u32 = 8;
 /// Blocks a multiprocessor at most.
 #[cfg(not(target_arch = "nvptx64"))]

@@ -277,6 +277,7 @@ impl Backend for CpuBackend {
         Ok(Profile {
             read_bytes_per_second: read::bytes_per_second(self.team.threads())
                 .ok_or_else(|| Error::machine("no memory to measure its speed with"))?,
+            memory_bytes: None,
             kernels: Vec::new(),
         })
     }

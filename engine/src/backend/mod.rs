@@ -89,6 +89,9 @@ pub struct BackendInfo {
 pub struct Profile {
     /// Bytes a second that plain reading of this machine's memory reaches.
     pub read_bytes_per_second: f64,
+    /// Device memory that the model takes by now, weights, cache and buffers, without what the driver
+    /// keeps for itself; none where it is not a device's.
+    pub memory_bytes: Option<u64>,
     /// Kernels of a token, in order of first use; none where they were not asked for or cannot be
     /// told apart.
     pub kernels: Vec<KernelTime>,

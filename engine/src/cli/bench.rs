@@ -12,12 +12,9 @@ use engine::Error;
 use engine::backend::{Backend, LoadedModel, Selected, select};
 use engine::sampler::Sampling;
 use engine::weights::ModelFile;
-use models::file::gguf::Gguf;
-use models::synthetic::{self, Options};
-use rayon::prelude::*;
 
 use self::report::{Latency, Rate, Report};
-use super::synthesize::LinearArg;
+use super::synthesize::{self, LinearArg};
 use super::{Failure, ModelArgs, model_path, positive, set_threads};
 
 /// Measure prompt and decode speed, latency and energy of a model.
@@ -166,6 +163,7 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
         read_gb_per_second: profile.read_bytes_per_second / 1e9,
         floor_tokens_per_second: floor,
         share_of_floor: decode_rate.map(|r| r.mean / floor),
+        memory_bytes: profile.memory_bytes,
         joules_per_token: energy.per_token(args.repeat * args.tokens),
         kernels: profile.kernels,
     };
@@ -180,22 +178,7 @@ fn load(args: &BenchArgs, context: usize) -> Result<LoadedModel, Error> {
         let file = mapped.parse()?;
         return mapped.load(&file, mapped.recipe(&file)?);
     };
-    let options = Options {
-        linear: args.linear.into(),
-        ..Options::default()
-    };
-    let mut shape = synthetic::shape(name)?.clone();
-    // A file says it in 32 bits.
-    shape.context = shape.context.max(context).min(u32::MAX as usize);
-    let bytes = synthetic::to_vec(&shape, &options)?;
-    let file = Gguf::parse(&bytes)?;
-    let recipe = models::arch::recipe(&file)?;
-    let weights = recipe
-        .weights
-        .par_iter()
-        .map(|weight| models::weights::decode(&file, weight))
-        .collect::<Result<_, _>>()?;
-    Ok(LoadedModel { recipe, weights })
+    synthesize::loaded(name, args.linear, context)
 }
 
 /// Tokens that the cache must hold: one more than is measured, which the profile appends.

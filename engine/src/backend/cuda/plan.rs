@@ -66,6 +66,22 @@ pub trait Memory {
     /// [`Error::Machine`] if there is no room.
     fn reserve(&mut self, bytes: u64) -> Result<DeviceSlice, Error>;
 
+    /// `count` new buffers `(strips, rows, row_bytes)` that are written row by row, in all strips of all
+    /// of them together: memory may come as it is reached.
+    ///
+    /// # Errors
+    /// As [`Memory::reserve`].
+    fn reserve_rows(
+        &mut self,
+        count: usize,
+        strips: usize,
+        rows: usize,
+        row_bytes: usize,
+    ) -> Result<Vec<DeviceSlice>, Error> {
+        let bytes = bytes_of(&[strips, rows, row_bytes])?;
+        (0..count).map(|_| self.reserve(bytes)).collect()
+    }
+
     /// Whether it keeps what is uploaded, rather than only its size.
     fn keeps(&self) -> bool {
         true
@@ -332,20 +348,26 @@ impl<'a> Compiler<'a> {
         let buffers = place_buffers(model, neighbours, memory)?;
         let context = cache.tokens;
         let of_8_bits = cache.form == KvForm::K16V8;
-        let rows_of = |width: usize, bytes| bytes_of(&[config.kv_heads, context, width, bytes]);
-        let caches = (0..config.layers)
-            .map(|_| {
-                Ok(Cache {
-                    keys: memory.reserve(rows_of(config.head_dim, 2)?)?,
-                    values: memory
-                        .reserve(rows_of(config.head_dim, if of_8_bits { 1 } else { 2 })?)?,
-                    scales: match of_8_bits {
-                        true => memory.reserve(rows_of(1, 2)?)?,
-                        false => DeviceSlice::NONE,
-                    },
-                })
-            })
-            .collect::<Result<Vec<_>, Error>>()?;
+        let mut cached = |row_bytes: usize| {
+            memory.reserve_rows(config.layers, config.kv_heads, context, row_bytes)
+        };
+        let keys = cached(config.head_dim.saturating_mul(2))?;
+        let values = cached(
+            config
+                .head_dim
+                .saturating_mul(if of_8_bits { 1 } else { 2 }),
+        )?;
+        let scales = match of_8_bits {
+            true => cached(2)?,
+            false => vec![DeviceSlice::NONE; config.layers],
+        };
+        let caches = keys.into_iter().zip(values).zip(scales);
+        let caches = caches.map(|((keys, values), scales)| Cache {
+            keys,
+            values,
+            scales,
+        });
+        let caches = caches.collect();
         let scratch_bytes = model.recipe.steps.iter().find_map(|step| match *step {
             Step::Attention { scale, .. } => {
                 let shape = attention_shape(model, context, scale);
@@ -444,7 +466,7 @@ fn attention_shape(model: &LoadedModel, context: usize, scale: f32) -> attention
 }
 
 /// Bytes of a dense tensor; the last factor is the element size.
-fn bytes_of(dims: &[usize]) -> Result<u64, Error> {
+pub(super) fn bytes_of(dims: &[usize]) -> Result<u64, Error> {
     dims.iter()
         .try_fold(1u64, |bytes, dim| bytes.checked_mul(*dim as u64))
         .ok_or_else(|| Error::input(format!("a buffer of {dims:?} does not fit 2^64 bytes")))

@@ -246,8 +246,9 @@ impl Builder {
             KvForm::K16V16 => DeviceSlice::NONE,
             KvForm::K16V8 => {
                 let config = &recipe.config;
-                let dims = [config.kv_heads, compiler.context, config.head_dim, 2];
-                compiler.memory.reserve(bytes_of(&dims)?)?
+                let (heads, row_bytes) = (config.kv_heads, 2 * config.head_dim);
+                let context = compiler.context;
+                compiler.memory.reserve_rows(1, heads, context, row_bytes)?[0]
             }
         };
         let scratch = gemm_int4::most_scratch_bytes(compiler.device);
