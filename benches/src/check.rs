@@ -1,25 +1,30 @@
 //! The kernel cases on a CUDA device.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use engine::backend::cuda::device::{DeviceMemory, Gpu};
 use engine::backend::cuda::plan::Memory;
 use gpu_kernels::cases::{self, Case, Device, DeviceError};
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
+use indicatif::{ParallelProgressIterator, ProgressBar, ProgressStyle};
+use rayon::prelude::*;
 
 /// A CUDA device for one case; its memory is freed when it is dropped.
 #[derive(Debug)]
-pub struct CudaDevice {
+pub struct CudaDevice<'a> {
     gpu: Arc<Gpu>,
     memory: DeviceMemory,
+    /// Held while a kernel runs: cases share a stream, and a failure is the running kernel's.
+    running: &'a Mutex<()>,
 }
 
-impl CudaDevice {
+impl<'a> CudaDevice<'a> {
     /// A device with no memory allocated yet.
-    pub fn new(gpu: &Arc<Gpu>) -> CudaDevice {
+    pub fn new(gpu: &Arc<Gpu>, running: &'a Mutex<()>) -> CudaDevice<'a> {
         CudaDevice {
             gpu: Arc::clone(gpu),
             memory: DeviceMemory::new(gpu),
+            running,
         }
     }
 }
@@ -28,7 +33,7 @@ fn fault(error: engine::Error) -> DeviceError {
     DeviceError(error.to_string())
 }
 
-impl Device for CudaDevice {
+impl Device for CudaDevice<'_> {
     fn info(&self) -> DeviceInfo {
         self.gpu.info()
     }
@@ -53,6 +58,7 @@ impl Device for CudaDevice {
     }
 
     fn run(&mut self, call: &Call) -> Result<(), DeviceError> {
+        let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: a case builds its call with the kernel's plan from slices of this device, which
         // live until the device is dropped, after the wait below.
         unsafe { self.gpu.queue(call) }.map_err(fault)?;
@@ -73,13 +79,23 @@ pub struct Outcome {
 
 /// Runs every case that `wanted` takes on `gpu`: those that the emulator also runs, and the shapes
 /// of real models.
+///
+/// The references take most of the time: cases run on all cores, their kernels one after the other.
 pub fn run(gpu: &Arc<Gpu>, wanted: impl Fn(&Case) -> bool) -> Vec<Outcome> {
-    cases::all()
+    let cases: Vec<Case> = cases::all()
         .into_iter()
         .chain(cases::large())
         .filter(|case| wanted(case))
+        .collect();
+    let style = ProgressStyle::with_template("checking {wide_bar} {pos}/{len}")
+        .expect("the template is well-formed");
+    let progress = ProgressBar::new(cases.len() as u64).with_style(style);
+    let running = Mutex::new(());
+    let outcomes = cases
+        .into_par_iter()
+        .progress_with(progress.clone())
         .map(|case| {
-            let mut device = CudaDevice::new(gpu);
+            let mut device = CudaDevice::new(gpu, &running);
             let result = (case.run)(&mut device).map_err(|error| error.to_string());
             Outcome {
                 name: case.name,
@@ -87,7 +103,9 @@ pub fn run(gpu: &Arc<Gpu>, wanted: impl Fn(&Case) -> bool) -> Vec<Outcome> {
                 result,
             }
         })
-        .collect()
+        .collect();
+    progress.finish_and_clear();
+    outcomes
 }
 
 /// Prints a table of the outcomes on `place`; returns how many failed.

@@ -267,13 +267,38 @@ pub fn device_copy(gpu: &Arc<Gpu>) -> Result<Timing, Error> {
     Ok(Timing::new(us, 1, 1))
 }
 
+/// Microseconds of one run of `work`, by CUDA events around it.
+///
+/// # Errors
+/// [`Error::Machine`] from the device.
+pub fn once(gpu: &Gpu, work: impl FnOnce() -> Result<(), Error>) -> Result<f64, Error> {
+    let event = || Event::new(EventFlags::DEFAULT).map_err(cuda("making an event"));
+    between(gpu, [&event()?, &event()?], work)
+}
+
+/// Microseconds of `work` between the two events.
+fn between(
+    gpu: &Gpu,
+    [start, end]: [&Event; 2],
+    work: impl FnOnce() -> Result<(), Error>,
+) -> Result<f64, Error> {
+    let stream = gpu.stream();
+    start.record(stream).map_err(cuda("recording an event"))?;
+    work()?;
+    end.record(stream).map_err(cuda("recording an event"))?;
+    end.synchronize().map_err(cuda("the timed kernel"))?;
+    let ms = end
+        .elapsed_time_f32(start)
+        .map_err(cuda("reading the time"))?;
+    Ok(f64::from(ms) * 1e3)
+}
+
 /// Microseconds of each timed run of `work`, by CUDA events around it.
 fn sample(
     gpu: &Gpu,
     samples: usize,
     mut work: impl FnMut() -> Result<(), Error>,
 ) -> Result<Vec<f64>, Error> {
-    let stream = gpu.stream();
     let event = || Event::new(EventFlags::DEFAULT).map_err(cuda("making an event"));
     let (start, end) = (event()?, event()?);
     for _ in 0..WARM_UP {
@@ -281,16 +306,7 @@ fn sample(
     }
     gpu.synchronize()?;
     (0..samples)
-        .map(|_| {
-            start.record(stream).map_err(cuda("recording an event"))?;
-            work()?;
-            end.record(stream).map_err(cuda("recording an event"))?;
-            end.synchronize().map_err(cuda("the timed kernel"))?;
-            let ms = end
-                .elapsed_time_f32(&start)
-                .map_err(cuda("reading the time"))?;
-            Ok(f64::from(ms) * 1e3)
-        })
+        .map(|_| between(gpu, [&start, &end], &mut work))
         .collect()
 }
 

@@ -1,4 +1,8 @@
 //! Kernels in every launch that is worth a try: what `gpu-kernels/tuned.toml` is made of.
+//!
+//! Attention and bare matrices are timed by themselves, the products of a model's layers in a whole token.
+
+mod token;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,7 +12,7 @@ use engine::backend::cuda::device::Gpu;
 use gpu_kernels::attention::split;
 use gpu_kernels::launch::{Call, DeviceInfo};
 use gpu_kernels::linear::gemv_int4_mma;
-use gpu_kernels::tuned::{self, Launches, Row};
+use gpu_kernels::tuned::{self, Launches, Row, Timed};
 
 use crate::models;
 use crate::rows::attention::Attended;
@@ -50,15 +54,11 @@ impl Job {
         launches: &[L],
         make: Make,
     ) -> Job {
-        let named = |launch: &L| {
-            let names = L::NAMES.iter().map(|name| (*name).to_owned());
-            names.zip(launch.numbers()).collect()
-        };
         Job {
             kernel,
             shape,
             bytes,
-            launches: launches.iter().map(named).collect(),
+            launches: launches.iter().map(L::named).collect(),
             make,
         }
     }
@@ -93,35 +93,31 @@ impl Job {
     }
 }
 
-/// The kernels and shapes that a selection means: those of a model as the engine fuses them, a bare
-/// matrix, or the seven bare ones and every model.
+/// The kernels and shapes that a selection has timed by themselves: the attention of a model, and its
+/// products as the engine fuses them where no token of it is made; a bare matrix; or the seven bare ones
+/// and every model.
 fn jobs(device: &DeviceInfo, selection: &Selection) -> Result<Vec<Job>, Error> {
     let (group, mins) = (selection.group, selection.mins);
     let bare = |(n, k)| Tiled {
         mins,
         ..Tiled::plain(n, k, group)
     };
-    let of_models = |name: &str| -> Result<Vec<Tiled>, Error> {
-        let models = models::named(name)?;
-        let products = models.iter().flat_map(models::Model::products);
-        Ok(products
-            .map(|product| Tiled::of(&product, group, mins))
-            .collect())
-    };
-    let products = match (&selection.model, selection.shape) {
-        (Some(name), _) => of_models(name)?,
+    let named = of_models(selection);
+    let mut products: Vec<Tiled> = match (&selection.model, selection.shape) {
+        (Some(_), _) => Vec::new(),
         (None, Some(shape)) => vec![bare(shape)],
-        (None, None) => {
-            let mut all: Vec<Tiled> = SEVEN.into_iter().map(bare).collect();
-            all.extend(of_models(models::ALL)?);
-            all
+        (None, None) => SEVEN.into_iter().map(bare).collect(),
+    };
+    let mut dims = Vec::new();
+    for name in named {
+        let found = models::named(name)?;
+        if !token::is_made(name) {
+            let fused = found.iter().flat_map(models::Model::products);
+            products.extend(fused.map(|product| Tiled::of(&product, group, mins)));
         }
-    };
-    let attended = match selection.shape {
-        Some(_) => Vec::new(),
-        None => models::named(selection.model.as_deref().unwrap_or(models::ALL))?,
-    };
-    let attended = attended.iter().flat_map(|model| {
+        dims.extend(found);
+    }
+    let attended = dims.iter().flat_map(|model| {
         [false, true].map(|of_8_bits| Attended {
             dims: [model.heads, model.kv_heads, model.head_dim],
             tokens: TOKENS,
@@ -139,12 +135,20 @@ fn jobs(device: &DeviceInfo, selection: &Selection) -> Result<Vec<Job>, Error> {
             jobs.push(job);
         }
     }
-    if jobs.is_empty() {
-        return Err(Error::input(
-            "no kernel of that name has launches to choose from",
-        ));
-    }
     Ok(jobs)
+}
+
+/// The models that a selection means.
+fn of_models(selection: &Selection) -> Vec<&str> {
+    match (&selection.model, selection.shape) {
+        (Some(name), _) if name != models::ALL => vec![name],
+        (None, Some(_)) => Vec::new(),
+        _ => {
+            let mut names = models::names();
+            names.retain(|name| *name != models::ALL);
+            names
+        }
+    }
 }
 
 /// Times every selected kernel in all its launches on `gpu`, whose kernels are `ptx`, and puts the
@@ -159,15 +163,29 @@ pub fn run(gpu: &Arc<Gpu>, ptx: &str, selection: &Selection, path: &Path) -> Res
             .map_err(|reason| Error::input(format!("{}: {reason}", path.display())))?,
         Err(_) => tuned::checked_in(),
     };
-    let jobs = jobs(&gpu.info(), selection)?;
-    for job in &jobs {
-        let row = fastest(gpu, ptx, job)?;
+    let mut rows = 0;
+    let mut keep = |row: Row| {
         table.retain(|known| !row.replaces(known));
         table.push(row);
+        rows += 1;
         // After each: an interrupted run keeps what it found.
-        write(path, &tuned::text(&table))?;
+        write(path, &tuned::text(&table))
+    };
+    for job in &jobs(&gpu.info(), selection)? {
+        keep(fastest(gpu, ptx, job)?)?;
     }
-    println!("{} rows written to {}", jobs.len(), path.display());
+    for name in of_models(selection)
+        .into_iter()
+        .filter(|name| token::is_made(name))
+    {
+        token::tune(gpu, ptx, name, selection, &mut keep)?;
+    }
+    if rows == 0 {
+        return Err(Error::input(
+            "no kernel of that name has launches to choose from",
+        ));
+    }
+    println!("{rows} rows written to {}", path.display());
     Ok(())
 }
 
@@ -198,21 +216,16 @@ fn fastest(gpu: &Arc<Gpu>, ptx: &str, job: &Job) -> Result<Row, Error> {
         }
     }
     let (us, form) = best;
-    let launch = |form: usize| {
-        let numbers = job.launches[form].iter();
-        let numbers: Vec<String> = numbers.map(|(name, n)| format!("{name} {n}")).collect();
-        numbers.join(" ")
-    };
     println!(
         "{} {}: read {:.2} us; rule {rule_us:.2} us, {:.2} x read ({}); best of {} {us:.2} us, {:.2} x read ({})",
         job.kernel,
         job.shape,
         read.median_us,
         rule_us / read.median_us,
-        launch(0),
+        shown(&job.launches[0]),
         job.launches.len(),
         us / read.median_us,
-        launch(form),
+        shown(&job.launches[form]),
     );
     Ok(Row {
         gpu: gpu.name().to_owned(),
@@ -221,9 +234,16 @@ fn fastest(gpu: &Arc<Gpu>, ptx: &str, job: &Job) -> Result<Row, Error> {
         shape: job.shape.clone(),
         revision,
         launch: job.launches[form].clone(),
+        timed: Timed::Launch,
         us,
         rule_us,
     })
+}
+
+/// `split 2, teams 6, blocks 132`.
+fn shown(launch: &[(String, u32)]) -> String {
+    let numbers = launch.iter().map(|(name, n)| format!("{name} {n}"));
+    numbers.collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -238,19 +258,26 @@ mod tests {
     }
 
     #[test]
-    fn a_model_is_tuned_as_the_engine_fuses_it() {
-        let selection = Selection {
-            model: Some("qwen2.5-1.5b".into()),
+    fn a_model_that_is_not_made_is_tuned_as_the_engine_fuses_it() {
+        let selection = |model: &str| Selection {
+            model: Some(model.into()),
             group: 32,
             ..Selection::default()
         };
         assert_eq!(
-            shapes(&selection),
+            shapes(&selection("qwen2.5-7b")),
             [
-                "linear_gemv_int4_mma_g32 2048x1536 norm",
-                "linear_gemv_int4_mma_g32 1536x1536 add",
-                "linear_gemv_int4_mma_g32 8960x1536 norm swiglu to halves",
-                "linear_gemv_int4_mma_g32_half 1536x8960 add",
+                "linear_gemv_int4_mma_g32 4608x3584 norm",
+                "linear_gemv_int4_mma_g32 3584x3584 add",
+                "linear_gemv_int4_mma_g32 18944x3584 norm swiglu to halves",
+                "linear_gemv_int4_mma_g32_half 3584x18944 add",
+                "attention_split_f16_d128 heads 28/4 x 128",
+                "attention_split_v8_d128 heads 28/4 x 128",
+            ]
+        );
+        assert_eq!(
+            shapes(&selection("qwen2.5-1.5b")),
+            [
                 "attention_split_f16_d128 heads 12/2 x 128",
                 "attention_split_v8_d128 heads 12/2 x 128",
             ]
@@ -272,7 +299,8 @@ mod tests {
             kernel: "rmsnorm".into(),
             ..selection
         };
-        assert!(super::jobs(&DeviceInfo::T4, &other).is_err());
+        let none = super::jobs(&DeviceInfo::T4, &other).expect("jobs");
+        assert!(none.is_empty());
     }
 
     #[test]

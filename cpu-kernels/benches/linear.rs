@@ -7,45 +7,31 @@
 //! `--revision` go into them, `--isa NAME` takes another instruction set than the fastest, a word selects
 //! matrices by name or shape.
 
+mod common;
+
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::process::exit;
-use std::sync::Barrier;
-use std::thread;
 use std::time::Instant;
 
+use common::{Activations, ROTATED_BYTES, bytes, cpu_name, float, ternary, thread_counts, time};
 use cpu_kernels::isa::Isa;
-use cpu_kernels::levels::{self, Levels, Precision, token_words};
-use cpu_kernels::linear::{self, Input, Packed, TILE_ROWS};
+use cpu_kernels::levels::Precision;
+use cpu_kernels::linear::ternary::Form;
+use cpu_kernels::linear::{self, Packed, TILE_ROWS};
 use cpu_kernels::read;
-use cpu_kernels::team::{SharedSlice, split};
+use cpu_kernels::team::SharedSlice;
 use half::f16;
-use models::quant::{F16Matrix, Int4Matrix, Int8Matrix, TernaryMatrix, Weight};
+use models::quant::{F16Matrix, Int4Matrix, Int8Matrix, Weight};
 use serde_json::json;
 
-/// Bytes that the copies of a matrix take together.
-const ROTATED_BYTES: usize = 192 << 20;
 /// Times that all copies are gone through.
 const ROUNDS: usize = 5;
 /// Copies that a prompt goes through: it is bound by arithmetic.
 const PROMPT_COPIES: usize = 4;
 
-/// Numbers that look random and are the same in every run.
-fn bits(i: usize) -> u32 {
-    let x = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    ((x ^ (x >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32) as u32
-}
-
-fn float(i: usize) -> f32 {
-    (bits(i) >> 8) as f32 / (1 << 23) as f32 - 1.0
-}
-
 fn halves(len: usize, range: f32) -> Vec<f16> {
     (0..len).map(|i| f16::from_f32(range * float(i))).collect()
-}
-
-fn bytes(len: usize) -> Vec<u8> {
-    (0..len).map(|i| bits(i) as u8).collect()
 }
 
 fn int4(rows: usize, cols: usize, group: usize, mins: bool) -> Weight {
@@ -71,20 +57,6 @@ fn int8(rows: usize, cols: usize) -> Weight {
     })
 }
 
-fn ternary(rows: usize, cols: usize) -> Weight {
-    // Three codes of four: 3 is no ternary weight.
-    let quants = bytes(rows * cols / 4)
-        .into_iter()
-        .map(|b| b & !(b >> 1 & b & 0x55));
-    Weight::Ternary(TernaryMatrix {
-        rows,
-        cols,
-        group: cols,
-        quants: quants.collect::<Vec<u8>>().into(),
-        scales: vec![0.02; rows].into(),
-    })
-}
-
 fn half(rows: usize, cols: usize) -> Weight {
     Weight::F16(F16Matrix {
         rows,
@@ -93,57 +65,29 @@ fn half(rows: usize, cols: usize) -> Weight {
     })
 }
 
-/// Activations of `tokens` tokens, and their levels.
-struct Activations {
-    x: Vec<f32>,
-    words: Vec<f32>,
-    cols: usize,
-    precision: Precision,
+/// What one thread makes of one token.
+fn product(isa: Isa, w: &Packed, x: &Activations) -> Vec<f32> {
+    let mut y = vec![0.0; w.rows()];
+    let shared = SharedSlice::new(&mut y);
+    // SAFETY: one thread.
+    unsafe { linear::part(isa, w, None, x.input(w), shared, 0..w.rows()) };
+    y
 }
 
-impl Activations {
-    fn new(isa: Isa, tokens: usize, cols: usize, precision: Precision) -> Activations {
-        let x: Vec<f32> = (0..tokens * cols).map(|i| 2.0 * float(i)).collect();
-        let mut words = vec![0.0; tokens * token_words(cols)];
-        for (x, words) in x
-            .chunks_exact(cols)
-            .zip(words.chunks_exact_mut(token_words(cols)))
-        {
-            // SAFETY: one thread.
-            unsafe { levels::part(isa, precision, x, SharedSlice::new(words), 0..cols) };
-        }
-        Activations {
-            x,
-            words,
-            cols,
-            precision,
-        }
-    }
-
-    fn input(&self, w: &Packed) -> Input<'_> {
-        match w.takes_levels() {
-            true => Input::Levels(Levels::new(&self.words, self.cols, self.precision)),
-            false => Input::Floats(&self.x),
-        }
-    }
-}
-
-/// Fails unless the kernel is within the rounding of the levels of its reference.
+/// Fails unless the kernel is within the rounding of the levels of its reference; a form of ternary weights
+/// must equal the multiplied one to the bit.
 fn check(isa: Isa, name: &str, weight: &Weight, packed: &Packed) {
     let (n, k) = weight.shape();
+    let plain = Packed::new(weight).expect("a matrix");
+    if packed.form() != plain.form() {
+        let x = Activations::new(isa, 1, k, Precision::Byte);
+        if product(isa, packed, &x) != product(isa, &plain, &x) {
+            eprintln!("{name} {n}x{k}: not what multiplication gives, not timed");
+            exit(1);
+        }
+    }
     let x = Activations::new(isa, 1, k, Precision::Word);
-    let (mut y, mut expected) = (vec![0.0; n], vec![0.0; n]);
-    // SAFETY: one thread.
-    unsafe {
-        linear::part(
-            isa,
-            packed,
-            None,
-            x.input(packed),
-            SharedSlice::new(&mut y),
-            0..n,
-        )
-    };
+    let (y, mut expected) = (product(isa, &plain, &x), vec![0.0; n]);
     match weight {
         Weight::Int4(w) => linear::int4::reference(w, None, &x.x, &mut expected),
         Weight::Int4Tiled(w) => linear::int4::reference(&w.in_rows(), None, &x.x, &mut expected),
@@ -160,39 +104,6 @@ fn check(isa: Isa, name: &str, weight: &Weight, packed: &Packed) {
     }
 }
 
-/// Seconds of each call: `threads` threads share out the rows of each of `copies` in turn.
-fn time(isa: Isa, copies: &[Packed], x: &Activations, tokens: usize, threads: usize) -> Vec<f64> {
-    let n = copies[0].rows();
-    let mut y = vec![0.0; tokens * n];
-    let y = SharedSlice::new(&mut y);
-    let barrier = Barrier::new(threads);
-    let work = |thread: usize| {
-        let mut seconds = Vec::new();
-        for w in (0..ROUNDS).flat_map(|_| copies) {
-            barrier.wait();
-            let start = Instant::now();
-            let rows = split(n, TILE_ROWS, thread, threads);
-            // SAFETY: the rows of threads are disjoint, and all have finished before the next call.
-            unsafe { linear::part(isa, w, None, x.input(w), y, rows) };
-            if threads > 1 {
-                barrier.wait();
-            }
-            seconds.push(start.elapsed().as_secs_f64());
-        }
-        seconds
-    };
-    thread::scope(|scope| {
-        let others: Vec<_> = (1..threads)
-            .map(|thread| scope.spawn(move || work(thread)))
-            .collect();
-        let seconds = work(0);
-        for other in others {
-            other.join().expect("a kernel does not panic");
-        }
-        seconds
-    })
-}
-
 /// Multiply-adds a second that the products reach on one thread when all operands lie in the first cache.
 fn peak(isa: Isa) -> f64 {
     const CALLS: usize = 2_000;
@@ -203,7 +114,7 @@ fn peak(isa: Isa) -> f64 {
     for w in [
         int8(rows, cols),
         int4(rows, cols, 32, false),
-        ternary(rows, cols),
+        Weight::Ternary(ternary(rows, cols)),
     ] {
         let w = Packed::new(&w).expect("a matrix");
         for _ in 0..ROUNDS {
@@ -255,57 +166,51 @@ fn options() -> Options {
     options
 }
 
-fn cpu_name() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    name.map_or(std::env::consts::ARCH.to_owned(), |(_, name)| {
-        name.trim().to_owned()
-    })
-}
+/// A kernel, how its matrix is made, the form if it is ternary, N x K.
+type Row = (
+    &'static str,
+    fn(usize, usize) -> Weight,
+    Form,
+    &'static [(usize, usize)],
+);
 
-/// A kernel, its matrix, and how its activations are rounded.
-type Row = (&'static str, fn() -> Weight, Precision);
+/// Shapes of BitNet 2B-4T.
+const TERNARY: &[(usize, usize)] = &[(2560, 2560), (6912, 2560), (2560, 6912)];
 
-const ROWS: [Row; 12] = [
+const ROWS: [Row; 8] = [
     (
         "linear_int4_g32_mins",
-        || int4(576, 576, 32, true),
-        Precision::Word,
-    ),
-    (
-        "linear_int4_g32_mins",
-        || int4(1536, 576, 32, true),
-        Precision::Word,
-    ),
-    (
-        "linear_int4_g32_mins",
-        || int4(576, 1536, 32, true),
-        Precision::Word,
+        |n, k| int4(n, k, 32, true),
+        Form::Multiply,
+        &[(576, 576), (1536, 576), (576, 1536)],
     ),
     (
         "linear_int4_g32",
-        || int4(8960, 1536, 32, false),
-        Precision::Word,
-    ),
-    (
-        "linear_int4_g32",
-        || int4(1536, 8960, 32, false),
-        Precision::Word,
+        |n, k| int4(n, k, 32, false),
+        Form::Multiply,
+        &[(8960, 1536), (1536, 8960)],
     ),
     (
         "linear_int4_g128",
-        || int4(8960, 1536, 128, false),
-        Precision::Word,
+        |n, k| int4(n, k, 128, false),
+        Form::Multiply,
+        &[(8960, 1536)],
     ),
-    ("linear_int8_g32", || int8(49_152, 576), Precision::Word),
-    ("linear_int8_g32", || int8(32_000, 1536), Precision::Word),
-    ("linear_ternary", || ternary(2560, 2560), Precision::Byte),
-    ("linear_ternary", || ternary(6912, 2560), Precision::Byte),
-    ("linear_ternary", || ternary(2560, 6912), Precision::Byte),
-    ("linear_f16", || half(8000, 2560), Precision::Word),
+    (
+        "linear_int8_g32",
+        int8,
+        Form::Multiply,
+        &[(49_152, 576), (32_000, 1536)],
+    ),
+    ("linear_ternary", of_ternary, Form::Multiply, TERNARY),
+    ("linear_ternary_lookup", of_ternary, Form::LookUp, TERNARY),
+    ("linear_ternary_fives", of_ternary, Form::Fives, TERNARY),
+    ("linear_f16", half, Form::Multiply, &[(8000, 2560)]),
 ];
+
+fn of_ternary(rows: usize, cols: usize) -> Weight {
+    Weight::Ternary(ternary(rows, cols))
+}
 
 fn main() {
     let options = options();
@@ -317,11 +222,7 @@ fn main() {
         eprintln!("{why}");
         exit(2);
     });
-    let cores = thread::available_parallelism().map_or(1, usize::from);
-    let mut counts: Vec<usize> = std::iter::successors(Some(1), |n| Some(2 * n))
-        .take_while(|&n| n < cores)
-        .collect();
-    counts.push(cores);
+    let counts = thread_counts();
     let peak = peak(isa);
     let rates: Vec<f64> = counts
         .iter()
@@ -340,14 +241,19 @@ fn main() {
         "kernel", "N x K", "t", "thr", "median us", "least us", "GB/s", "read", "Gmac/s", "peak"
     );
     let mut lines = String::new();
-    for (name, make, precision) in ROWS {
-        let weight = make();
-        let (n, k) = weight.shape();
+    let all = ROWS.iter().flat_map(|(name, make, form, shapes)| {
+        shapes.iter().map(move |shape| (name, make, form, shape))
+    });
+    for (&name, make, &form, &(n, k)) in all {
         let shape = format!("{n}x{k}");
         if !name.contains(&options.filter) && !shape.contains(&options.filter) {
             continue;
         }
-        let packed = Packed::new(&weight).expect("a matrix");
+        let weight = make(n, k);
+        let (packed, precision) = match &weight {
+            Weight::Ternary(w) => (Packed::ternary_as(w, form), Precision::Byte),
+            _ => (Packed::new(&weight).expect("a matrix"), Precision::Word),
+        };
         check(isa, name, &weight, &packed);
         drop(weight);
         let size = n * packed.row_bytes();
@@ -360,7 +266,7 @@ fn main() {
                 &copies[..PROMPT_COPIES.min(copies.len())]
             };
             for (&threads, rate) in counts.iter().zip(&rates) {
-                let mut seconds = time(isa, copies, &x, tokens, threads);
+                let mut seconds = time(isa, copies, &x, tokens, threads, ROUNDS);
                 seconds.sort_by(f64::total_cmp);
                 let (median, least) = (seconds[seconds.len() / 2], seconds[0]);
                 let bytes_per_second = size as f64 / median;

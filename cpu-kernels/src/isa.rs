@@ -21,6 +21,8 @@ pub(crate) enum Kind {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vbmi,
     #[cfg(target_arch = "aarch64")]
     Neon,
     #[cfg(target_arch = "aarch64")]
@@ -46,6 +48,9 @@ impl Isa {
                 found.push(Isa(Kind::Avx512));
                 if is_x86_feature_detected!("avx512vnni") {
                     found.push(Isa(Kind::Avx512Vnni));
+                    if is_x86_feature_detected!("avx512vbmi") {
+                        found.push(Isa(Kind::Avx512Vbmi));
+                    }
                 }
             }
         }
@@ -107,7 +112,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => ("vpmaddubsw, 512 bits", "avx512", "avx512"),
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512Vnni => ("vpdpbusd, 512 bits", "avx512", "avx512"),
+            Kind::Avx512Vnni | Kind::Avx512Vbmi => ("vpdpbusd, 512 bits", "avx512", "avx512"),
             #[cfg(target_arch = "aarch64")]
             Kind::Neon => ("smlal", "compiled for neon", "compiled for neon"),
             #[cfg(target_arch = "aarch64")]
@@ -132,6 +137,8 @@ impl Isa {
             Kind::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Vnni => "avx512-vnni",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Vbmi => "avx512-vbmi",
             #[cfg(target_arch = "aarch64")]
             Kind::Neon => "neon",
             #[cfg(target_arch = "aarch64")]
@@ -169,9 +176,10 @@ macro_rules! per_isa {
                 $crate::isa::Kind::Avx2 => unsafe { avx2($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                $crate::isa::Kind::Avx512 | $crate::isa::Kind::Avx512Vnni => unsafe {
-                    avx512($($arg),*)
-                },
+                $crate::isa::Kind::Avx512
+                | $crate::isa::Kind::Avx512Vnni
+                // SAFETY: as above.
+                | $crate::isa::Kind::Avx512Vbmi => unsafe { avx512($($arg),*) },
                 #[cfg(target_arch = "aarch64")]
                 $crate::isa::Kind::Neon | $crate::isa::Kind::NeonDotprod => $body::<true>($($arg),*),
             }

@@ -14,6 +14,7 @@
 use std::ops::Range;
 
 use crate::isa::{Isa, per_isa};
+use crate::linear::lookup;
 use crate::round_int8::{LEAST_EXTREME, MAX_LEVEL};
 use crate::team::SharedSlice;
 
@@ -49,6 +50,8 @@ pub struct Levels<'a> {
     words: &'a [f32],
     cols: usize,
     precision: Precision,
+    /// What products look up: see [`lookup`].
+    tables: Option<&'a [f32]>,
 }
 
 /// Levels of one token.
@@ -73,7 +76,27 @@ impl<'a> Levels<'a> {
             words,
             cols,
             precision,
+            tables: None,
         }
+    }
+
+    /// With the tables of the only token, for products that look sums up.
+    ///
+    /// # Panics
+    /// If there are more tokens, or the tables are not `(table_words(k),)`.
+    pub fn with_tables(self, tables: &'a [f32]) -> Levels<'a> {
+        assert!(
+            self.tokens() == 1 && tables.len() == lookup::table_words(self.cols),
+            "levels: tables of one token"
+        );
+        Levels {
+            tables: Some(tables),
+            ..self
+        }
+    }
+
+    pub(crate) fn tables(&self) -> Option<&'a [f32]> {
+        self.tables
     }
 
     /// T.
@@ -98,6 +121,14 @@ impl<'a> Levels<'a> {
     pub fn last(&self, tokens: usize) -> Levels<'a> {
         let skipped = (self.tokens() - tokens) * token_words(self.cols);
         Levels::new(&self.words[skipped..], self.cols, self.precision)
+    }
+
+    /// The high plane of a token and what comes behind it.
+    pub(crate) fn bytes(&self, token: usize) -> &'a [i8] {
+        let stride = token_words(self.cols);
+        let words = &self.words[token * stride..(token + 1) * stride];
+        // SAFETY: any bits of an f32 are four i8.
+        unsafe { std::slice::from_raw_parts(words.as_ptr().cast::<i8>(), size_of_val(words)) }
     }
 
     pub(crate) fn token(&self, token: usize) -> Token<'a> {

@@ -27,3 +27,4 @@ pub mod swiglu;
 pub mod team;
 #[cfg(test)]
 mod testing;
+pub mod tuned;

@@ -90,7 +90,11 @@ impl Random {
             rows,
             cols,
             group,
-            quants: (0..rows * cols / 4).map(|_| self.bits() as u8).collect(),
+            // Code 3 is none.
+            quants: (0..rows * cols / 4)
+                .map(|_| self.bits() as u8)
+                .map(|byte| byte & !(byte >> 1 & byte & 0x55))
+                .collect(),
             scales: self.floats(rows * cols.div_ceil(group), 0.3).into(),
         }
     }

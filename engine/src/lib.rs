@@ -9,6 +9,7 @@ pub mod hub;
 pub mod quality;
 pub mod quantize;
 pub mod sampler;
+pub mod synthetic;
 pub mod tokenizer;
 pub mod weights;
 

@@ -20,6 +20,12 @@ pub trait Launches: Copy + PartialEq + fmt::Debug {
 
     /// The launch of these numbers, as many as names; `None` where they make none.
     fn of(numbers: &[u32]) -> Option<Self>;
+
+    /// Its numbers, each with its name.
+    fn named(&self) -> Vec<(String, u32)> {
+        let names = Self::NAMES.iter().map(|name| (*name).to_owned());
+        names.zip(self.numbers()).collect()
+    }
 }
 
 /// `split 14, teams 1, blocks 96`.
@@ -30,6 +36,25 @@ pub fn shown<L: Launches>(launch: &L) -> String {
         .map(|(name, number)| format!("{name} {number}"))
         .collect::<Vec<_>>()
         .join(", ")
+}
+
+/// What was timed to choose a launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Timed {
+    /// The launch by itself.
+    Launch,
+    /// A whole token of a model that has it in every layer.
+    Token,
+}
+
+impl Timed {
+    /// Names of both times in the table: the row's launch, the rule's.
+    fn names(self) -> [&'static str; 2] {
+        match self {
+            Timed::Launch => ["us", "rule_us"],
+            Timed::Token => ["token_us", "rule_token_us"],
+        }
+    }
 }
 
 /// A measured launch.
@@ -47,9 +72,11 @@ pub struct Row {
     pub revision: u32,
     /// Names and numbers of the launch.
     pub launch: Vec<(String, u32)>,
+    /// What was timed.
+    pub timed: Timed,
     /// Microseconds that it took.
     pub us: f64,
-    /// Microseconds that the rule's launch took, in the same run.
+    /// Microseconds that it took with the rule's launch, in the same run.
     pub rule_us: f64,
 }
 
@@ -114,6 +141,11 @@ fn row(gpu: &str, value: &Value) -> Result<Row, String> {
         let found = found.filter(|us| us.is_finite() && *us > 0.0);
         found.ok_or_else(|| format!("`{name}` is no time"))
     };
+    let timed = match value.get("token_us") {
+        Some(_) => Timed::Token,
+        None => Timed::Launch,
+    };
+    let [row_us, rule_us] = timed.names();
     let number = |value: &Value| value.as_integer().and_then(|n| u32::try_from(n).ok());
     let launch = value.get("launch").and_then(Value::as_table);
     let launch = launch.ok_or("`launch` is no table of numbers")?;
@@ -134,8 +166,9 @@ fn row(gpu: &str, value: &Value) -> Result<Row, String> {
                 Ok((name.clone(), number))
             })
             .collect::<Result<_, String>>()?,
-        us: us("us")?,
-        rule_us: us("rule_us")?,
+        timed,
+        us: us(row_us)?,
+        rule_us: us(rule_us)?,
     })
 }
 
@@ -146,7 +179,8 @@ pub fn text(rows: &[Row]) -> String {
     let quoted = |text: &str| Value::from(text).to_string();
     let mut text = String::from(
         "# Launches that `cargo xtask tune` found fastest. `revision` is of the kernel's PTX: a row of\n\
-         # another kernel than the program's is passed over. `rule_us`: what the rule's launch took.\n",
+         # another kernel than the program's is passed over. `rule_us`: what the rule's launch took; times of\n\
+         # `token` are of a whole token of a model that runs the launch in every layer.\n",
     );
     for gpu in rows.chunk_by(|a, b| a.gpu == b.gpu) {
         text.push_str(&format!("\n{} = [\n", quoted(&gpu[0].gpu)));
@@ -155,11 +189,12 @@ pub fn text(rows: &[Row]) -> String {
             let mut launch: Vec<String> = launch
                 .map(|(name, number)| format!("{name} = {number}"))
                 .collect();
+            let [us, rule_us] = row.timed.names();
             // As they are read: a row stays the same text.
             launch.sort();
             text.push_str(&format!(
                 "    {{ kernel = {}, tier = {}, shape = {}, revision = \"{:08x}\", \
-                 launch = {{ {} }}, us = {:.3}, rule_us = {:.3} }},\n",
+                 launch = {{ {} }}, {us} = {:.3}, {rule_us} = {:.3} }},\n",
                 quoted(&row.kernel),
                 row.tier,
                 quoted(&row.shape),
@@ -241,6 +276,15 @@ impl Tuned {
                 tuned.outdated.push((row.kernel, row.shape));
             }
         }
+        tuned
+    }
+
+    /// These and `row`, which is of the GPU and the kernels at hand, in the place of what it replaces.
+    #[must_use]
+    pub fn with(&self, row: Row) -> Tuned {
+        let mut tuned = self.clone();
+        tuned.rows.retain(|known| !row.replaces(known));
+        tuned.rows.push(row);
         tuned
     }
 
@@ -353,6 +397,7 @@ $L__BB1_1: // a loop\n\t@%p1 bra \t$L__BB1_1;\n\tret;\n\n}\n";
             shape: shape.into(),
             revision,
             launch: vec![("blocks".into(), 96), ("split".into(), 14)],
+            timed: Timed::Launch,
             us: 4.125,
             rule_us: 4.5,
         }
@@ -372,7 +417,8 @@ $L__BB1_1: // a loop\n\t@%p1 bra \t$L__BB1_1;\n\tret;\n\n}\n";
 
     #[test]
     fn tables_come_back_as_they_were_written() {
-        let written = [measured("64x64", 7), measured("64x96 add", u32::MAX)];
+        let mut written = [measured("64x64", 7), measured("64x96 add", u32::MAX)];
+        written[1].timed = Timed::Token;
         assert_eq!(rows(&text(&written)).as_deref(), Ok(&written[..]));
         for broken in [
             "gpu = 1",
@@ -420,6 +466,16 @@ $L__BB1_1: // a loop\n\t@%p1 bra \t$L__BB1_1;\n\tret;\n\n}\n";
             let chosen = tuned.choose("gemv", shape, rule);
             assert_eq!((chosen.launch, chosen.why), (rule(), why));
         }
+        let row = Row {
+            launch: Split {
+                split: 3,
+                blocks: 5,
+            }
+            .named(),
+            ..measured("64x96", current)
+        };
+        let chosen = tuned.with(row).choose("gemv", "64x96", rule);
+        assert_eq!((chosen.launch.split, chosen.why), (3, Why::Tuned));
         for (gpu, tier) in [("NVIDIA H100", 75), ("NVIDIA \"T4\"", 80)] {
             let tuned = Tuned::among(table.clone(), gpu, tier, PTX);
             assert_eq!(tuned.choose("gemv", "64x64", rule).why, Why::UnknownGpu);

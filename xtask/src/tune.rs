@@ -1,6 +1,7 @@
-//! `cargo xtask tune`: the fastest launch of each kernel, by GPU and shape.
+//! `cargo xtask tune`: the fastest launch of each kernel, by GPU and shape; on the CPU the fastest form of ternary
+//! weights.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use clap::Args as ClapArgs;
@@ -11,13 +12,14 @@ use crate::{Error, bench, ptx, setup, workspace};
 /// Times kernels in every launch worth a try on this machine's GPU, and writes the fastest into the
 /// table that the engine reads when it loads a model, gpu-kernels/tuned.toml.
 ///
-/// A kernel is tuned as the engine fuses it: the products of a layer of each model. Where the table
-/// has no row, the kernel's own rule decides; `edgellm bench --trace` shows which launch runs and why.
+/// The products of a model's layers are tuned where they run, in whole tokens of random weights; bare
+/// matrices and attention by themselves. Where the table has no row, the kernel's own rule decides; `edgellm bench --trace` shows which launch runs and why.
 /// A row is of one version of its kernel: after a change it is passed over until this runs again.
 #[derive(Debug, ClapArgs)]
 #[command(
     after_help = "Examples:\n  cargo xtask tune                              (the seven matrices of the targets, all models)\n  \
     cargo xtask tune --model qwen2.5-1.5b --group 32\n  cargo xtask tune int4 --shape 8960x1536\n\
+  cargo xtask tune --cpu                        (forms of ternary weights; EDGELLM_CPU_TERNARY forces one)\n\
     On a machine without Rust: `cargo xtask gpu`, there `./run.sh tune --table out/tuned.toml`, and that file back"
 )]
 pub struct Args {
@@ -26,7 +28,7 @@ pub struct Args {
     /// Only a bare matrix of this shape, as in 8960x1536.
     #[arg(long, value_name = "NxK", conflicts_with = "model")]
     shape: Option<String>,
-    /// Only the products of this model, as in qwen2.5-1.5b.
+    /// Only the products and the attention of this model, as in qwen2.5-1.5b.
     #[arg(long)]
     model: Option<String>,
     /// Weights that share a scale: 32, 64, 128 [default: 128].
@@ -38,13 +40,23 @@ pub struct Args {
     /// The kernels of this tier [default: the highest that the GPU runs].
     #[arg(long, value_name = "SM", value_parser = ptx::parse_tier)]
     tier: Option<NvvmArch>,
-    /// The table.
-    #[arg(long, value_name = "FILE", default_value = "gpu-kernels/tuned.toml")]
-    table: PathBuf,
+    /// The table [default: gpu-kernels/tuned.toml, with --cpu cpu-kernels/tuned.toml].
+    #[arg(long, value_name = "FILE")]
+    table: Option<PathBuf>,
+    /// The CPU instead: which form of ternary weights is fastest for one token, by instruction set, shape and
+    /// number of threads.
+    #[arg(long, conflicts_with_all = ["kernel", "model", "group", "minima", "tier"])]
+    cpu: bool,
+    /// With --cpu: only this instruction set, as in avx2 [default: all that this CPU has].
+    #[arg(long, value_name = "NAME", requires = "cpu")]
+    isa: Option<String>,
 }
 
 /// Runs the task.
 pub fn run(args: &Args) -> Result<(), Error> {
+    if args.cpu {
+        return args.on_cpu();
+    }
     setup::core()?;
     let tiers = args.tier.map_or(TIERS.to_vec(), |tier| vec![tier]);
     let (program, kernels) = bench::build(&tiers)?;
@@ -59,6 +71,26 @@ pub fn run(args: &Args) -> Result<(), Error> {
 }
 
 impl Args {
+    /// The table, from the root of the workspace.
+    fn table(&self, default: &str) -> String {
+        let table = self.table.as_deref().unwrap_or(Path::new(default));
+        table.display().to_string()
+    }
+
+    fn on_cpu(&self) -> Result<(), Error> {
+        // Cargo starts a benchmark in the folder of its package.
+        let table = workspace::root().join(self.table("cpu-kernels/tuned.toml"));
+        let table = table.display().to_string();
+        let mut arguments = vec!["bench", "--package", "cpu-kernels", "--bench", "tune", "--"];
+        arguments.extend(["--table", &table]);
+        for (name, value) in [("--isa", &self.isa), ("--shape", &self.shape)] {
+            if let Some(value) = value {
+                arguments.extend([name, value]);
+            }
+        }
+        workspace::run_cargo(&arguments)
+    }
+
     /// The command of `edgellm-bench`.
     fn arguments(&self) -> Vec<String> {
         let mut arguments = vec!["tune".to_owned()];
@@ -68,7 +100,7 @@ impl Args {
             ("--model", self.model.clone()),
             ("--group", self.group.map(|group| group.to_string())),
             ("--tier", self.tier.map(|tier| tier.to_string())),
-            ("--table", Some(self.table.display().to_string())),
+            ("--table", Some(self.table("gpu-kernels/tuned.toml"))),
         ] {
             if let Some(value) = value {
                 arguments.extend([name.to_owned(), value]);

@@ -216,7 +216,9 @@ pub fn part(
         Kind::Avx2 => unsafe { avx2::dot(q, keys, scores) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 | Kind::Avx512Vnni => unsafe { avx512::dot(q, keys, scores) },
+        Kind::Avx512 | Kind::Avx512Vnni | Kind::Avx512Vbmi => unsafe {
+            avx512::dot(q, keys, scores)
+        },
         _ => plain::dot(q, keys, scores),
     }
     softmax(isa, scores, shape.scale);
@@ -241,7 +243,9 @@ fn blend(isa: Isa, weights: &[f32], values: &[f16], out: &mut [f32]) {
         Kind::Avx2 => unsafe { avx2::blend(weights, values, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 | Kind::Avx512Vnni => unsafe { avx512::blend(weights, values, out) },
+        Kind::Avx512 | Kind::Avx512Vnni | Kind::Avx512Vbmi => unsafe {
+            avx512::blend(weights, values, out)
+        },
         _ => plain::blend(weights, values, out),
     }
 }
@@ -255,7 +259,9 @@ fn blend_int8(isa: Isa, weights: &[f32], values: &[i8], out: &mut [f32]) {
         Kind::Avx2 => unsafe { avx2::blend_int8(weights, values, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 | Kind::Avx512Vnni => unsafe { avx512::blend_int8(weights, values, out) },
+        Kind::Avx512 | Kind::Avx512Vnni | Kind::Avx512Vbmi => unsafe {
+            avx512::blend_int8(weights, values, out)
+        },
         _ => plain::blend_int8(weights, values, out),
     }
 }

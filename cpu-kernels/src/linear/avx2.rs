@@ -4,8 +4,10 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::kernel::{Call, Vector};
-use super::{LINE_BYTES, STEP_COLS, STEPS};
+use super::forms::Bytes;
+use super::kernel::{Call, Vector, ahead};
+use super::lookup::TABLES_OF_LINE;
+use super::{LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
 
 struct Avx2;
 
@@ -84,6 +86,91 @@ impl Vector for Avx2 {
             }
         }
         sums
+    }
+
+    #[inline(always)]
+    unsafe fn by_row(lines: *const u8) -> [Bytes; 2] {
+        let mut rows = [Bytes([0; LINE_BYTES]); 2];
+        for (line, rows) in rows.iter_mut().enumerate() {
+            // SAFETY: four columns of 16 rows, and as many bytes to write.
+            unsafe {
+                let col = |col: usize| {
+                    let at = lines.add(line * LINE_BYTES + col * TILE_ROWS);
+                    _mm_load_si128(at.cast())
+                };
+                let (a, b, c, d) = (col(0), col(1), col(2), col(3));
+                let (ab, cd) = (_mm_unpacklo_epi8(a, b), _mm_unpacklo_epi8(c, d));
+                let (ab2, cd2) = (_mm_unpackhi_epi8(a, b), _mm_unpackhi_epi8(c, d));
+                let to: *mut __m128i = rows.0.as_mut_ptr().cast();
+                _mm_store_si128(to, _mm_unpacklo_epi16(ab, cd));
+                _mm_store_si128(to.add(1), _mm_unpackhi_epi16(ab, cd));
+                _mm_store_si128(to.add(2), _mm_unpacklo_epi16(ab2, cd2));
+                _mm_store_si128(to.add(3), _mm_unpackhi_epi16(ab2, cd2));
+            }
+        }
+        rows
+    }
+
+    #[inline(always)]
+    unsafe fn look_up(lines: *const u8, tables: *const u8, chunks: usize) -> Self::Ints {
+        // A line adds four sums of at most 16 to a byte, at most 17 * 64 to a word: 30 lines fit one.
+        const LINES: usize = 30;
+        // SAFETY: two lines a chunk, and their tables.
+        unsafe {
+            let nibble = _mm256_set1_epi8(15);
+            // Bytes 16 and 1.
+            let places = _mm256_set1_epi16(0x0110);
+            let mut sums = [_mm256_setzero_si256(); HALVES];
+            let end = 2 * chunks;
+            let mut line = 0;
+            while line < end {
+                // Rows 0 to 7 and 8 to 15, of two columns.
+                let mut words = [_mm256_setzero_si256(); 2];
+                for line in line..(line + LINES).min(end) {
+                    let codes = lines.add(line * LINE_BYTES);
+                    ahead::<1>(codes);
+                    let tables = tables.add(line * TABLES_OF_LINE);
+                    let (mut high, mut low) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+                    for half in 0..2 {
+                        let at = half * (LINE_BYTES / 2);
+                        let bytes = _mm256_load_si256(codes.add(at).cast());
+                        let table = |which: usize| {
+                            _mm256_loadu_si256(tables.add(which * LINE_BYTES + at).cast())
+                        };
+                        let first = _mm256_and_si256(bytes, nibble);
+                        let second = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble);
+                        high = _mm256_add_epi8(high, _mm256_shuffle_epi8(table(0), first));
+                        low = _mm256_add_epi8(low, _mm256_shuffle_epi8(table(1), first));
+                        high = _mm256_add_epi8(high, _mm256_shuffle_epi8(table(2), second));
+                        low = _mm256_add_epi8(low, _mm256_shuffle_epi8(table(3), second));
+                    }
+                    let both = [
+                        _mm256_unpacklo_epi8(high, low),
+                        _mm256_unpackhi_epi8(high, low),
+                    ];
+                    for (words, both) in words.iter_mut().zip(both) {
+                        *words = _mm256_add_epi16(*words, _mm256_maddubs_epi16(places, both));
+                    }
+                }
+                for (sum, words) in sums.iter_mut().zip(words) {
+                    for col in [
+                        _mm256_castsi256_si128(words),
+                        _mm256_extracti128_si256::<1>(words),
+                    ] {
+                        *sum = _mm256_add_epi32(*sum, _mm256_cvtepi16_epi32(col));
+                    }
+                }
+                line += LINES;
+            }
+            sums
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_ints(numbers: &[i32; TILE_ROWS]) -> Self::Ints {
+        let at: *const __m256i = numbers.as_ptr().cast();
+        // SAFETY: 16 numbers.
+        unsafe { [_mm256_loadu_si256(at), _mm256_loadu_si256(at.add(1))] }
     }
 
     #[inline(always)]

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::forms::{self, Bytes};
 use super::layout::{Bits, Packed, Scales, Zero};
 use super::{CHUNK_COLS, LINE_BYTES, TILE_ROWS};
 use crate::isa::{Isa, Kind};
@@ -29,6 +30,30 @@ pub(super) trait Vector {
         levels: [*const i8; T],
         sums: [Self::Ints; T],
     ) -> [Self::Ints; T];
+    /// A chunk of pairs as one of two bits.
+    #[inline(always)]
+    unsafe fn by_row(lines: *const u8) -> [Bytes; 2] {
+        // SAFETY: the caller's contract.
+        unsafe { forms::by_row(lines) }
+    }
+    /// `Σ w * level` over the `chunks` chunks of pairs at `lines`, by the tables at `tables`.
+    unsafe fn look_up(lines: *const u8, tables: *const u8, chunks: usize) -> Self::Ints;
+    /// `sums[t] + Σ u * level` over the 20 columns of the fives at `line` for the levels at `levels[t]`.
+    #[inline(always)]
+    unsafe fn fives<const T: usize>(
+        line: *const u8,
+        levels: [*const i8; T],
+        sums: [Self::Ints; T],
+    ) -> [Self::Ints; T] {
+        let mut ints = [[0; TILE_ROWS]; T];
+        // SAFETY: the caller's contract.
+        unsafe {
+            forms::fives(line, levels, &mut ints);
+            std::array::from_fn(|t| Self::add(sums[t], Self::load_ints(&ints[t])))
+        }
+    }
+    /// 16 numbers.
+    unsafe fn load_ints(numbers: &[i32; TILE_ROWS]) -> Self::Ints;
     /// The same number in every row.
     unsafe fn ints(value: i32) -> Self::Ints;
     /// `a + b`.
@@ -123,6 +148,9 @@ pub unsafe fn part(
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512Vnni => unsafe { super::avx512::run_vnni(&call) },
         // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512Vbmi => unsafe { super::avx512::run_vbmi(&call) },
+        // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Kind::Neon => unsafe { super::neon::run(&call) },
         // SAFETY: as above.
@@ -133,7 +161,7 @@ pub unsafe fn part(
 
 /// Checked operands of [`part`].
 pub(super) struct Call<'a> {
-    w: &'a Packed,
+    pub(super) w: &'a Packed,
     bias: Option<&'a [f32]>,
     x: Input<'a>,
     tokens: usize,
@@ -151,24 +179,36 @@ impl Call<'_> {
             match self.x {
                 Input::Floats(x) => self.tiles::<V>(Floats { call: self, x }),
                 Input::Levels(x) => match (self.w.bits, x.precision()) {
-                    (Bits::Two, Precision::Byte) => self.tiles::<V>(Ints::<2, 1> { call: self, x }),
-                    (Bits::Two, Precision::Word) => self.tiles::<V>(Ints::<2, 2> { call: self, x }),
-                    (Bits::Four, Precision::Byte) => {
-                        self.tiles::<V>(Ints::<4, 1> { call: self, x })
-                    }
-                    (Bits::Four, Precision::Word) => {
-                        self.tiles::<V>(Ints::<4, 2> { call: self, x })
-                    }
-                    (Bits::Eight, Precision::Byte) => {
-                        self.tiles::<V>(Ints::<8, 1> { call: self, x })
-                    }
-                    (Bits::Eight, Precision::Word) => {
-                        self.tiles::<V>(Ints::<8, 2> { call: self, x })
-                    }
+                    (Bits::Two, Precision::Byte) => self.ints::<V, 2, 1, false>(x),
+                    (Bits::Two, Precision::Word) => self.ints::<V, 2, 2, false>(x),
+                    (Bits::Pairs, _) => match x.tables() {
+                        Some(tables) => self.tiles::<V>(forms::LookUp {
+                            call: self,
+                            x,
+                            tables,
+                        }),
+                        None => self.ints::<V, 2, 1, true>(x),
+                    },
+                    (Bits::Fives, _) => self.tiles::<V>(forms::Fives { call: self, x }),
+                    (Bits::Four, Precision::Byte) => self.ints::<V, 4, 1, false>(x),
+                    (Bits::Four, Precision::Word) => self.ints::<V, 4, 2, false>(x),
+                    (Bits::Eight, Precision::Byte) => self.ints::<V, 8, 1, false>(x),
+                    (Bits::Eight, Precision::Word) => self.ints::<V, 8, 2, false>(x),
                     (Bits::F16, _) => unreachable!("F16 weights take floats"),
                 },
             }
         }
+    }
+
+    /// # Safety
+    /// As [`Call::run`].
+    #[inline(always)]
+    unsafe fn ints<V: Vector, const BITS: usize, const PLANES: usize, const PAIRS: bool>(
+        &self,
+        x: Levels<'_>,
+    ) {
+        // SAFETY: the caller's contract.
+        unsafe { self.tiles::<V>(Ints::<BITS, PLANES, PAIRS> { call: self, x }) }
     }
 
     /// # Safety
@@ -233,7 +273,7 @@ impl Call<'_> {
 pub(super) const MOST_TOKENS: usize = 6;
 
 /// One form of weights and activations.
-trait Product {
+pub(super) trait Product {
     /// Sums of the rows of `tile` for `T` tokens from `token` on.
     ///
     /// # Safety
@@ -286,7 +326,7 @@ const AHEAD_BYTES: usize = 4096;
 
 /// Asks for the chunk that lies `AHEAD_BYTES` behind `lines` and need not exist.
 #[inline(always)]
-fn ahead<const BITS: usize>(lines: *const u8) {
+pub(super) fn ahead<const BITS: usize>(lines: *const u8) {
     #[cfg(target_arch = "x86_64")]
     for line in 0..BITS {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -301,13 +341,36 @@ fn ahead<const BITS: usize>(lines: *const u8) {
 /// Sums that are kept apart where products of many chunks are added up.
 const CHAINS: usize = 4;
 
-/// Weights of `BITS` bits by levels of `PLANES` bytes.
-struct Ints<'a, const BITS: usize, const PLANES: usize> {
+/// Weights of `BITS` bits, or pairs of two, by levels of `PLANES` bytes.
+struct Ints<'a, const BITS: usize, const PLANES: usize, const PAIRS: bool> {
     call: &'a Call<'a>,
     x: Levels<'a>,
 }
 
-impl<const BITS: usize, const PLANES: usize> Product for Ints<'_, BITS, PLANES> {
+impl<const BITS: usize, const PLANES: usize, const PAIRS: bool> Ints<'_, BITS, PLANES, PAIRS> {
+    /// [`Vector::dots`] of a chunk in either order.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn dots<V: Vector, const T: usize>(
+        lines: *const u8,
+        levels: [*const i8; T],
+        sums: [V::Ints; T],
+    ) -> [V::Ints; T] {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match PAIRS {
+                true => V::dots::<BITS, T>(V::by_row(lines).as_ptr().cast(), levels, sums),
+                false => V::dots::<BITS, T>(lines, levels, sums),
+            }
+        }
+    }
+}
+
+impl<const BITS: usize, const PLANES: usize, const PAIRS: bool> Product
+    for Ints<'_, BITS, PLANES, PAIRS>
+{
     #[inline(always)]
     unsafe fn sums<V: Vector, const T: usize>(&self, tile: usize, token: usize) -> [V::Floats; T] {
         let w = self.call.w;
@@ -347,8 +410,8 @@ impl<const BITS: usize, const PLANES: usize> Product for Ints<'_, BITS, PLANES> 
                             ints[t] = V::ints(-zero_level * sum);
                             total[t] += scale * sum as f32;
                         }
-                        let highs = V::dots::<BITS, T>(lines, high, [V::ints(0); T]);
-                        let ints = V::dots::<BITS, T>(lines, low, ints);
+                        let highs = Self::dots::<V, T>(lines, high, [V::ints(0); T]);
+                        let ints = Self::dots::<V, T>(lines, low, ints);
                         for t in 0..T {
                             let scale = V::floats(*scales[t].get_unchecked(chunk));
                             let dot = V::to_floats(V::join(highs[t], ints[t]));
@@ -373,7 +436,7 @@ impl<const BITS: usize, const PLANES: usize> Product for Ints<'_, BITS, PLANES> 
                             if T == 1 {
                                 ahead::<BITS>(lines);
                             }
-                            *ints = V::dots::<BITS, T>(lines, high, *ints);
+                            *ints = Self::dots::<V, T>(lines, high, *ints);
                             for high in &mut high {
                                 *high = high.wrapping_add(CHUNK_COLS);
                             }

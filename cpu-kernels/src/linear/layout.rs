@@ -4,7 +4,8 @@ use half::f16;
 use models::quant::int4::{CELL_BYTES, CELL_WEIGHTS};
 use models::quant::{F16Matrix, Int4Matrix, Int8Matrix, TernaryMatrix, Weight, ternary};
 
-use super::{CHUNK_COLS, LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
+use super::ternary::Form;
+use super::{CHUNK_COLS, FIVES_COLS, LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
 
 /// A line of quants, where vector loads want it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -15,6 +16,10 @@ pub(super) struct Line(pub(super) [u8; LINE_BYTES]);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Bits {
     Two,
+    /// Two, a column of a step after the other: what tables are looked up by.
+    Pairs,
+    /// Five weights a byte.
+    Fives,
     Four,
     Eight,
     /// Floats; no scales.
@@ -22,13 +27,22 @@ pub(super) enum Bits {
 }
 
 impl Bits {
-    /// Lines of a chunk: as many as a weight has bits.
+    /// Lines of a chunk: as many as a weight has bits. Fives know no chunks.
     pub(super) fn lines(self) -> usize {
         match self {
-            Bits::Two => 2,
+            Bits::Two | Bits::Pairs => 2,
+            Bits::Fives => unreachable!("fives are not cut into chunks"),
             Bits::Four => 4,
             Bits::Eight => 8,
             Bits::F16 => 16,
+        }
+    }
+
+    /// Lines of a tile of `cols` columns.
+    pub(super) fn tile_lines(self, cols: usize) -> usize {
+        match self {
+            Bits::Fives => cols.div_ceil(FIVES_COLS),
+            _ => cols / CHUNK_COLS * self.lines(),
         }
     }
 }
@@ -89,7 +103,7 @@ impl Packed {
             Zero::Level(_) => 0,
             Zero::Mins(_) | Zero::Levels(_) => 2,
         };
-        self.cols * self.bits.lines() / 8 + groups * (scale + zero)
+        self.bits.tile_lines(self.cols) * LINE_BYTES / TILE_ROWS + groups * (scale + zero)
     }
 
     /// Whether the weights meet levels; else they meet floats.
@@ -97,11 +111,21 @@ impl Packed {
         self.bits != Bits::F16
     }
 
+    /// The form of ternary weights.
+    pub fn form(&self) -> Option<Form> {
+        match self.bits {
+            Bits::Two => Some(Form::Multiply),
+            Bits::Pairs => Some(Form::LookUp),
+            Bits::Fives => Some(Form::Fives),
+            Bits::Four | Bits::Eight | Bits::F16 => None,
+        }
+    }
+
     /// What the weights are called: `int4`, `int8`, `ternary` or `f16`.
     pub fn format(&self) -> &'static str {
         match self.bits {
             Bits::F16 => "f16",
-            Bits::Two => "ternary",
+            Bits::Two | Bits::Pairs | Bits::Fives => "ternary",
             Bits::Four => "int4",
             Bits::Eight => "int8",
         }
@@ -181,20 +205,58 @@ impl Packed {
         }
     }
 
-    /// Lays out ternary weights.
+    /// Lays out ternary weights for products by multiplication.
     pub fn ternary(w: &TernaryMatrix) -> Packed {
+        Packed::ternary_as(w, Form::Multiply)
+    }
+
+    /// Lays out ternary weights in a form. Only [`Form::Multiply`] has a code for the weight 2, which files may
+    /// hold, and five weights a byte know no groups within a row: what a form cannot hold is laid out for
+    /// multiplication.
+    pub fn ternary_as(w: &TernaryMatrix, form: Form) -> Packed {
         let level = |row: usize, col: usize| {
             let cell = row * w.cols / 4 + col / ternary::CELL_WEIGHTS * ternary::CELL_BYTES;
             let j = col % ternary::CELL_WEIGHTS;
             w.quants[cell + j % ternary::CELL_BYTES] >> (2 * (j / ternary::CELL_BYTES)) & 3
         };
+        let groups = w.groups_per_row();
+        // Blocks of a file may all say what holds for the whole row.
+        let is_by_row = (0..w.rows).all(|row| {
+            let scales = w.row_scales(row);
+            scales.iter().all(|scale| scale == &scales[0])
+        });
+        let (group, scales) = match is_by_row {
+            true => {
+                let firsts: Vec<f32> = w.scales.iter().copied().step_by(groups).collect();
+                (w.cols, by_tile(&firsts, w.rows, 1))
+            }
+            false => (w.group, by_tile(&w.scales, w.rows, groups)),
+        };
+        let has_twos = w.quants.iter().any(|byte| byte & byte >> 1 & 0x55 != 0);
+        let bits = match form {
+            _ if has_twos => Bits::Two,
+            Form::LookUp => Bits::Pairs,
+            Form::Fives if is_by_row => Bits::Fives,
+            Form::Multiply | Form::Fives => Bits::Two,
+        };
+        let quants = match bits {
+            Bits::Fives => fives(w.rows, w.cols, level),
+            Bits::Pairs => {
+                let mut quants = lines(Bits::Two, w.rows, w.cols, level);
+                for line in &mut quants {
+                    *line = by_column(line);
+                }
+                quants
+            }
+            _ => lines(Bits::Two, w.rows, w.cols, level),
+        };
         Packed {
             rows: w.rows,
             cols: w.cols,
-            group: w.group,
-            bits: Bits::Two,
-            quants: lines(Bits::Two, w.rows, w.cols, level),
-            scales: Scales::F32(by_tile(&w.scales, w.rows, w.groups_per_row())),
+            group,
+            bits,
+            quants,
+            scales: Scales::F32(scales),
             zero: Zero::Level(1),
         }
     }
@@ -220,14 +282,27 @@ impl Packed {
             return;
         }
         let groups = self.cols.div_ceil(self.group);
-        let per_line = 8 / self.bits.lines();
-        let mask = ((1u32 << self.bits.lines()) - 1) as u8;
-        let first = tile * self.cols / CHUNK_COLS * self.bits.lines();
+        let first = tile * self.bits.tile_lines(self.cols);
         for (col, out) in out.iter_mut().enumerate() {
-            let step = col / STEP_COLS;
-            let line = &self.quants[first + step / per_line].0;
-            let byte = line[row * STEP_COLS + col % STEP_COLS];
-            let level = (byte >> (step % per_line * self.bits.lines())) & mask;
+            let (step, col_of_step) = (col / STEP_COLS, col % STEP_COLS);
+            let level = match self.bits {
+                Bits::Fives => {
+                    let line = &self.quants[first + step / FIVES].0;
+                    let byte = line[row * STEP_COLS + col_of_step];
+                    byte / POWERS[step % FIVES] % 3
+                }
+                bits => {
+                    let bits_each = bits.lines();
+                    let per_line = 8 / bits_each;
+                    let line = &self.quants[first + step / per_line].0;
+                    let byte = match bits {
+                        Bits::Pairs => line[col_of_step * TILE_ROWS + row],
+                        _ => line[row * STEP_COLS + col_of_step],
+                    };
+                    let mask = ((1u32 << bits_each) - 1) as u8;
+                    (byte >> (step % per_line * bits_each)) & mask
+                }
+            };
             let at = (tile * groups + col / self.group) * TILE_ROWS + row;
             let scale = match &self.scales {
                 Scales::None => 1.0,
@@ -260,6 +335,34 @@ fn by_tile<T: Copy + Default>(values: &[T], rows: usize, groups: usize) -> Vec<T
         }
     }
     tiled
+}
+
+/// Steps of a line of fives.
+const FIVES: usize = FIVES_COLS / STEP_COLS;
+/// What the level of each step counts in the byte of a five.
+pub(super) const POWERS: [u8; FIVES] = [1, 3, 9, 27, 81];
+
+/// A line with its bytes by column instead of by row: byte `16c + r` is row r, column c of the steps.
+fn by_column(line: &Line) -> Line {
+    Line(std::array::from_fn(|i| {
+        line.0[i % TILE_ROWS * STEP_COLS + i / TILE_ROWS]
+    }))
+}
+
+/// Ternary levels, five a byte. Columns beyond the matrix have level 0, so that whatever they meet adds nothing.
+fn fives(rows: usize, cols: usize, level: impl Fn(usize, usize) -> u8) -> Vec<Line> {
+    let per_tile = Bits::Fives.tile_lines(cols);
+    let mut quants = vec![Line([0; LINE_BYTES]); rows.div_ceil(TILE_ROWS) * per_tile];
+    for (tile, quants) in quants.chunks_exact_mut(per_tile).enumerate() {
+        for row in 0..TILE_ROWS.min(rows - tile * TILE_ROWS) {
+            for col in 0..cols {
+                let step = col / STEP_COLS;
+                let byte = &mut quants[step / FIVES].0[row * STEP_COLS + col % STEP_COLS];
+                *byte += level(tile * TILE_ROWS + row, col) * POWERS[step % FIVES];
+            }
+        }
+    }
+    quants
 }
 
 /// Lines of a matrix, empty.

@@ -12,6 +12,8 @@
 //! 8 bits: 8 lines a chunk, line s holds step s
 //! 4 bits: 4 lines, line j holds step 2j in the low nibbles and 2j + 1 in the high ones
 //! 2 bits: 2 lines, line j holds step 4j + p in bits 2p and 2p + 1
+//! pairs:  the same with byte 16c + r for row r, column c: what tables are looked up by ([`lookup`])
+//! fives:  no chunks, a line is 5 steps of ternary levels, step p counts 3^p
 //! F16:    16 lines, line j holds columns 2j and 2j + 1, 16 rows each
 //! ```
 //!
@@ -37,10 +39,12 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod float16;
+mod forms;
 pub mod int4;
 pub mod int8;
 mod kernel;
 mod layout;
+pub mod lookup;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
@@ -59,6 +63,8 @@ const CHUNK_COLS: usize = crate::levels::CHUNK_COLS;
 const STEP_COLS: usize = 4;
 /// Steps of a chunk.
 const STEPS: usize = CHUNK_COLS / STEP_COLS;
+/// Columns of a line of fives.
+const FIVES_COLS: usize = 5 * STEP_COLS;
 /// Bytes of a line.
 const LINE_BYTES: usize = TILE_ROWS * STEP_COLS;
 

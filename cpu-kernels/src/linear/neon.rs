@@ -4,9 +4,11 @@ use std::arch::aarch64::*;
 
 use half::f16;
 
+use super::forms::Bytes;
 use super::kernel::{Call, Vector};
+use super::lookup::TABLES_OF_LINE;
 use super::sdot::sdot;
-use super::{LINE_BYTES, STEP_COLS, STEPS};
+use super::{LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
 
 struct Neon;
 /// `sdot`: four products and their sum in one instruction.
@@ -101,6 +103,74 @@ macro_rules! quarters {
                 }
             }
             sums
+        }
+
+        #[inline(always)]
+        unsafe fn by_row(lines: *const u8) -> [Bytes; 2] {
+            let mut rows = [Bytes([0; LINE_BYTES]); 2];
+            for (line, rows) in rows.iter_mut().enumerate() {
+                // SAFETY: four columns of 16 rows, and as many bytes to write.
+                unsafe {
+                    let cols = vld1q_u8_x4(lines.add(line * LINE_BYTES));
+                    vst4q_u8(
+                        rows.0.as_mut_ptr(),
+                        uint8x16x4_t(cols.0, cols.1, cols.2, cols.3),
+                    );
+                }
+            }
+            rows
+        }
+
+        #[inline(always)]
+        unsafe fn look_up(lines: *const u8, tables: *const u8, chunks: usize) -> Self::Ints {
+            // Two columns add four sums of at most 16 to a byte, at most 17 * 64 to a word: 15 lines fit one.
+            const LINES: usize = 15;
+            // SAFETY: two lines a chunk, and their tables.
+            unsafe {
+                let mut sums = [vdupq_n_s32(0); QUARTERS];
+                let end = 2 * chunks;
+                let mut line = 0;
+                while line < end {
+                    // Rows 0 to 7 and 8 to 15.
+                    let mut words = [vdupq_n_s16(0); 2];
+                    for line in line..(line + LINES).min(end) {
+                        let codes = lines.add(line * LINE_BYTES);
+                        let tables = tables.add(line * TABLES_OF_LINE).cast::<i8>();
+                        for cols in [[0, 1], [2, 3]] {
+                            let (mut high, mut low) = (vdupq_n_s8(0), vdupq_n_s8(0));
+                            for col in cols {
+                                let at = col * TILE_ROWS;
+                                let bytes = vld1q_u8(codes.add(at));
+                                let table =
+                                    |which: usize| vld1q_s8(tables.add(which * LINE_BYTES + at));
+                                let first = vandq_u8(bytes, vdupq_n_u8(15));
+                                let second = vshrq_n_u8::<4>(bytes);
+                                high = vaddq_s8(high, vqtbl1q_s8(table(0), first));
+                                low = vaddq_s8(low, vqtbl1q_s8(table(1), first));
+                                high = vaddq_s8(high, vqtbl1q_s8(table(2), second));
+                                low = vaddq_s8(low, vqtbl1q_s8(table(3), second));
+                            }
+                            let sixteen = vdupq_n_s8(16);
+                            words[0] = vmlal_s8(words[0], vget_low_s8(high), vget_low_s8(sixteen));
+                            words[1] = vmlal_high_s8(words[1], high, sixteen);
+                            words[0] = vaddw_s8(words[0], vget_low_s8(low));
+                            words[1] = vaddw_high_s8(words[1], low);
+                        }
+                    }
+                    for (i, words) in words.into_iter().enumerate() {
+                        sums[2 * i] = vaddw_s16(sums[2 * i], vget_low_s16(words));
+                        sums[2 * i + 1] = vaddw_high_s16(sums[2 * i + 1], words);
+                    }
+                    line += LINES;
+                }
+                sums
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_ints(numbers: &[i32; TILE_ROWS]) -> Self::Ints {
+            // SAFETY: 16 numbers.
+            unsafe { std::array::from_fn(|i| vld1q_s32(numbers.as_ptr().add(4 * i))) }
         }
 
         #[inline(always)]

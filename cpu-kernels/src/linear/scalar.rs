@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::kernel::Vector;
+use super::lookup::TABLES_OF_LINE;
 use super::{LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
 
 pub(super) struct Scalar;
@@ -39,6 +40,36 @@ impl Vector for Scalar {
             }
         }
         sums
+    }
+
+    #[inline(always)]
+    unsafe fn look_up(lines: *const u8, tables: *const u8, chunks: usize) -> Self::Ints {
+        let mut sums = [0; TILE_ROWS];
+        for line in 0..2 * chunks {
+            // SAFETY: two lines a chunk, and their tables.
+            let (line, tables) = unsafe {
+                (
+                    &*lines.add(line * LINE_BYTES).cast::<[u8; LINE_BYTES]>(),
+                    &*tables
+                        .add(line * TABLES_OF_LINE)
+                        .cast::<[[[i8; LINE_BYTES]; 2]; 2]>(),
+                )
+            };
+            for (lane, codes) in line.as_chunks::<TILE_ROWS>().0.iter().enumerate() {
+                for (sum, code) in sums.iter_mut().zip(codes) {
+                    for (nibble, [high, low]) in [code & 15, code >> 4].into_iter().zip(tables) {
+                        let entry = TILE_ROWS * lane + usize::from(nibble);
+                        *sum += 16 * i32::from(high[entry]) + i32::from(low[entry]);
+                    }
+                }
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    unsafe fn load_ints(numbers: &[i32; TILE_ROWS]) -> Self::Ints {
+        *numbers
     }
 
     #[inline(always)]

@@ -1,7 +1,53 @@
-//! Linear layer with ternary weights and float activations.
+//! Linear layer with ternary weights: the reference, with float activations, and the forms of the fast kernels.
+
+use std::fmt;
 
 use models::quant::TernaryMatrix;
 use models::quant::ternary::{CELL_BYTES, CELL_WEIGHTS};
+
+/// How ternary weights lie in memory, and with that what a single token's levels meet. All forms give the same
+/// bits; which is fastest is measured (`cargo xtask tune --cpu`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Two bits a weight, multiplied.
+    Multiply,
+    /// Two bits a weight, the sums of pairs looked up in tables of the token ([`lookup`](super::lookup)).
+    LookUp,
+    /// Five weights a byte, 1.6 bits each, taken apart and multiplied.
+    Fives,
+}
+
+impl Form {
+    /// All of them.
+    pub const ALL: [Form; 3] = [Form::Multiply, Form::LookUp, Form::Fives];
+
+    /// Name as tables and the environment give it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Form::Multiply => "multiply",
+            Form::LookUp => "lookup",
+            Form::Fives => "fives",
+        }
+    }
+
+    /// The one called `name`.
+    ///
+    /// # Errors
+    /// A sentence that lists the names.
+    pub fn named(name: &str) -> Result<Form, String> {
+        let found = Form::ALL.into_iter().find(|form| form.name() == name);
+        found.ok_or_else(|| {
+            let names = Form::ALL.map(Form::name).join(", ");
+            format!("`{name}` is no form of ternary weights, which are: {names}")
+        })
+    }
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
 
 /// `y = w x + bias` for `x` `(t, k)` into `y` `(t, n)`; `bias` is `(n,)`.
 ///

@@ -1,7 +1,8 @@
 //! Every instruction set against the references, at shapes that are not round.
 
-use models::quant::Weight;
+use models::quant::{TernaryMatrix, Weight};
 
+use super::ternary::Form;
 use super::*;
 use crate::isa::Isa;
 use crate::levels::{self, Levels, Precision, token_words};
@@ -177,41 +178,114 @@ fn f16_and_ternary_are_close_to_the_reference() {
     }
 }
 
+/// The product of a ternary matrix in a form, tables and all.
+fn run_form(isa: Isa, w: &TernaryMatrix, form: Form, x: &[f32], parts: usize) -> Vec<f32> {
+    let (packed, k) = (Packed::ternary_as(w, form), w.cols);
+    let words = words(isa, Precision::Byte, x, k);
+    let levels = Levels::new(&words, k, Precision::Byte);
+    let mut tables = vec![f32::NAN; lookup::table_words(k)];
+    let levels = match levels.tokens() {
+        1 => {
+            lookup::tables(isa, levels, &mut tables);
+            levels.with_tables(&tables)
+        }
+        _ => levels,
+    };
+    let input = Input::Levels(levels);
+    run(isa, &packed, None, input, levels.tokens(), parts)
+}
+
+/// `w x` for the levels of `x`, the sums in integers, plainly.
+fn exact(w: &TernaryMatrix, x: &[f32]) -> Vec<f32> {
+    let words = words(Isa::available()[0], Precision::Byte, x, w.cols);
+    let levels = Levels::new(&words, w.cols, Precision::Byte);
+    let mut y = Vec::new();
+    for token in (0..levels.tokens()).map(|token| levels.token(token)) {
+        for row in 0..w.rows {
+            let mut signs = vec![0.0; w.cols];
+            let cells = w.row_quants(row).as_chunks().0;
+            for (cell, out) in cells.iter().zip(signs.as_chunks_mut().0) {
+                models::quant::ternary::decode_cell(cell, 1.0, out);
+            }
+            let terms = signs.iter().zip(token.high);
+            let groups = terms.collect::<Vec<_>>();
+            let mut sum = 0.0f32;
+            for (group, scale) in groups.chunks(w.group).zip(w.row_scales(row)) {
+                let ints = group.iter().map(|(w, x)| **w as i32 * i32::from(**x));
+                sum = scale.mul_add(token.scales[0] * ints.sum::<i32>() as f32, sum);
+            }
+            y.push(sum);
+        }
+    }
+    y
+}
+
 #[test]
-fn sums_of_ternary_weights_and_bytes_are_exact() {
+fn sums_of_ternary_weights_and_bytes_are_exact_in_every_form() {
     let mut random = Random::new(16);
-    for (n, k, tokens) in [(33, 2560, 1), (17, 6912, 7), (5, 96, 3)] {
-        let w = random.ternary(n, k, k);
-        let x = random.floats(tokens * k, 50.0);
-        let packed = Packed::ternary(&w);
-        for isa in Isa::available() {
-            let words = words(isa, Precision::Byte, &x, k);
-            let levels = Levels::new(&words, k, Precision::Byte);
-            let y = run(isa, &packed, None, Input::Levels(levels), tokens, 2);
-            for (t, y) in y.chunks_exact(n).enumerate() {
-                let token = levels.token(t);
-                for (row, y) in y.iter().enumerate() {
-                    let mut signs = vec![0.0; k];
-                    let unit = [1.0];
-                    for (cell, out) in w
-                        .row_quants(row)
-                        .as_chunks()
-                        .0
-                        .iter()
-                        .zip(signs.as_chunks_mut().0)
-                    {
-                        models::quant::ternary::decode_cell(cell, unit[0], out);
-                    }
-                    let sum: i32 = signs
-                        .iter()
-                        .zip(token.high)
-                        .map(|(w, x)| *w as i32 * i32::from(*x))
-                        .sum();
-                    let expected = w.row_scales(row)[0] * (token.scales[0] * sum as f32);
-                    assert_eq!(*y, expected, "{isa} n={n} k={k} row {row}");
+    for (n, k, tokens) in [
+        (33, 2560, 1),
+        (17, 6912, 7),
+        (17, 6912, 1),
+        (5, 96, 3),
+        (5, 32, 1),
+    ] {
+        let mut w = random.ternary(n, k, k);
+        let mut x = random.floats(tokens * k, 50.0);
+        for extreme in [false, true] {
+            if extreme {
+                // All weights 1 or all -1, levels of 120 and -120: the greatest sums of nibbles.
+                w.quants = [0xaa, 0x00][n % 2..][..1].repeat(n * k / 4).into();
+                x.fill([120.0, -120.0][k / 32 % 2]);
+                x.chunks_exact_mut(k).for_each(|x| x[k / 2] = 127.0);
+            }
+            let expected = exact(&w, &x);
+            for isa in Isa::available() {
+                for form in Form::ALL {
+                    let y = run_form(isa, &w, form, &x, 2);
+                    assert_eq!(y, expected, "{isa} {form} n={n} k={k} t={tokens}");
                 }
             }
         }
+    }
+}
+
+#[test]
+fn groups_of_ternary_weights_are_looked_up_as_they_are_multiplied() {
+    let mut random = Random::new(18);
+    for (n, k, group) in [(33, 2560, 256), (7, 1120, 64), (18, 160, 32)] {
+        let w = random.ternary(n, k, group);
+        let x = random.floats(k, 50.0);
+        for isa in Isa::available() {
+            let expected = run_form(isa, &w, Form::Multiply, &x, 1);
+            for form in Form::ALL {
+                assert_eq!(
+                    run_form(isa, &w, form, &x, 1),
+                    expected,
+                    "{isa} {form} k={k}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_form_cannot_hold_is_multiplied() {
+    let mut random = Random::new(19);
+    let mut w = random.ternary(3, 64, 32);
+    let form = |w: &TernaryMatrix, form| Packed::ternary_as(w, form).form().unwrap();
+    assert_eq!(form(&w, Form::LookUp), Form::LookUp);
+    assert_eq!(form(&w, Form::Fives), Form::Multiply, "groups differ");
+    let row = [0.5f32, 0.5, 2.0, 2.0, 0.1, 0.1];
+    w.scales = row.to_vec().into();
+    assert_eq!(
+        form(&w, Form::Fives),
+        Form::Fives,
+        "a scale a row in blocks"
+    );
+    w.quants.to_mut()[7] = 0xc0;
+    for other in Form::ALL {
+        assert_eq!(form(&w, other), Form::Multiply, "a weight of 2");
     }
 }
 
@@ -262,6 +336,17 @@ fn rows_of_the_layout_are_the_weights_bit_for_bit() {
             w.dequantize_row(row, &mut expected);
             packed.dequantize_row(row, &mut got);
             assert_eq!(got, expected, "{} row {row}", packed.format());
+        }
+    }
+    let w = random.ternary(18, 160, 160);
+    for form in Form::ALL {
+        let packed = Packed::ternary_as(&w, form);
+        assert_eq!(packed.form(), Some(form));
+        let (mut got, mut expected) = (vec![f32::NAN; 160], vec![0.0; 160]);
+        for row in 0..18 {
+            w.dequantize_row(row, &mut expected);
+            packed.dequantize_row(row, &mut got);
+            assert_eq!(got, expected, "{form} row {row}");
         }
     }
 }

@@ -11,10 +11,11 @@ use clap::Args;
 use engine::Error;
 use engine::backend::{Backend, LoadedModel, Selected, select};
 use engine::sampler::Sampling;
+use engine::synthetic;
 use engine::weights::ModelFile;
 
 use self::report::{Latency, Rate, Report};
-use super::synthesize::{self, LinearArg};
+use super::synthesize::LinearArg;
 use super::{Failure, ModelArgs, model_path, positive, set_threads};
 
 /// Measure prompt and decode speed, latency and energy of a model.
@@ -178,7 +179,7 @@ fn load(args: &BenchArgs, context: usize) -> Result<LoadedModel, Error> {
         let file = mapped.parse()?;
         return mapped.load(&file, mapped.recipe(&file)?);
     };
-    synthesize::loaded(name, args.linear, context)
+    synthetic::load(name, context, args.linear.into())
 }
 
 /// Tokens that the cache must hold: one more than is measured, which the profile appends.

@@ -8,17 +8,17 @@ use clap::Args;
 use engine::Error;
 use engine::backend::cpu::System;
 use engine::backend::{KvCache, LoadedModel};
+use engine::synthetic;
 use engine::weights::ModelFile;
 use models::arch::Config;
 use models::file::Source;
-use models::file::gguf::Gguf;
+use models::file::gguf::{DType, Gguf};
 use models::quant::Weight;
 use models::recipe::{Buffer, Recipe, Step};
 use models::weights;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::synthesize::{self, LinearArg};
 use super::{Failure, KvArg, model_path, positive, set_threads, stdout_failure};
 
 /// Show what a model file holds: architecture, sizes, bits a weight, memory on a device.
@@ -105,7 +105,7 @@ pub fn execute(args: InfoArgs) -> Result<ExitCode, Failure> {
     let report = match &args.synthetic {
         Some(name) => {
             let context = args.context.unwrap_or(0);
-            let bytes = synthesize::in_memory(name, LinearArg::Q4_0, context)?;
+            let bytes = synthetic::file(name, context, DType::Q4_0)?;
             let file = Gguf::parse(&bytes).map_err(Error::from)?;
             let recipe = models::arch::recipe(&file).map_err(Error::from)?;
             inspect(&file, recipe, args.context, args.kv)?
@@ -149,6 +149,10 @@ fn system(json: bool) -> Result<ExitCode, Failure> {
     );
     for operation in &system.operations {
         text += &format!("  {:<48}{}\n", operation.operation, operation.instructions);
+    }
+    for ternary in &system.ternary {
+        let what = format!("linear ternary, one token, {}", ternary.shape);
+        text += &format!("  {what:<48}{} ({})\n", ternary.form, ternary.reason);
     }
     print(&text)
 }

@@ -6,12 +6,9 @@ use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 use engine::Error;
-use engine::backend::LoadedModel;
 use indicatif::{ProgressBar, ProgressStyle};
 use models::file::gguf::DType;
-use models::file::gguf::Gguf;
 use models::synthetic::{self, Options};
-use rayon::prelude::*;
 
 use super::Failure;
 use super::atomic_file::AtomicFile;
@@ -67,37 +64,6 @@ impl From<LinearArg> for DType {
             LinearArg::TQ2_0 => DType::TQ2_0,
         }
     }
-}
-
-/// The file in memory, for a context of `context` tokens at least: random weights are trained for any.
-///
-/// # Errors
-/// [`Error::Input`] for a shape that has no such name.
-pub fn in_memory(name: &str, linear: LinearArg, context: usize) -> Result<Vec<u8>, Error> {
-    let options = Options {
-        linear: linear.into(),
-        ..Options::default()
-    };
-    let mut shape = synthetic::shape(name)?.clone();
-    // A file says it in 32 bits.
-    shape.context = shape.context.max(context).min(u32::MAX as usize);
-    Ok(synthetic::to_vec(&shape, &options)?)
-}
-
-/// The model of such a file.
-///
-/// # Errors
-/// As [`in_memory`].
-pub fn loaded(name: &str, linear: LinearArg, context: usize) -> Result<LoadedModel, Error> {
-    let bytes = in_memory(name, linear, context)?;
-    let file = Gguf::parse(&bytes)?;
-    let recipe = models::arch::recipe(&file)?;
-    let weights = recipe
-        .weights
-        .par_iter()
-        .map(|weight| models::weights::decode(&file, weight))
-        .collect::<Result<_, _>>()?;
-    Ok(LoadedModel { recipe, weights })
 }
 
 /// Passes bytes on and counts them.

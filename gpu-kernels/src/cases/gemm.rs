@@ -3,7 +3,7 @@
 use half::f16;
 use models::quant::{Int4Matrix, Int4Tiled};
 
-use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within_of};
+use super::{Buffers, Case, CaseError, Device, Inputs, compared, rows_of, same_twice, within_of};
 use crate::launch::DeviceSlice;
 use crate::linear::gemm_int4::{Operands, Shape, Tiling, entry, plan};
 use crate::linear::gemv_int4_mma::Epilogue;
@@ -224,9 +224,14 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
         }
         Ok(device.take_f32(ops.y)?)
     })?;
-    let x: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
-    let mut want = before;
+    let compared = compared(tokens);
+    let x: Vec<f32> = rows_of(&halves, cols, &compared)
+        .into_iter()
+        .map(f16::to_f32)
+        .collect();
+    let mut want = rows_of(&before, rows, &compared);
     reference(product, &w, bias.as_deref(), &x, &mut want);
+    let got = rows_of(&got, rows, &compared);
     let bound = if half_y { ROUNDED_Y } else { ROUNDED_WEIGHTS };
     within_of(&got, &want, TYPICAL, bound)
 }

@@ -176,6 +176,24 @@ fn same_twice(
     }
 }
 
+/// Tokens whose results are compared: all of a few, of many a sample with both ends, as the references
+/// are plain loops.
+fn compared(tokens: usize) -> Vec<usize> {
+    const MOST: usize = 96;
+    if tokens <= MOST {
+        return (0..tokens).collect();
+    }
+    (0..MOST / 2)
+        .map(|i| i * (tokens - 1) / (MOST / 2 - 1))
+        .collect()
+}
+
+/// The rows of `values` that belong to `tokens`, each `width` long.
+fn rows_of<T: Copy>(values: &[T], width: usize, tokens: &[usize]) -> Vec<T> {
+    let rows = tokens.iter().map(|token| &values[token * width..][..width]);
+    rows.flatten().copied().collect()
+}
+
 /// The relative error of `got` against `want`, if it is within `bound`. NaN is never within.
 fn within(got: &[f32], want: &[f32], bound: f64) -> Result<f64, CaseError> {
     within_of(got, want, 0.0, bound)

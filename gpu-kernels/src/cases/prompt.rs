@@ -4,7 +4,9 @@
 use cpu_kernels::attention::AttentionShape;
 use half::f16;
 
-use super::{Buffers, Case, CaseError, Device, DeviceError, Inputs, same_twice, within};
+use super::{
+    Buffers, Case, CaseError, Device, DeviceError, Inputs, compared, rows_of, same_twice, within,
+};
 use crate::launch::DeviceSlice;
 use crate::rope_kv_append::tokens::Strided;
 use crate::{attention, rmsnorm, rope_kv_append};
@@ -136,18 +138,22 @@ fn attend(
         device.run(&attention::prompt::plan(&info, &shape, tokens, &ops)?)?;
         Ok(to_floats(device.take_f16(ops.out)?))
     })?;
-    let reference = AttentionShape {
-        heads,
-        kv_heads,
-        head_dim,
-        capacity: context,
-        position,
-        scale,
-    };
-    let q = to_floats(q);
-    let mut want = vec![0.0; q.len()];
-    cpu_kernels::attention::reference(&q, &k_cache, &v_cache, &mut want, &reference);
-    within(&got, &want, ROUNDED_WEIGHTS)
+    let (q, width) = (to_floats(q), heads * head_dim);
+    let compared = compared(tokens);
+    let mut want = vec![0.0; compared.len() * width];
+    for (token, want) in compared.iter().zip(want.chunks_exact_mut(width)) {
+        let reference = AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+            capacity: context,
+            position: position + token,
+            scale,
+        };
+        let q = &q[token * width..][..width];
+        cpu_kernels::attention::reference(q, &k_cache, &v_cache, want, &reference);
+    }
+    within(&rows_of(&got, width, &compared), &want, ROUNDED_WEIGHTS)
 }
 
 /// Queries, keys and values as they lie in one product, with a gap at the end.

@@ -3,7 +3,8 @@
 use models::recipe::Buffer;
 
 use super::super::Backend;
-use super::{CHUNK_TOKENS, CpuBackend, Logits};
+use super::job::Logits;
+use super::{CHUNK_TOKENS, CpuBackend};
 use crate::Error;
 
 impl CpuBackend {

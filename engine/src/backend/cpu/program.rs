@@ -16,13 +16,21 @@
 //! differently, above all the source of a linear step and the cache that attention reads, which are
 //! read whole, waits for the next phase.
 
+mod check;
+mod cuts;
+
 use std::ops::Range;
 
 use cpu_kernels::levels::{self, Precision, token_words};
-use cpu_kernels::linear::TILE_ROWS;
+use cpu_kernels::linear::ternary::Form;
+use cpu_kernels::linear::{TILE_ROWS, lookup};
+use cpu_kernels::tuned::Tuned;
 use models::quant::Weight;
-use models::recipe::{Buffer, Recipe, Step, WeightId};
+use models::recipe::{Buffer, Step};
 
+use self::check::check;
+pub(super) use self::cuts::Cut;
+use self::cuts::{Access, Place, accesses, accesses_of};
 use super::super::LoadedModel;
 use crate::Error;
 
@@ -47,6 +55,8 @@ pub(super) struct LevelsPlace {
     start: usize,
     /// Of the buffer, a token.
     pub cols: usize,
+    /// Where the tables of a single token lie, if a matrix looks sums up.
+    tables: Option<usize>,
 }
 
 /// Steps that need nothing from each other's shares, and what bounds the number of shares.
@@ -126,6 +136,8 @@ pub(super) struct Program {
     pub activation_elems: usize,
     /// Levels among the activations.
     levels: Vec<LevelsPlace>,
+    /// By weight: the form of those that are ternary.
+    pub forms: Vec<Form>,
 }
 
 /// Buffers start at a cache line.
@@ -133,7 +145,11 @@ const LINE_ELEMS: usize = 16;
 
 impl Program {
     /// Checks `model` and lays its buffers out for up to `tokens` tokens at once.
-    pub(super) fn compile(model: &LoadedModel, tokens: usize) -> Result<Program, Error> {
+    pub(super) fn compile(
+        model: &LoadedModel,
+        tokens: usize,
+        tuned: &Tuned,
+    ) -> Result<Program, Error> {
         let recipe = &model.recipe;
         for step in &recipe.steps {
             check(model, step)?;
@@ -147,16 +163,21 @@ impl Program {
             places[buffer as usize] = (next, elems);
             next += (tokens * elems).next_multiple_of(LINE_ELEMS);
         }
-        let (ops, mut levels) = with_levels(model);
+        let (ops, mut levels, forms) = with_levels(model, tuned);
         for place in &mut levels {
             place.start = next;
             next += (tokens * token_words(place.cols)).next_multiple_of(LINE_ELEMS);
+            if let Some(tables) = &mut place.tables {
+                *tables = next;
+                next += lookup::table_words(place.cols);
+            }
         }
         Ok(Program {
             phases: phases(model, ops),
             places,
             activation_elems: next,
             levels,
+            forms,
         })
     }
 
@@ -167,6 +188,13 @@ impl Program {
         (place.start..place.start + words, place)
     }
 
+    /// Where the tables of the token lie among the activations, if it is the only one and there are any.
+    pub(super) fn tables(&self, id: usize, tokens: usize) -> Option<Range<usize>> {
+        let place = self.levels[id];
+        let start = place.tables.filter(|_| tokens == 1)?;
+        Some(start..start + lookup::table_words(place.cols))
+    }
+
     /// Where the first `tokens` tokens of `buffer` lie among the activations.
     pub(super) fn buffer(&self, buffer: Buffer, tokens: usize) -> Range<usize> {
         let (start, elems) = self.places[buffer as usize];
@@ -174,202 +202,11 @@ impl Program {
     }
 }
 
-/// Weights of the right kind and shape, so that no kernel meets a surprise while the team runs.
-fn check(model: &LoadedModel, step: &Step) -> Result<(), Error> {
+/// The steps of the recipe with the roundings that their matrices need, the levels that these write, and the
+/// form of each ternary matrix: only levels of 8 bits are looked up or meet five weights a byte.
+fn with_levels(model: &LoadedModel, tuned: &Tuned) -> (Vec<Op>, Vec<LevelsPlace>, Vec<Form>) {
     let recipe = &model.recipe;
-    let name = |id: WeightId| recipe.weights.get(id).map_or("?", |w| w.name.as_str());
-    let fail = |id: WeightId, wanted: String| {
-        Err(Error::input(format!("tensor {:?}: not {wanted}", name(id))))
-    };
-    let vector = |id: WeightId, len: usize| match model.weights.get(id) {
-        Some(Weight::Vector(v)) if v.len() == len => Ok(()),
-        _ => fail(id, format!("a vector of {len}")),
-    };
-    let matrix = |id: WeightId, rows: usize, cols: usize| match model.weights.get(id) {
-        Some(weight) if !matches!(weight, Weight::Vector(_)) && weight.shape() == (rows, cols) => {
-            Ok(())
-        }
-        _ => fail(id, format!("a ({rows}, {cols}) matrix")),
-    };
-    let same = |what: &str, elems: &[usize]| {
-        if elems.windows(2).all(|pair| pair[0] == pair[1]) {
-            return Ok(());
-        }
-        Err(Error::input(format!(
-            "recipe: buffers of a {what} step differ in length"
-        )))
-    };
-    let apart = |src: &Buffer, dst: &Buffer| match src == dst {
-        true => Err(Error::input("recipe: a norm step onto its own source")),
-        false => Ok(()),
-    };
-    let config = &recipe.config;
-    let elems = |buffer: &Buffer| recipe.elems(*buffer);
-    match step {
-        Step::Embed { table, dst } => match model.weights.get(*table) {
-            Some(Weight::Int8(m)) if m.rows >= config.vocab && m.cols == elems(dst) => Ok(()),
-            Some(Weight::F16(m)) if m.rows >= config.vocab && m.cols == elems(dst) => Ok(()),
-            _ => fail(
-                *table,
-                format!("an INT8 or F16 table ({}, {})", config.vocab, elems(dst)),
-            ),
-        },
-        Step::RmsNorm {
-            weight, src, dst, ..
-        } => {
-            same("norm", &[elems(src), elems(dst)])?;
-            apart(src, dst)?;
-            vector(*weight, elems(dst))
-        }
-        Step::HeadNorm {
-            weight,
-            buffer,
-            heads,
-            ..
-        } => {
-            same("head norm", &[elems(buffer), heads * config.head_dim])?;
-            vector(*weight, config.head_dim)
-        }
-        Step::RoundToInt8 { .. } => Ok(()),
-        Step::Linear {
-            weight,
-            bias,
-            src,
-            dst,
-        } => {
-            matrix(*weight, elems(dst), elems(src))?;
-            bias.map_or(Ok(()), |bias| vector(bias, elems(dst)))
-        }
-        Step::Logits { table, src, dst } => matrix(*table, elems(dst), elems(src)),
-        Step::Rope { buffer, heads } => {
-            same("rope", &[elems(buffer), heads * config.head_dim])?;
-            same("rope", &[config.head_dim % 2, 0])
-        }
-        Step::KvAppend { layer, key, value } => {
-            let elems = [elems(key), elems(value), config.kv_heads * config.head_dim];
-            same("cache", &elems)?;
-            check_layer(recipe, *layer)
-        }
-        Step::Attention {
-            layer, query, dst, ..
-        } => {
-            same(
-                "attention",
-                &[elems(query), elems(dst), config.heads * config.head_dim],
-            )?;
-            check_layer(recipe, *layer)
-        }
-        Step::SwiGlu { gate, up, dst } | Step::ReluSquaredGlu { gate, up, dst } => {
-            same("gate", &[elems(gate), elems(up), elems(dst)])
-        }
-        Step::Add { src, dst } => same("residual", &[elems(src), elems(dst)]),
-    }
-}
-
-fn check_layer(recipe: &Recipe, layer: usize) -> Result<(), Error> {
-    let c = &recipe.config;
-    if layer >= c.layers || c.kv_heads == 0 || !c.heads.is_multiple_of(c.kv_heads) {
-        return Err(Error::input(format!(
-            "recipe: layer {layer} of {} with {} heads over {} key/value heads",
-            c.layers, c.heads, c.kv_heads
-        )));
-    }
-    Ok(())
-}
-
-/// How a step's work is cut into shares.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Cut {
-    Tokens,
-    Columns,
-    Heads,
-    /// Every share reads all of it.
-    Whole,
-}
-
-/// What a step touches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
-    Buffer(Buffer),
-    Levels(usize),
-    Cache { layer: usize },
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Access {
-    place: Place,
-    cut: Cut,
-    write: bool,
-}
-
-/// What an operation touches.
-fn accesses_of(op: &Op) -> Vec<Access> {
-    let access = |place, cut, write| Access { place, cut, write };
-    match op {
-        Op::Round { src, levels, cut } => vec![
-            access(Place::Buffer(*src), *cut, false),
-            access(Place::Levels(*levels), *cut, true),
-        ],
-        Op::Step(step, None) => accesses(step),
-        Op::Step(step, Some(levels)) => {
-            let mut all = accesses(step);
-            all.retain(|access| access.write);
-            all.push(access(Place::Levels(*levels), Cut::Whole, false));
-            all
-        }
-    }
-}
-
-fn accesses(step: &Step) -> Vec<Access> {
-    let read = |buffer: &Buffer, cut| Access {
-        place: Place::Buffer(*buffer),
-        cut,
-        write: false,
-    };
-    let write = |buffer: &Buffer, cut| Access {
-        place: Place::Buffer(*buffer),
-        cut,
-        write: true,
-    };
-    let cache = |layer: &usize, cut, write| Access {
-        place: Place::Cache { layer: *layer },
-        cut,
-        write,
-    };
-    match step {
-        Step::Embed { dst, .. } => vec![write(dst, Cut::Tokens)],
-        Step::RmsNorm { src, dst, .. } => vec![read(src, Cut::Tokens), write(dst, Cut::Tokens)],
-        Step::Linear { src, dst, .. } | Step::Logits { src, dst, .. } => {
-            vec![read(src, Cut::Whole), write(dst, Cut::Columns)]
-        }
-        Step::Rope { buffer, .. } | Step::HeadNorm { buffer, .. } => {
-            vec![write(buffer, Cut::Heads)]
-        }
-        Step::RoundToInt8 { buffer } => vec![write(buffer, Cut::Tokens)],
-        Step::KvAppend { layer, key, value } => vec![
-            read(key, Cut::Heads),
-            read(value, Cut::Heads),
-            cache(layer, Cut::Heads, true),
-        ],
-        Step::Attention {
-            layer, query, dst, ..
-        } => vec![
-            read(query, Cut::Heads),
-            cache(layer, Cut::Whole, false),
-            write(dst, Cut::Heads),
-        ],
-        Step::SwiGlu { gate, up, dst } | Step::ReluSquaredGlu { gate, up, dst } => vec![
-            read(gate, Cut::Columns),
-            read(up, Cut::Columns),
-            write(dst, Cut::Columns),
-        ],
-        Step::Add { src, dst } => vec![read(src, Cut::Columns), write(dst, Cut::Columns)],
-    }
-}
-
-/// The steps of the recipe with the roundings that their matrices need, and the levels that these write.
-fn with_levels(model: &LoadedModel) -> (Vec<Op>, Vec<LevelsPlace>) {
-    let recipe = &model.recipe;
+    let mut forms = vec![None; model.weights.len()];
     let mut places: Vec<LevelsPlace> = Vec::new();
     // After each step; the first entry: before all of them.
     let mut rounds: Vec<Vec<Op>> = vec![Vec::new(); recipe.steps.len() + 1];
@@ -401,9 +238,23 @@ fn with_levels(model: &LoadedModel) -> (Vec<Op>, Vec<LevelsPlace>) {
                     precision,
                     start: 0,
                     cols: recipe.elems(*src),
+                    tables: None,
                 });
                 places.len() - 1
             });
+            if let Weight::Ternary(matrix) = &model.weights[*weight] {
+                let form = match precision {
+                    Precision::Byte => tuned.choose(matrix.rows, matrix.cols).form,
+                    Precision::Word => Form::Multiply,
+                };
+                let known = *forms[*weight].get_or_insert(form);
+                if known != form {
+                    forms[*weight] = Some(Form::Multiply);
+                }
+                if form == Form::LookUp {
+                    places[id].tables = Some(0);
+                }
+            }
             let cut = match cut {
                 Cut::Columns if precision == Precision::Word => Cut::Columns,
                 Cut::Heads
@@ -436,7 +287,8 @@ fn with_levels(model: &LoadedModel) -> (Vec<Op>, Vec<LevelsPlace>) {
         ops.push(Op::Step(step.clone(), levels));
         ops.append(rounds);
     }
-    (ops, places)
+    let forms = forms.into_iter().map(|form| form.unwrap_or(Form::Multiply));
+    (ops, places, forms.collect())
 }
 
 fn phases(model: &LoadedModel, ops: Vec<Op>) -> Vec<Phase> {
@@ -466,6 +318,8 @@ fn phases(model: &LoadedModel, ops: Vec<Op>) -> Vec<Phase> {
 
 #[cfg(test)]
 mod tests {
+    use models::recipe::Recipe;
+
     use super::*;
 
     #[test]

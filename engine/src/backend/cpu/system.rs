@@ -1,6 +1,7 @@
 //! What this CPU has and what the backend would use of it.
 
 use cpu_kernels::isa::{Isa, OVERRIDE};
+use cpu_kernels::tuned::Tuned;
 use serde::Serialize;
 
 use super::team;
@@ -31,6 +32,19 @@ pub struct System {
     pub reason: String,
     /// Operations and their instructions.
     pub operations: Vec<Operation>,
+    /// Ternary matrices, `N x K`, and the form in which they meet a single token.
+    pub ternary: Vec<Ternary>,
+}
+
+/// The form of ternary matrices of a shape.
+#[derive(Debug, Clone, Serialize)]
+pub struct Ternary {
+    /// `2560x6912`, or what all others are called.
+    pub shape: String,
+    /// The form.
+    pub form: &'static str,
+    /// Why.
+    pub reason: String,
 }
 
 /// What an operation is computed with.
@@ -50,9 +64,17 @@ impl System {
     pub fn detect() -> Result<System, Error> {
         let (isa, reason) = chosen()?;
         let operations = isa.operations().into_iter();
+        let (cpu, threads) = (cpu_name(), team::default_threads()?);
+        let tuned = Tuned::load(&cpu, isa, threads).map_err(Error::Input)?;
+        let ternary = tuned.choices().into_iter().map(|(shape, chosen)| Ternary {
+            shape,
+            form: chosen.form.name(),
+            reason: chosen.why.to_string(),
+        });
         Ok(System {
-            cpu: cpu_name(),
-            threads: team::default_threads()?,
+            cpu,
+            threads,
+            ternary: ternary.collect(),
             available: Isa::available().into_iter().map(Isa::name).collect(),
             used: isa.name(),
             reason,

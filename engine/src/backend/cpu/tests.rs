@@ -1,21 +1,28 @@
 //! The backend against the references of `cpu-kernels`, on small models with random weights.
 
-use models::file::gguf::{DType, Gguf};
-use models::synthetic::{self, Options};
-
-use cpu_kernels::kv_append;
+use cpu_kernels::attention;
+use cpu_kernels::linear::ternary::Form;
+use cpu_kernels::{add, embed, kv_append, linear, relu2_glu, rmsnorm, rope, round_int8, swiglu};
 use half::f16;
+use models::file::gguf::{DType, Gguf};
+use models::quant::Weight;
+use models::recipe::{Step, WeightId};
+use models::synthetic::{self, Options, Shape};
 
 use super::super::KvForm;
 use super::*;
 
 fn model(shape: &str, linear: DType, embedding: DType) -> Arc<LoadedModel> {
+    model_of(synthetic::shape(shape).unwrap(), linear, embedding)
+}
+
+fn model_of(shape: &Shape, linear: DType, embedding: DType) -> Arc<LoadedModel> {
     let options = Options {
         seed: 7,
         linear,
         embedding,
     };
-    let bytes = synthetic::to_vec(synthetic::shape(shape).unwrap(), &options).unwrap();
+    let bytes = synthetic::to_vec(shape, &options).unwrap();
     let file = Gguf::parse(&bytes).unwrap();
     let recipe = models::arch::recipe(&file).unwrap();
     let weights = recipe
@@ -29,14 +36,19 @@ fn model(shape: &str, linear: DType, embedding: DType) -> Arc<LoadedModel> {
 }
 
 fn backend(model: &Arc<LoadedModel>, context: usize, isa: Isa, threads: usize) -> CpuBackend {
-    CpuBackend::with(
-        model.clone(),
-        context.into(),
-        isa,
-        threads,
-        "test".to_owned(),
-    )
-    .unwrap()
+    with_form(model, context, isa, threads, Form::Multiply)
+}
+
+fn with_form(
+    model: &Arc<LoadedModel>,
+    context: usize,
+    isa: Isa,
+    threads: usize,
+    form: Form,
+) -> CpuBackend {
+    let tuned = Tuned::forced(form);
+    let why = "test".into();
+    CpuBackend::with(model.clone(), context.into(), isa, threads, &tuned, why).unwrap()
 }
 
 fn tokens(model: &LoadedModel, count: usize) -> Vec<u32> {
@@ -231,8 +243,8 @@ fn values_of_8_bits_give_the_logits_of_the_references() {
                 tokens: tokens.len(),
                 form: KvForm::K16V8,
             };
-            let why = "test".to_owned();
-            let mut backend = CpuBackend::with(model.clone(), cache, isa, 2, why).unwrap();
+            let (tuned, why) = (Tuned::forced(Form::Multiply), "test".to_owned());
+            let mut backend = CpuBackend::with(model.clone(), cache, isa, 2, &tuned, why).unwrap();
             backend.prefill(&tokens).unwrap();
             let what = format!("{shape} {linear:?} {isa}");
             // A value that rounds to the level beside shows here.
@@ -319,6 +331,7 @@ fn a_context_that_fits_no_memory_is_an_error() {
             context.into(),
             Isa::selected(),
             1,
+            &Tuned::forced(Form::Multiply),
             "test".to_owned(),
         )
     };
@@ -337,7 +350,9 @@ fn weights_that_do_not_fit_the_recipe_are_refused() {
             recipe: model.recipe.clone(),
             weights,
         });
-        let error = CpuBackend::with(broken, 8.into(), Isa::selected(), 1, "test".to_owned()).err();
+        let tuned = Tuned::forced(Form::Multiply);
+        let error =
+            CpuBackend::with(broken, 8.into(), Isa::selected(), 1, &tuned, "test".into()).err();
         let Some(Error::Input(message)) = error else {
             panic!("{error:?}")
         };
@@ -400,4 +415,47 @@ fn logits_of_every_prompt_token_are_those_of_single_steps() {
     assert_eq!(prompt.position(), tokens.len());
     assert_eq!(prompt.logits().unwrap(), expected[expected.len() - vocab..]);
     assert!(prompt.prefill_logits(&[]).is_err());
+}
+
+/// BitNet in small: blocks of ternary weights are 256 columns wide.
+fn tiny_bitnet() -> Arc<LoadedModel> {
+    let shape = Shape {
+        name: "tiny-bitnet",
+        architecture: "bitnet-b1.58",
+        width: 256,
+        head_dim: 64,
+        ffn: 512,
+        sub_norms: true,
+        ..synthetic::shape("tiny").unwrap().clone()
+    };
+    model_of(&shape, DType::TQ2_0, DType::Q8_0)
+}
+
+#[test]
+fn forms_of_ternary_weights_give_the_same_bits() {
+    let model = tiny_bitnet();
+    assert!(model.recipe.config.int8_activations);
+    let tokens = tokens(&model, CHUNK_TOKENS + 9);
+    let expected = reference_logits(&model, &tokens, KvForm::K16V16);
+    for isa in Isa::available() {
+        let mut of_isa: Option<Vec<f32>> = None;
+        for form in Form::ALL {
+            for threads in [1, 3] {
+                let mut backend = with_form(&model, tokens.len(), isa, threads, form);
+                let (prompt, single) = tokens.split_at(CHUNK_TOKENS + 2);
+                backend.prefill(prompt).unwrap();
+                for &token in single {
+                    backend.decode(token).unwrap();
+                }
+                let got = backend.logits().unwrap();
+                let what = format!("{isa} {form} {threads} threads");
+                // A level that rounds to its other neighbour shows here.
+                assert_close(&got, &expected, 2e-2, &what);
+                match &of_isa {
+                    None => of_isa = Some(got),
+                    Some(first) => assert_eq!(&got, first, "{what}"),
+                }
+            }
+        }
+    }
 }

@@ -69,6 +69,12 @@ impl Shape {
         name
     }
 
+    /// Weights of the matrix.
+    pub fn matrix_elems(&self) -> usize {
+        let gated = self.epilogue == Epilogue::SwiGlu;
+        self.rows * self.cols * if gated { 2 } else { 1 }
+    }
+
     fn tile_outputs(&self) -> usize {
         match self.epilogue {
             Epilogue::SwiGlu => TILE_ROWS as usize / 2,
