@@ -79,6 +79,7 @@ fn attention_prompt(
                 head_dim,
                 context,
                 scale: 1.0 / (head_dim as f32).sqrt(),
+                window: None,
             };
             let operands = attention::prompt::Operands {
                 q: halves(memory, tokens * heads * head_dim)?,

@@ -1,13 +1,15 @@
 //! Causal grouped-query attention over the f16 cache, values also of 8 bits.
 //!
 //! Query head `i` reads key/value head `i / (h / kv)`. The token at position `p` sees positions
-//! `0..=p`; keys and values of all tokens of the call are in the cache already.
+//! `0..=p`, of a window of `w` the last `w` of them; keys and values of all tokens of the call are in the cache already.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod plain;
+
+use std::ops::Range;
 
 use half::f16;
 use rayon::prelude::*;
@@ -32,9 +34,17 @@ pub struct AttentionShape {
     pub position: usize,
     /// Multiplies the scores: `1 / sqrt(dh)`.
     pub scale: f32,
+    /// The most positions that a token sees, its own included; none for all.
+    pub window: Option<usize>,
 }
 
 impl AttentionShape {
+    /// The positions that token `token` of the call sees.
+    fn seen(&self, token: usize) -> Range<usize> {
+        let end = self.position + token + 1;
+        end - end.min(self.window.unwrap_or(end))..end
+    }
+
     /// Tokens of a call whose query holds `q` elements.
     ///
     /// # Panics
@@ -116,11 +126,12 @@ fn attend(
     let (heads, dh) = (shape.heads, shape.head_dim);
     let heads_per_kv = heads / shape.kv_heads;
     for t in 0..tokens {
-        let seen = shape.position + t + 1;
+        let seen = shape.seen(t);
         for head in 0..heads {
             let q = &q[(t * heads + head) * dh..][..dh];
             let cache = head / heads_per_kv * shape.capacity * dh;
-            let scores: Vec<f64> = (0..seen)
+            let scores: Vec<f64> = seen
+                .clone()
                 .map(|p| {
                     let k = &k_cache[cache + p * dh..][..dh];
                     let dot: f64 = q.iter().zip(k).map(|(&q, k)| q as f64 * k.to_f64()).sum();
@@ -131,8 +142,10 @@ fn attend(
             let weights: Vec<f64> = scores.iter().map(|s| (s - greatest).exp()).collect();
             let total: f64 = weights.iter().sum();
             for j in 0..dh {
-                let sum: f64 = (0..seen)
-                    .map(|p| weights[p] * value(cache + p * dh + j))
+                let sum: f64 = seen
+                    .clone()
+                    .zip(&weights)
+                    .map(|(p, weight)| weight * value(cache + p * dh + j))
                     .sum();
                 out[(t * heads + head) * dh + j] = (sum / total) as f32;
             }
@@ -204,11 +217,11 @@ pub fn part(
         q.len() == dh && out.len() == dh && head < shape.heads,
         "attention: one head"
     );
-    let seen = shape.position + token + 1;
-    let first = head / (shape.heads / shape.kv_heads) * shape.capacity;
-    let rows = first * dh..(first + seen) * dh;
+    let seen = shape.seen(token);
+    let first = head / (shape.heads / shape.kv_heads) * shape.capacity + seen.start;
+    let rows = first * dh..(first + seen.len()) * dh;
     let keys = &k_cache[rows.clone()];
-    let scores = &mut scores[..seen];
+    let scores = &mut scores[..seen.len()];
     match isa.0 {
         // SAFETY: an `Isa` only exists for a CPU that has its features; `keys` holds `seen` rows as
         // long as `q`.
@@ -225,7 +238,7 @@ pub fn part(
     match v_cache {
         Values::F16(values) => blend(isa, scores, &values[rows], out),
         Values::Int8(values, scales) => {
-            for (weight, scale) in scores.iter_mut().zip(&scales[first..first + seen]) {
+            for (weight, scale) in scores.iter_mut().zip(&scales[first..first + seen.len()]) {
                 *weight *= scale.to_f32();
             }
             blend_int8(isa, scores, &values[rows], out);

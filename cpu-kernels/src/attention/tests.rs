@@ -12,6 +12,7 @@ fn shape(heads: usize, kv_heads: usize, head_dim: usize, capacity: usize) -> Att
         capacity,
         position: 0,
         scale,
+        window: None,
     }
 }
 
@@ -41,12 +42,13 @@ fn by_parts(isa: Isa, q: &[f32], k: &[f16], v: Values<'_>, shape: &AttentionShap
 #[test]
 fn every_variant_is_close_to_the_reference() {
     let mut random = Random::new(20);
-    for mut shape in [
-        shape(9, 3, 64, 70),
-        shape(4, 2, 20, 41),
-        shape(2, 2, 134, 33),
-        shape(14, 2, 80, 65),
+    for (mut shape, window) in [
+        (shape(9, 3, 64, 70), None),
+        (shape(4, 2, 20, 41), Some(8)),
+        (shape(2, 2, 134, 33), Some(1)),
+        (shape(14, 2, 80, 65), Some(64)),
     ] {
+        shape.window = window;
         let (k, v) = caches(&mut random, &shape);
         for (position, tokens) in [(0, 1), (0, 17), (5, 3), (shape.capacity - 1, 1), (13, 17)] {
             shape.position = position;
@@ -97,6 +99,31 @@ fn a_chunk_equals_token_by_token() {
             );
         }
     }
+}
+
+#[test]
+fn a_window_sees_its_last_positions_only() {
+    let mut random = Random::new(22);
+    let mut shape = shape(1, 1, 8, 20);
+    let (mut k, mut v) = caches(&mut random, &shape);
+    let q = random.floats(3 * 8, 3.0);
+    (shape.position, shape.window) = (10, Some(4));
+    let mut expected = vec![0.0; q.len()];
+    reference(&q, &k, &v, &mut expected, &shape);
+    // Tokens at 10, 11 and 12 see from 7 on.
+    for cache in [&mut k, &mut v] {
+        cache[..7 * 8].fill(f16::NAN);
+    }
+    let mut got = vec![0.0; q.len()];
+    reference(&q, &k, &v, &mut got, &shape);
+    assert_eq!(got, expected);
+    k[7 * 8..8 * 8].fill(f16::NAN);
+    reference(&q, &k, &v, &mut got, &shape);
+    assert!(
+        got[..8].iter().all(|v| v.is_nan()),
+        "the first sees position 7"
+    );
+    assert_eq!(got[8..], expected[8..]);
 }
 
 #[test]

@@ -180,6 +180,7 @@ impl CpuBackend {
                 capacity: self.context,
                 position,
                 scale: 1.0,
+                window: None,
             },
             cos: &self.cos,
             sin: &self.sin,

@@ -7,7 +7,7 @@
 //! | kernel | head widths | how |
 //! |---|---|---|
 //! | [`split`] | multiples of 8, to 128 for values of 8 bits | the context split over blocks, K and V read once for all heads of a kv head |
-//! | [`block_a_head`] | even | a block a query head |
+//! | [`block_a_head`] | even; also with a window | a block a query head |
 //!
 //! The position is read from device memory and the grid does not depend on it: a captured launch
 //! serves every position. Everything is added up in a fixed order: two runs give identical bits.
@@ -42,6 +42,17 @@ pub struct Shape {
     pub context: usize,
     /// Multiplies the scores: `1 / sqrt(Dh)`.
     pub scale: f32,
+    /// The most positions that a token sees, its own included; none for all.
+    pub window: Option<usize>,
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+impl Shape {
+    /// The window as kernels take it.
+    fn window(&self) -> u32 {
+        let window = self.window.and_then(|window| u32::try_from(window).ok());
+        window.unwrap_or(u32::MAX)
+    }
 }
 
 /// Buffers of the attention.
@@ -95,7 +106,7 @@ pub fn scratch_bytes(shape: &Shape, tuning: split::Tuning) -> u64 {
     }
 }
 
-/// The launch for this shape: [`split`] wherever it takes the head width, else [`block_a_head`].
+/// The launch for this shape: [`split`] wherever it takes it, else [`block_a_head`].
 ///
 /// # Errors
 /// Heads that kv heads do not divide, an odd or too wide head, a short or misaligned buffer.

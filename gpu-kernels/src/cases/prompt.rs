@@ -37,6 +37,14 @@ const ATTENTION: [Geometry; 14] = [
     (2, 1, 104, 20, 0, 19),
 ];
 
+const WINDOWS: [(Geometry, usize); 5] = [
+    ((2, 1, 64, 300, 0, 290), 100),
+    ((3, 1, 64, 300, 150, 140), 16),
+    ((2, 2, 96, 200, 100, 90), 1),
+    ((2, 1, 128, 200, 0, 150), 64),
+    ((1, 1, 80, 260, 190, 65), 129),
+];
+
 const LARGE: [Geometry; 5] = [
     (12, 2, 128, 2100, 0, 2000),
     (14, 2, 64, 700, 0, 513),
@@ -56,7 +64,10 @@ const ROPE: [(Geometry, bool, bool); 6] = [
 ];
 
 pub fn cases() -> Vec<Case> {
-    let mut cases: Vec<Case> = ATTENTION.into_iter().map(attention_case).collect();
+    let mut cases: Vec<Case> = ATTENTION
+        .map(|geometry| attention_case(geometry, None))
+        .into();
+    cases.extend(WINDOWS.map(|(geometry, window)| attention_case(geometry, Some(window))));
     for (geometry, norms, in_tiles) in ROPE {
         let mut shape = name(geometry);
         shape.push_str(if norms { " norms" } else { "" });
@@ -86,17 +97,21 @@ pub fn cases() -> Vec<Case> {
 }
 
 pub fn large() -> Vec<Case> {
-    LARGE.into_iter().map(attention_case).collect()
+    LARGE.map(|geometry| attention_case(geometry, None)).into()
 }
 
 fn name((heads, kv_heads, head_dim, context, position, tokens): Geometry) -> String {
     format!("T={tokens} H={heads} KV={kv_heads} Dh={head_dim} S={context} position={position}")
 }
 
-fn attention_case(geometry: Geometry) -> Case {
+fn attention_case(geometry: Geometry, window: Option<usize>) -> Case {
     let kernel = attention::prompt::entry(geometry.2);
-    Case::new(kernel, name(geometry), move |device| {
-        attend(device, geometry)
+    let mut shape = name(geometry);
+    if let Some(window) = window {
+        shape.push_str(&format!(" window={window}"));
+    }
+    Case::new(kernel, shape, move |device| {
+        attend(device, geometry, window)
     })
 }
 
@@ -107,6 +122,7 @@ fn to_floats(halves: Vec<f16>) -> Vec<f32> {
 fn attend(
     device: &mut dyn Device,
     (heads, kv_heads, head_dim, context, position, tokens): Geometry,
+    window: Option<usize>,
 ) -> Result<f64, CaseError> {
     let mut inputs = Inputs::new(31);
     let q = inputs.halves(tokens * heads * head_dim, 2.0);
@@ -126,6 +142,7 @@ fn attend(
             head_dim,
             context,
             scale,
+            window,
         };
         let ops = attention::prompt::Operands {
             q: device.put_f16(&q)?,
@@ -149,6 +166,7 @@ fn attend(
             capacity: context,
             position: position + token,
             scale,
+            window,
         };
         let q = &q[token * width..][..width];
         cpu_kernels::attention::reference(q, &k_cache, &v_cache, want, &reference);

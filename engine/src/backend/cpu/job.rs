@@ -198,10 +198,12 @@ impl Job<'_> {
                 query,
                 dst,
                 scale,
+                window,
             } => {
                 let (dh, heads) = (self.shape.head_dim, self.shape.heads);
                 let shape = AttentionShape {
                     scale,
+                    window,
                     ..self.shape
                 };
                 // SAFETY: the cache was complete before this phase.

@@ -136,6 +136,7 @@ fn reference_logits(model: &LoadedModel, tokens: &[u32], form: KvForm) -> Vec<f3
                 query,
                 dst,
                 scale,
+                window,
             } => {
                 let shape = AttentionShape {
                     heads: c.heads,
@@ -144,6 +145,7 @@ fn reference_logits(model: &LoadedModel, tokens: &[u32], form: KvForm) -> Vec<f3
                     capacity: t,
                     position: 0,
                     scale,
+                    window,
                 };
                 let (q, (k, v, (levels, scales))) =
                     (buffers[query as usize].clone(), &caches[layer]);

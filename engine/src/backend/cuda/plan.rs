@@ -368,15 +368,15 @@ impl<'a> Compiler<'a> {
             scales,
         });
         let caches = caches.collect();
-        let scratch_bytes = model.recipe.steps.iter().find_map(|step| match *step {
-            Step::Attention { scale, .. } => {
-                let shape = attention_shape(model, context, scale);
+        let scratch_bytes = model.recipe.steps.iter().filter_map(|step| match *step {
+            Step::Attention { scale, window, .. } => {
+                let shape = attention_shape(model, context, scale, window);
                 let chosen = attention::choose(device, tuned, &shape, of_8_bits);
                 Some(attention::scratch_bytes(&shape, chosen.launch))
             }
             _ => None,
         });
-        let partials = match scratch_bytes {
+        let partials = match scratch_bytes.max() {
             Some(bytes) if bytes > 0 => memory.upload_made(bytes, &mut || {
                 attention::UNWRITTEN
                     .to_le_bytes()
@@ -454,7 +454,12 @@ fn place_buffers(
     Ok(placed)
 }
 
-fn attention_shape(model: &LoadedModel, context: usize, scale: f32) -> attention::Shape {
+fn attention_shape(
+    model: &LoadedModel,
+    context: usize,
+    scale: f32,
+    window: Option<usize>,
+) -> attention::Shape {
     let config = &model.recipe.config;
     attention::Shape {
         heads: config.heads,
@@ -462,6 +467,7 @@ fn attention_shape(model: &LoadedModel, context: usize, scale: f32) -> attention
         head_dim: config.head_dim,
         context,
         scale,
+        window,
     }
 }
 

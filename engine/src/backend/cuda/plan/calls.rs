@@ -149,13 +149,14 @@ impl Compiler<'_> {
                 query,
                 dst,
                 scale,
+                window,
             } => {
                 let Cache {
                     keys: k_cache,
                     values: v_cache,
                     scales: v_scales,
                 } = self.cache(layer)?;
-                let shape = attention_shape(self.model, context, scale);
+                let shape = attention_shape(self.model, context, scale, window);
                 let (q, out) = (self.buffer(query), self.buffer(dst));
                 let operands = attention::Operands {
                     q,

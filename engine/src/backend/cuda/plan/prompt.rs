@@ -337,7 +337,12 @@ impl Builder {
                 ];
                 self.rope(compiler, layer, results, None)?;
             }
-            Op::Step(&Step::Attention { layer, scale, .. }) => {
+            Op::Step(&Step::Attention {
+                layer,
+                scale,
+                window,
+                ..
+            }) => {
                 let Cache {
                     keys,
                     mut values,
@@ -366,7 +371,7 @@ impl Builder {
                     state: compiler.state,
                     out: self.attended,
                 };
-                let shape = attention_shape(compiler.model, context, scale);
+                let shape = attention_shape(compiler.model, context, scale, window);
                 self.calls.push(Many::Attention(shape, operands));
             }
             Op::Step(_) | Op::Product(_) => {}

@@ -637,7 +637,7 @@ fn the_counter_counts_weights_cache_and_buffers() {
     let tables = |s: usize| (4 * s * config.head_dim) as u64;
     let tokens = |s: usize| (4 * s as u64 + 4).next_multiple_of(Counter::ALIGN);
     let partials = |s: usize| {
-        let shape = attention_shape(&model, s, 1.0);
+        let shape = attention_shape(&model, s, 1.0, None);
         let tuning = attention::split::Tuning::of(&DeviceInfo::T4, &shape);
         let bytes = attention::scratch_bytes(&shape, tuning);
         bytes.next_multiple_of(Counter::ALIGN)
