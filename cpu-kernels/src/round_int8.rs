@@ -29,6 +29,27 @@ pub fn reference(x: &mut [f32], d: usize) {
     }
 }
 
+/// Makes each token of `x` `(t, d)` levels, -127 to 127, in place; gives the `(t,)` factors that make them the
+/// numbers of [`reference`] again, up to a rounding of those.
+///
+/// # Panics
+/// If `x` is not a whole number of tokens.
+pub fn reference_levels(x: &mut [f32], d: usize) -> Vec<f32> {
+    assert!(
+        d > 0 && x.len().is_multiple_of(d),
+        "round_int8: x is (t, d)"
+    );
+    let factor = |x: &mut [f32]| {
+        let extreme = x.iter().fold(LEAST_EXTREME, |m, v| m.max(v.abs()));
+        let scale = MAX_LEVEL / extreme;
+        for x in x {
+            *x = (*x * scale).round_ties_even().clamp(-128.0, MAX_LEVEL);
+        }
+        1.0 / scale
+    };
+    x.chunks_exact_mut(d).map(factor).collect()
+}
+
 /// As [`reference`], by the fastest instructions of this CPU.
 ///
 /// # Panics

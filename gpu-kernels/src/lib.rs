@@ -26,6 +26,7 @@ pub mod ptx;
 pub mod read;
 mod reduce;
 pub mod relu2_glu;
+pub mod rescale;
 pub mod rmsnorm;
 pub mod rope;
 pub mod rope_kv_append;
@@ -101,6 +102,7 @@ pub static ENTRIES: &[&cuda_std::emulator::Entry] = &[
     &swiglu::SWIGLU_F32_ENTRY,
     &relu2_glu::RELU2_GLU_F32_ENTRY,
     &round_int8::ROUND_INT8_F32_ENTRY,
+    &rescale::RESCALE_F32_ENTRY,
     &add::RESIDUAL_ADD_F32_ENTRY,
     &logits::LOGITS_INT8_ENTRY,
     &logits::LOGITS_INT8_BY_ROW_ENTRY,

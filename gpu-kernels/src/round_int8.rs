@@ -1,7 +1,8 @@
 //! Activations rounded to 8 bits and back, a scale a token: `x = round(x s) / s`, ties to even,
 //! `s = 127 / max(|x|, 1e-5)` (BitNet b1.58, <https://arxiv.org/abs/2402.17764>).
 //!
-//! Shapes: x `(T, D)`, in place.
+//! Shapes: x `(T, D)`, in place; scales `(T,)`, or none. With scales x becomes levels, -127 to 127, and `1 / s` lies
+//! there.
 //!
 //! ```text
 //! block b      -> token b
@@ -34,12 +35,17 @@ pub struct Shape {
     pub width: usize,
 }
 
-/// The launch of `round_int8_f32` on `x` `(T, D)` f32.
+/// The launch of `round_int8_f32` on `x` `(T, D)` f32; with `scales`, `(T,)` f32, it leaves levels.
 ///
 /// # Errors
 /// A width that is no multiple of 4, a short or misaligned buffer.
 #[cfg(not(target_arch = "nvptx64"))]
-pub fn plan(device: &DeviceInfo, shape: &Shape, x: DeviceSlice) -> Result<Call, ShapeError> {
+pub fn plan(
+    device: &DeviceInfo,
+    shape: &Shape,
+    x: DeviceSlice,
+    scales: DeviceSlice,
+) -> Result<Call, ShapeError> {
     let &Shape { tokens, width } = shape;
     let mut call = CallBuilder::new("round_int8_f32");
     call.require(
@@ -55,6 +61,7 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, x: DeviceSlice) -> Result<Call, 
         "it must be in 1..2^31",
     )?;
     call.tensor("x", x, tensor_bytes(&[tokens, width], 4), 16)?;
+    call.optional("scales", scales, tensor_bytes(&[tokens], 4), 4)?;
     let width = call.dim("width", width)?;
     let threads = (width / 4).next_multiple_of(warp::SIZE).clamp(32, 1024);
     call.build(
@@ -63,12 +70,12 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, x: DeviceSlice) -> Result<Call, 
     )
 }
 
-/// The level nearest to `x * scale`, divided by the scale again.
+/// The level nearest to `x * scale`.
 #[inline(always)]
-fn rounded(x: f32, scale: f32) -> f32 {
+fn level(x: f32, scale: f32) -> f32 {
     // Adding 1.5 * 2^23 rounds to an integer, ties to even; levels are far below it.
     const ROUND: f32 = 12_582_912.0;
-    ((x * scale + ROUND) - ROUND) / scale
+    (x * scale + ROUND) - ROUND
 }
 
 #[inline(always)]
@@ -82,7 +89,8 @@ fn greater(a: f32, b: f32) -> f32 {
 /// Launched as [`plan`] says.
 #[kernel]
 pub unsafe fn round_int8_f32(
-    x: *mut f32, // (T, D)
+    x: *mut f32,      // (T, D)
+    scales: *mut f32, // (T) or null
     width: u32,
 ) {
     let row = thread::block_idx_x() as usize * width as usize;
@@ -115,14 +123,22 @@ pub unsafe fn round_int8_f32(
             partial = ptx::ld_shared_f32(scratch, lane * 4);
         }
         let scale = MAX_LEVEL / warp::reduce_max_f32(partial);
+        let mut divisor = scale;
+        if !scales.is_null() {
+            divisor = 1.0;
+            if thread::thread_idx_x() == 0 {
+                let token = thread::block_idx_x() as usize;
+                ptx::st_global_f32(scales.wrapping_add(token), 1.0 / scale);
+            }
+        }
         let mut d = first;
         while d < width {
             let v = ptx::ld_global_v4_f32(x.wrapping_add(d as usize));
             let values = [
-                rounded(v[0], scale),
-                rounded(v[1], scale),
-                rounded(v[2], scale),
-                rounded(v[3], scale),
+                level(v[0], scale) / divisor,
+                level(v[1], scale) / divisor,
+                level(v[2], scale) / divisor,
+                level(v[3], scale) / divisor,
             ];
             ptx::st_global_v4_f32(x.wrapping_add(d as usize), values);
             d += step;
@@ -136,7 +152,7 @@ mod tests {
 
     #[test]
     fn ties_go_to_even_levels() {
-        let levels = [0.5, 1.5, 2.5, -0.5, -1.5, 126.6].map(|x| rounded(x, 1.0));
+        let levels = [0.5, 1.5, 2.5, -0.5, -1.5, 126.6].map(|x| level(x, 1.0));
         assert_eq!(levels, [0.0, 2.0, 2.0, 0.0, -2.0, 127.0]);
     }
 
@@ -146,7 +162,10 @@ mod tests {
             address: 0x1000,
             bytes: 1 << 20,
         };
-        let plan = |tokens, width| plan(&DeviceInfo::T4, &Shape { tokens, width }, slice);
+        let plan = |tokens, width| {
+            let shape = Shape { tokens, width };
+            plan(&DeviceInfo::T4, &shape, slice, DeviceSlice::NONE)
+        };
         assert_eq!(plan(3, 576).unwrap().launch.grid, [3, 1, 1]);
         assert!(plan(3, 578).is_err());
         assert!(plan(0, 576).is_err());

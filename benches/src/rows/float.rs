@@ -2,7 +2,7 @@
 
 use gpu_kernels::launch::DeviceSlice;
 use gpu_kernels::linear::gemv_f16;
-use gpu_kernels::{embed, relu2_glu, round_int8};
+use gpu_kernels::{embed, relu2_glu, rescale, round_int8};
 
 use super::{Row, floats, halves, ints, planned};
 
@@ -14,6 +14,7 @@ pub(super) fn float_rows() -> Vec<Row> {
         embed_f16(49_152, 576),
         relu2_glu_f32(6912),
         round_int8_f32(2560),
+        rescale_f32(2560),
     ]
 }
 
@@ -86,7 +87,27 @@ fn round_int8_f32(width: usize) -> Row {
         streams: false,
         make: Box::new(move |device, memory| {
             let shape = round_int8::Shape { tokens: 1, width };
-            planned(round_int8::plan(device, &shape, floats(memory, width)?))
+            let x = floats(memory, width)?;
+            planned(round_int8::plan(device, &shape, x, DeviceSlice::NONE))
+        }),
+    }
+}
+
+fn rescale_f32(elems: usize) -> Row {
+    Row {
+        kernel: "rescale_f32",
+        shape: format!("{elems}"),
+        bytes: 16 * elems as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let operands = rescale::Operands {
+                x: floats(memory, elems)?,
+                scale: floats(memory, 1)?,
+                row_scales: floats(memory, elems)?,
+                y: floats(memory, elems)?,
+            };
+            let shape = rescale::Shape { elems, adds: true };
+            planned(rescale::plan(device, &shape, &operands))
         }),
     }
 }

@@ -4,10 +4,10 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::forms::Bytes;
 use super::kernel::{Call, Vector, ahead};
 use super::lookup::TABLES_OF_LINE;
 use super::{LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
+use crate::pages::Line;
 
 struct Avx2;
 
@@ -89,8 +89,8 @@ impl Vector for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn by_row(lines: *const u8) -> [Bytes; 2] {
-        let mut rows = [Bytes([0; LINE_BYTES]); 2];
+    unsafe fn by_row(lines: *const u8) -> [Line; 2] {
+        let mut rows = [Line([0; LINE_BYTES]); 2];
         for (line, rows) in rows.iter_mut().enumerate() {
             // SAFETY: four columns of 16 rows, and as many bytes to write.
             unsafe {

@@ -4,10 +4,11 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::forms::{self, Bytes};
+use super::forms;
 use super::kernel::{Call, Vector, ahead};
 use super::lookup::TABLES_OF_LINE;
 use super::{FIVES_COLS, LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
+use crate::pages::Line;
 
 /// `vpdpbusd`: four products and their sum in one instruction. With VBMI (`vpermi2b`, a table of 128 bytes)
 /// five weights a byte are taken apart.
@@ -69,8 +70,8 @@ macro_rules! floats_of_a_register {
         const TOKENS: usize = 6;
 
         #[inline(always)]
-        unsafe fn by_row(lines: *const u8) -> [Bytes; 2] {
-            let mut rows = [Bytes([0; LINE_BYTES]); 2];
+        unsafe fn by_row(lines: *const u8) -> [Line; 2] {
+            let mut rows = [Line([0; LINE_BYTES]); 2];
             for (line, rows) in rows.iter_mut().enumerate() {
                 // SAFETY: a line, and as many bytes to write; the caller has AVX-512, so for all below.
                 unsafe {

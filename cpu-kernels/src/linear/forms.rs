@@ -5,22 +5,18 @@ use super::kernel::{Call, Product, Vector, ahead};
 use super::layout::{Bits, POWERS, Packed, Scales};
 use super::{CHUNK_COLS, FIVES_COLS, LINE_BYTES, STEP_COLS, TILE_ROWS, lookup};
 use crate::levels::{Levels, Precision};
-
-/// Bytes of a line, where vector loads want them.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(super) struct Bytes(pub(super) [u8; LINE_BYTES]);
+use crate::pages::Line;
 
 /// Lines of pairs with their bytes by row, by plain Rust: what a chunk of two bits is.
 ///
 /// # Safety
 /// A chunk of pairs at `lines`.
 #[inline(always)]
-pub(super) unsafe fn by_row(lines: *const u8) -> [Bytes; 2] {
+pub(super) unsafe fn by_row(lines: *const u8) -> [Line; 2] {
     std::array::from_fn(|line| {
         // SAFETY: line `line` of the chunk.
         let bytes = unsafe { &*lines.add(line * LINE_BYTES).cast::<[u8; LINE_BYTES]>() };
-        Bytes(std::array::from_fn(|i| {
+        Line(std::array::from_fn(|i| {
             bytes[i % STEP_COLS * TILE_ROWS + i / STEP_COLS]
         }))
     })

@@ -4,11 +4,13 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::forms::{self, Bytes};
+use super::forms;
 use super::layout::{Bits, Packed, Scales, Zero};
 use super::{CHUNK_COLS, LINE_BYTES, TILE_ROWS};
 use crate::isa::{Isa, Kind};
 use crate::levels::{Levels, Precision};
+use crate::pages::Line;
+use crate::read;
 use crate::team::SharedSlice;
 
 /// What the loops need of an instruction set: 16 rows at a time.
@@ -32,7 +34,7 @@ pub(super) trait Vector {
     ) -> [Self::Ints; T];
     /// A chunk of pairs as one of two bits.
     #[inline(always)]
-    unsafe fn by_row(lines: *const u8) -> [Bytes; 2] {
+    unsafe fn by_row(lines: *const u8) -> [Line; 2] {
         // SAFETY: the caller's contract.
         unsafe { forms::by_row(lines) }
     }
@@ -320,22 +322,12 @@ impl Product for Floats<'_> {
     }
 }
 
-/// How far ahead of one token's products weights are asked for: the hardware stops at the end of a page.
-#[cfg(target_arch = "x86_64")]
-const AHEAD_BYTES: usize = 4096;
-
-/// Asks for the chunk that lies `AHEAD_BYTES` behind `lines` and need not exist.
+/// Asks for the chunk of one token's products that lies [`read::AHEAD_BYTES`] behind `lines` and need not exist.
 #[inline(always)]
 pub(super) fn ahead<const BITS: usize>(lines: *const u8) {
-    #[cfg(target_arch = "x86_64")]
     for line in 0..BITS {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let at = lines.wrapping_add(AHEAD_BYTES + line * LINE_BYTES);
-        // SAFETY: a prefetch reads nothing and never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+        read::ahead(lines.wrapping_add(line * LINE_BYTES));
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = lines;
 }
 
 /// Sums that are kept apart where products of many chunks are added up.

@@ -1,16 +1,12 @@
 //! The layout: from the matrices of a file, and back.
 
+use crate::pages::{Line, Lines};
 use half::f16;
 use models::quant::int4::{CELL_BYTES, CELL_WEIGHTS};
 use models::quant::{F16Matrix, Int4Matrix, Int8Matrix, TernaryMatrix, Weight, ternary};
 
 use super::ternary::Form;
 use super::{CHUNK_COLS, FIVES_COLS, LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
-
-/// A line of quants, where vector loads want it.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[repr(C, align(64))]
-pub(super) struct Line(pub(super) [u8; LINE_BYTES]);
 
 /// Bits of a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +71,7 @@ pub struct Packed {
     pub(super) group: usize,
     pub(super) bits: Bits,
     /// `(tiles, cols/32, lines)`.
-    pub(super) quants: Vec<Line>,
+    pub(super) quants: Lines,
     pub(super) scales: Scales,
     pub(super) zero: Zero,
 }
@@ -243,7 +239,7 @@ impl Packed {
             Bits::Fives => fives(w.rows, w.cols, level),
             Bits::Pairs => {
                 let mut quants = lines(Bits::Two, w.rows, w.cols, level);
-                for line in &mut quants {
+                for line in quants.iter_mut() {
                     *line = by_column(line);
                 }
                 quants
@@ -350,9 +346,9 @@ fn by_column(line: &Line) -> Line {
 }
 
 /// Ternary levels, five a byte. Columns beyond the matrix have level 0, so that whatever they meet adds nothing.
-fn fives(rows: usize, cols: usize, level: impl Fn(usize, usize) -> u8) -> Vec<Line> {
+fn fives(rows: usize, cols: usize, level: impl Fn(usize, usize) -> u8) -> Lines {
     let per_tile = Bits::Fives.tile_lines(cols);
-    let mut quants = vec![Line([0; LINE_BYTES]); rows.div_ceil(TILE_ROWS) * per_tile];
+    let mut quants = Lines::zeroed(rows.div_ceil(TILE_ROWS) * per_tile);
     for (tile, quants) in quants.chunks_exact_mut(per_tile).enumerate() {
         for row in 0..TILE_ROWS.min(rows - tile * TILE_ROWS) {
             for col in 0..cols {
@@ -366,16 +362,16 @@ fn fives(rows: usize, cols: usize, level: impl Fn(usize, usize) -> u8) -> Vec<Li
 }
 
 /// Lines of a matrix, empty.
-fn zeros(rows: usize, cols: usize, bits: Bits) -> Vec<Line> {
+fn zeros(rows: usize, cols: usize, bits: Bits) -> Lines {
     assert!(
         cols > 0 && cols.is_multiple_of(CHUNK_COLS),
         "linear: {cols} columns"
     );
-    vec![Line([0; LINE_BYTES]); rows.div_ceil(TILE_ROWS) * (cols / CHUNK_COLS) * bits.lines()]
+    Lines::zeroed(rows.div_ceil(TILE_ROWS) * bits.tile_lines(cols))
 }
 
 /// Levels as lines.
-fn lines(bits: Bits, rows: usize, cols: usize, level: impl Fn(usize, usize) -> u8) -> Vec<Line> {
+fn lines(bits: Bits, rows: usize, cols: usize, level: impl Fn(usize, usize) -> u8) -> Lines {
     let (chunks, lines) = (cols / CHUNK_COLS, bits.lines());
     let mut quants = zeros(rows, cols, bits);
     let per_line = STEPS / lines;

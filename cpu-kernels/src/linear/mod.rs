@@ -67,6 +67,7 @@ const STEPS: usize = CHUNK_COLS / STEP_COLS;
 const FIVES_COLS: usize = 5 * STEP_COLS;
 /// Bytes of a line.
 const LINE_BYTES: usize = TILE_ROWS * STEP_COLS;
+const _: () = assert!(LINE_BYTES == crate::pages::LINE_BYTES);
 
 /// Tokens of a call, after the lengths of a reference's operands are checked.
 fn tokens(rows: usize, cols: usize, bias: Option<&[f32]>, x: usize, y: usize) -> usize {

@@ -96,7 +96,7 @@ impl CpuBackend {
         }
         let program = Program::compile(&model, CHUNK_TOKENS, tuned)?;
         let team = Team::new(threads)?;
-        let bytes_per_token = model.bytes_per_token();
+        let bytes_per_token = model.bytes_per_token(models::quant::Weight::bytes);
         let (recipe, weights) = operands(model, &program.forms);
         // First: where it fits, the tables do.
         let cache = Cache::new(&recipe.config, cache).ok_or_else(|| {

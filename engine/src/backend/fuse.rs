@@ -7,6 +7,7 @@
 //! [norm] linear linear linear       one product of q, k and v that turns queries and keys and appends
 //!   rope(q) rope(k) kv-append(k, v)   keys and values, where tiles hold whole heads and values are halves
 //! rope(q) rope(k) kv-append(k, v)   one launch
+//! round  linear ...  [add]          levels, which f16 holds, one product of them, which f32 holds, and its scale
 //! ```
 //!
 //! The steps of a pattern follow each other in the recipe, and what the fused kernel no longer
@@ -23,6 +24,8 @@ use super::KvForm;
 pub enum Op<'a> {
     /// A step by itself.
     Step(&'a Step),
+    /// Activations that become levels, because nothing but products of INT4 matrices reads them.
+    Levels(Buffer),
     /// INT4 matrices behind one input.
     Product(Product),
     /// Queries turned in place, keys turned and appended with the values.
@@ -46,6 +49,7 @@ impl Op<'_> {
         match self {
             Op::Step(step) => matches!(step, Step::KvAppend { .. }),
             Op::RopeKvAppend { .. } => true,
+            Op::Levels(_) => false,
             Op::Product(product) => matches!(product.then, Then::RopeKvAppend { .. }),
         }
     }
@@ -92,6 +96,8 @@ pub struct Product {
     pub dsts: Vec<Buffer>,
     /// What becomes of the result.
     pub then: Then,
+    /// The input holds levels: the sums lie here, and in what follows, until they are multiplied by its scale.
+    pub sums: Option<Buffer>,
 }
 
 impl Product {
@@ -139,6 +145,12 @@ pub fn fuse<'a>(
     while at < steps.len() {
         let (op, taken) = product(model, at, &mut fused.neighbours)
             .or_else(|| rope_kv_append(steps, at))
+            .or_else(|| match steps[at] {
+                Step::RoundToInt8 { buffer } if leaves_levels(model, at) => {
+                    Some((Op::Levels(buffer), 1))
+                }
+                _ => None,
+            })
             .unwrap_or((Op::Step(&steps[at]), 1));
         fused.ops.push(op);
         at += taken;
@@ -155,6 +167,7 @@ pub fn fuse<'a>(
         Op::RopeKvAppend {
             query, key, value, ..
         } => ![query, key, value].contains(&&Buffer::Gated),
+        Op::Levels(buffer) => *buffer != Buffer::Gated,
     });
     fused
 }
@@ -212,6 +225,7 @@ fn product<'a>(
     }
     // Without a norm of its own, or with one whose result nobody else wants.
     let normed_is_dead = |next: usize| norm.is_none_or(|(_, normed)| is_dead(steps, next, normed));
+    let levels = norm.is_none() && are_levels(model, at, src);
     let make = |matrices: &[Linear], dsts: Vec<Buffer>, then| {
         let product = Product {
             norm: norm.map(|(norm, _)| norm),
@@ -220,6 +234,7 @@ fn product<'a>(
             biases: matrices.iter().map(|l| l.bias).collect(),
             dsts,
             then,
+            sums: levels.then_some(matrices[0].dst),
         };
         Op::Product(product)
     };
@@ -236,6 +251,7 @@ fn product<'a>(
         && gate.matrix.rows == up.matrix.rows
         && (gate.bias, up.bias) == (None, None)
         && dst != src
+        && !levels
     {
         let next = first + 3;
         let unread = |buffer| buffer == dst || is_dead(steps, next, buffer);
@@ -266,6 +282,7 @@ fn product<'a>(
         )) = rope_kv_append(steps, first + 3)
         && (q.dst, k.dst, v.dst) == (query, key, value)
         && query != src
+        && !levels
         && are_heads(model, heads, [q.matrix, k.matrix, v.matrix])
         && is_dead(steps, first + 3 + taken, value)
         && normed_is_dead(first + 3 + taken)
@@ -287,6 +304,42 @@ fn product<'a>(
     }
     let dsts = run.iter().map(|l| l.dst).collect();
     Some((make(run, dsts, Then::Store), next - at))
+}
+
+/// Whether all that reads what the rounding at step `at` leaves are products without a bias, which can take
+/// levels.
+fn leaves_levels(model: Model<'_>, at: usize) -> bool {
+    let Step::RoundToInt8 { buffer } = model.recipe.steps[at] else {
+        return false;
+    };
+    let mut read = false;
+    for (i, step) in model.recipe.steps.iter().enumerate().skip(at + 1) {
+        let (reads, writes) = buffers(step);
+        if reads.contains(&Some(buffer)) {
+            if linear(model, i).is_none_or(|linear| linear.bias.is_some()) {
+                return false;
+            }
+            read = true;
+        }
+        if writes == Some(buffer) {
+            break;
+        }
+    }
+    read
+}
+
+/// Whether `buffer` holds levels at step `at`.
+fn are_levels(model: Model<'_>, at: usize, buffer: Buffer) -> bool {
+    for i in (0..at).rev() {
+        let step = &model.recipe.steps[i];
+        if *step == (Step::RoundToInt8 { buffer }) {
+            return leaves_levels(model, i);
+        }
+        if buffers(step).1 == Some(buffer) {
+            return false;
+        }
+    }
+    false
 }
 
 /// Whether the rows are those of the model's heads, and tiles hold halves of heads side by side.

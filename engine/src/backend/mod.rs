@@ -27,8 +27,8 @@ pub struct LoadedModel {
 
 impl LoadedModel {
     /// Weight bytes that one decoded token reads: every matrix and vector once, of a table that
-    /// is only looked up one row.
-    pub fn bytes_per_token(&self) -> u64 {
+    /// is only looked up one row. `bytes_of` says what a weight takes.
+    pub fn bytes_per_token(&self, bytes_of: impl Fn(&Weight) -> u64) -> u64 {
         use models::recipe::Step;
         let mut whole = vec![false; self.weights.len()];
         let mut row = vec![false; self.weights.len()];
@@ -58,7 +58,7 @@ impl LoadedModel {
             .iter()
             .enumerate()
             .map(|(id, weight)| {
-                let (bytes, rows) = (weight.bytes(), weight.shape().0 as u64);
+                let (bytes, rows) = (bytes_of(weight), weight.shape().0 as u64);
                 match (whole[id], row[id]) {
                     (true, _) => bytes,
                     (false, true) => bytes / rows.max(1),

@@ -1,10 +1,16 @@
 //! Files of the quantiser, in every form that its matrices and output tables take: near to the logits that
-//! `transformers` computes for the source, and the same on every device.
+//! `transformers` computes for the source, the same on every device, and holding bit for bit what
+//! `golden/container.py` reads in them by their description.
+
+use std::collections::BTreeMap;
 
 use engine::quantize::{self, Bits, Head, Hooks, Method, Options};
 use engine::sampler::Sampling;
 use engine::weights::ModelFile;
+use models::arch::hugging_face_name;
 use models::quant::Int4Form::{self, Asymmetric, Symmetric};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use crate::support::{self, Device, Loaded, on_every_device};
 use crate::tiny::check;
@@ -49,8 +55,7 @@ const FORMS: [Form; 7] = [
 ];
 
 /// The model as the quantiser writes it and the loader reads it back.
-fn quantised(form: &Form) -> Loaded {
-    let &(source, bits, group, int4, head, _) = form;
+fn quantised(source: &str, bits: Bits, group: usize, int4: Int4Form, head: Head) -> Loaded {
     let mapped = ModelFile::open(&support::data_path(&format!("hf/{source}"))).expect("a folder");
     let file = mapped.parse().expect("a model");
     let recipe = mapped.recipe(&file).expect("a recipe");
@@ -87,9 +92,9 @@ on_every_device!(every_form_is_the_same_on_every_device);
 
 fn every_form_is_the_same_on_every_device(device: Device) {
     for form in &FORMS {
-        let &(source, .., least) = form;
+        let &(source, bits, group, int4, head, least) = form;
         let name = format!("{form:?}");
-        let loaded = quantised(form);
+        let loaded = quantised(source, bits, group, int4, head);
         let vocab = loaded.model.recipe.config.vocab;
         let ids: Vec<u32> = (0..IDS).map(|i| (i * i * 7 % vocab) as u32).collect();
         let all = |loaded: &Loaded| {
@@ -111,6 +116,51 @@ fn every_form_is_the_same_on_every_device(device: Device) {
             let best = logits.iter().fold(f32::NEG_INFINITY, |m, l| m.max(*l));
             assert_eq!(logits[token as usize], best, "{name}");
             backend.decode(token).expect("decode");
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Case {
+    source: String,
+    bits: String,
+    group: usize,
+    form: Int4Form,
+    head: String,
+    /// Of the numbers of each weight, row by row, f32.
+    weights: BTreeMap<String, String>,
+}
+
+#[test]
+fn weights_are_what_the_script_reads_in_the_file() {
+    let cases: BTreeMap<String, Case> = support::json("container.json");
+    assert!(cases.len() >= 7);
+    for (name, case) in cases {
+        let bits = match &*case.bits {
+            "4" => Bits::Four,
+            "8" => Bits::Eight,
+            _ => Bits::Ternary,
+        };
+        let head = match &*case.head {
+            "int4" => Head::Int4,
+            "int8" => Head::Int8,
+            _ => Head::F16,
+        };
+        let loaded = quantised(&case.source, bits, case.group, case.form, head);
+        let model = &loaded.model;
+        assert_eq!(model.weights.len(), case.weights.len(), "{name}");
+        for (reference, weight) in model.recipe.weights.iter().zip(&model.weights) {
+            let (rows, cols) = weight.shape();
+            let mut row = vec![0f32; cols];
+            let mut hash = Sha256::new();
+            for i in 0..rows {
+                weight.dequantize_row(i, &mut row);
+                row.iter()
+                    .for_each(|value| hash.update(value.to_le_bytes()));
+            }
+            let found: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+            let stored = hugging_face_name(&reference.name).expect("a name in the file");
+            assert_eq!(case.weights.get(&stored), Some(&found), "{name}: {stored}");
         }
     }
 }

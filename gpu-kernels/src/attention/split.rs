@@ -367,6 +367,7 @@ unsafe fn attend_tiles<const NK: usize, const NV: usize, V: Values>(
         while tile < tiles.end {
             if at_least_sm_80() {
                 wait_for_oldest(depth);
+                warp::sync_warp(warp::FULL_MASK);
             }
             let scales = next_scales;
             next_scales = V::scales(&feed.values, tile + WARPS, at);
@@ -423,6 +424,8 @@ unsafe fn attend_tiles<const NK: usize, const NV: usize, V: Values>(
             });
             let ahead = tile + depth * WARPS;
             if at_least_sm_80() {
+                // All lanes have taken what they need of the slot.
+                warp::sync_warp(warp::FULL_MASK);
                 if ahead < tiles.end {
                     feed.copy::<NK, NV, V>(ahead, slot);
                 }

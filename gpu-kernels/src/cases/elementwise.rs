@@ -6,7 +6,9 @@ use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within};
 use crate::launch::DeviceSlice;
 use std::ops::Range;
 
-use crate::{add, embed, kv_append, relu2_glu, rmsnorm, rope, rope_kv_append, round_int8, swiglu};
+use crate::{
+    add, embed, kv_append, relu2_glu, rescale, rmsnorm, rope, rope_kv_append, round_int8, swiglu,
+};
 
 /// One rounding per element and one approximate instruction.
 const ROUNDING: f64 = 1e-6;
@@ -34,8 +36,23 @@ pub fn cases() -> Vec<Case> {
     }
     for (tokens, width) in [(1, 576), (3, 160), (1, 1120), (2, 4), (1, 5120)] {
         let shape = format!("T={tokens} D={width}");
+        cases.push(Case::new("round_int8_f32", shape.clone(), move |device| {
+            round_int8(device, tokens, width, false)
+        }));
+        let shape = shape + " levels";
         cases.push(Case::new("round_int8_f32", shape, move |device| {
-            round_int8(device, tokens, width)
+            round_int8(device, tokens, width, true)
+        }));
+    }
+    for (elems, rows, adds) in [
+        (4, true, false),
+        (576, false, true),
+        (1120, false, false),
+        (5124, true, true),
+    ] {
+        let shape = format!("elems={elems} rows={rows} adds={adds}");
+        cases.push(Case::new("rescale_f32", shape, move |device| {
+            rescale(device, elems, rows, adds)
         }));
     }
     for (tokens, width) in [(1, 576), (3, 160), (1, 1120), (2, 4), (1, 5120)] {
@@ -459,17 +476,65 @@ fn embed_f16(
     within(&got, &want, EXACT)
 }
 
-fn round_int8(device: &mut dyn Device, tokens: usize, width: usize) -> Result<f64, CaseError> {
+fn round_int8(
+    device: &mut dyn Device,
+    tokens: usize,
+    width: usize,
+    levels: bool,
+) -> Result<f64, CaseError> {
     let mut inputs = Inputs::new(9);
     let mut x = inputs.floats(tokens * width, 30.0);
     let got = same_twice(device, |device| {
         let x = device.put_f32(&x)?;
+        let scales = match levels {
+            true => device.uninit(4 * tokens as u64)?,
+            false => DeviceSlice::NONE,
+        };
         let shape = round_int8::Shape { tokens, width };
-        device.run(&round_int8::plan(&device.info(), &shape, x)?)?;
-        Ok(device.take_f32(x)?)
+        device.run(&round_int8::plan(&device.info(), &shape, x, scales)?)?;
+        let mut all = device.take_f32(x)?;
+        if levels {
+            all.extend(device.take_f32(scales)?);
+        }
+        Ok(all)
     })?;
-    cpu_kernels::round_int8::reference(&mut x, width);
+    match levels {
+        true => {
+            let scales = cpu_kernels::round_int8::reference_levels(&mut x, width);
+            x.extend(scales);
+        }
+        false => cpu_kernels::round_int8::reference(&mut x, width),
+    }
     within(&got, &x, EXACT)
+}
+
+fn rescale(
+    device: &mut dyn Device,
+    elems: usize,
+    rows: bool,
+    adds: bool,
+) -> Result<f64, CaseError> {
+    let mut inputs = Inputs::new(10);
+    let (x, y) = (inputs.floats(elems, 3000.0), inputs.floats(elems, 10.0));
+    let row_scales = rows.then(|| inputs.floats(elems, 2.0));
+    let scale = 0.0371;
+    let got = same_twice(device, |device| {
+        let ops = rescale::Operands {
+            x: device.put_f32(&x)?,
+            scale: device.put_f32(&[scale])?,
+            row_scales: match &row_scales {
+                Some(rows) => device.put_f32(rows)?,
+                None => DeviceSlice::NONE,
+            },
+            y: device.put_f32(&y)?,
+        };
+        let shape = rescale::Shape { elems, adds };
+        device.run(&rescale::plan(&device.info(), &shape, &ops)?)?;
+        Ok(device.take_f32(ops.y)?)
+    })?;
+    let mut want = y.clone();
+    cpu_kernels::rescale::reference(&x, scale, row_scales.as_deref(), &mut want, adds);
+    within(&got, &want, ROUNDING)
 }
 
 fn add(device: &mut dyn Device, elems: usize) -> Result<f64, CaseError> {

@@ -13,7 +13,7 @@
 
 use half::f16;
 
-use super::{Int4Matrix, Shared, check_len, check_shape, int4};
+use super::{Int4Matrix, Int4Shape, Shared, check_len, check_shape, int4};
 use crate::Error;
 
 /// Weights a cell.
@@ -139,6 +139,21 @@ impl TernaryMatrix {
     /// # Errors
     /// A scale beyond f16.
     pub fn to_int4(&self) -> Result<Int4Matrix, Error> {
+        self.widened(|scale| scale)
+    }
+
+    /// [`TernaryMatrix::to_int4`] of the levels themselves, all scales being 1, where there is one scale a row:
+    /// exact, and a product with it is multiplied by that.
+    ///
+    /// # Errors
+    /// More scales than rows.
+    pub fn levels_to_int4(&self) -> Result<Int4Matrix, Error> {
+        check_len(FORMAT, "scales", self.scales.len(), self.rows)?;
+        self.widened(|_| 1.0)
+    }
+
+    /// Shape and form of [`TernaryMatrix::to_int4`].
+    pub fn int4(&self) -> Int4Shape {
         let group = match self.groups_per_row() {
             1 => 128,
             _ => [128, 64]
@@ -146,6 +161,17 @@ impl TernaryMatrix {
                 .find(|unit| self.group.is_multiple_of(*unit))
                 .unwrap_or(CELL_WEIGHTS),
         };
+        Int4Shape {
+            rows: self.rows,
+            cols: self.cols,
+            group,
+            has_mins: false,
+            zeros: false,
+        }
+    }
+
+    fn widened(&self, scale_of: impl Fn(f32) -> f32 + Copy) -> Result<Int4Matrix, Error> {
+        let group = self.int4().group;
         let mut quants = vec![0u8; self.rows * self.cols / 2];
         let cells = self.quants.as_chunks::<CELL_BYTES>().0;
         let wide = quants.as_chunks_mut::<{ int4::CELL_BYTES }>().0;
@@ -159,7 +185,7 @@ impl TernaryMatrix {
             .flat_map(|i| {
                 let scales = self.row_scales(i);
                 (0..self.cols.div_ceil(group))
-                    .map(move |g| f16::from_f32(scales[g * group / self.group]))
+                    .map(move |g| f16::from_f32(scale_of(scales[g * group / self.group])))
             })
             .collect();
         Int4Matrix::new(self.rows, self.cols, group, quants, scales, None)
@@ -263,6 +289,17 @@ mod tests {
             for i in 0..2 {
                 matrix.dequantize_row(i, &mut want);
                 wide.dequantize_row(i, &mut got);
+                assert_eq!(got, want, "{cols} {group}");
+            }
+            assert_eq!(wide.group, matrix.int4().group);
+            let Ok(levels) = matrix.levels_to_int4() else {
+                assert!(group < cols);
+                continue;
+            };
+            for i in 0..2 {
+                matrix.dequantize_row(i, &mut want);
+                levels.dequantize_row(i, &mut got);
+                got.iter_mut().for_each(|w| *w *= matrix.scales[i]);
                 assert_eq!(got, want, "{cols} {group}");
             }
         }

@@ -18,7 +18,6 @@
 //! The cache's addresses are those of its whole capacity; memory comes to them as positions are reached,
 //! where the driver can do that, and stays.
 
-mod adapt;
 mod ahead;
 pub mod device;
 mod growing;
@@ -69,12 +68,10 @@ pub use cuda_driver::EnergyMeter;
 /// # Errors
 /// [`Error::Input`] for a model that the kernels cannot run.
 pub fn memory_bytes(model: &LoadedModel, cache: KvCache) -> Result<u64, Error> {
-    let adapted = adapt::adapt(model)?;
-    let model = adapted.as_ref().unwrap_or(model);
     let device = device::info().unwrap_or(H100);
     let mut counter = Counter::default();
     plan::compile(model, cache, &device, &Tuned::default(), &mut counter)?;
-    Ok(counter.bytes)
+    Ok(counter.taken_bytes())
 }
 
 /// What plans for an H100 are made for.
@@ -149,16 +146,14 @@ impl CudaBackend {
         let forced = tier.is_some();
         let gpu = Gpu::open(tier)?;
         let device = gpu.info();
-        let adapted = adapt::adapt(model)?;
-        let model = adapted.as_ref().unwrap_or(model);
         let mut needed = Counter::default();
         plan::compile(model, cache, &device, gpu.tuned(), &mut needed)?;
         let free = gpu.free_bytes()?;
-        if needed.bytes > free {
+        if needed.taken_bytes() > free {
             return Err(Error::machine(format!(
                 "CUDA_ERROR_OUT_OF_MEMORY: the model with a context of {context} tokens needs {} MiB \
                  of GPU memory, {} MiB are free",
-                needed.bytes.div_ceil(1 << 20),
+                needed.taken_bytes().div_ceil(1 << 20),
                 free >> 20
             )));
         }
@@ -195,7 +190,7 @@ impl CudaBackend {
             tier: format!("sm_{tier}"),
             device: gpu.name().to_owned(),
             reason: format!("{}, kernels sm_{tier} ({chosen_because})", gpu.name()),
-            bytes_per_token: model.bytes_per_token(),
+            bytes_per_token: model.bytes_per_token(plan::device_bytes),
         };
         Ok(Self {
             prompt: record(&plan.prompt)?,

@@ -25,10 +25,11 @@ use cust::memory::bytemuck;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
 use gpu_kernels::tuned::Tuned;
 use gpu_kernels::{attention, logits, sample};
+use models::quant::Weight;
 use models::recipe::{Buffer, Step};
 use rayon::prelude::*;
 
-use self::place::{Placed, pack};
+use self::place::{Placed, int4, pack};
 pub use self::prompt::Prompt;
 use crate::Error;
 use crate::backend::fuse::{self, Op};
@@ -93,11 +94,45 @@ pub trait Memory {
 pub struct Counter {
     /// Bytes of all buffers, each rounded up to [`Counter::ALIGN`].
     pub bytes: u64,
+    /// Of them, what the driver gives pieces of its own, and the rest.
+    pieces_bytes: u64,
+    small_bytes: u64,
 }
 
 impl Counter {
     /// What the driver aligns allocations to.
     pub const ALIGN: u64 = 256;
+    /// What the driver takes memory in: buffers of half of it or more by themselves, smaller ones
+    /// together.
+    const PIECE_BYTES: u64 = 2 << 20;
+
+    /// Bytes that the driver takes for the buffers.
+    pub fn taken_bytes(&self) -> u64 {
+        let small = self.small_bytes.next_multiple_of(Self::PIECE_BYTES);
+        self.pieces_bytes.saturating_add(small)
+    }
+
+    /// An address for `bytes` more.
+    fn add(&mut self, bytes: u64) -> Result<DeviceSlice, Error> {
+        // Never 0, which would be an absent operand.
+        let address = Self::ALIGN + self.bytes;
+        self.bytes = bytes
+            .checked_next_multiple_of(Self::ALIGN)
+            .and_then(|bytes| self.bytes.checked_add(bytes))
+            .filter(|bytes| *bytes <= u64::MAX - Self::PIECE_BYTES)
+            .ok_or_else(|| Error::input("the model and its context do not fit 2^64 bytes"))?;
+        Ok(DeviceSlice { address, bytes })
+    }
+
+    fn take(&mut self, bytes: u64) {
+        match bytes < Self::PIECE_BYTES / 2 {
+            true => self.small_bytes += bytes.next_multiple_of(Self::ALIGN),
+            false => {
+                let pieces = bytes.next_multiple_of(Self::PIECE_BYTES);
+                self.pieces_bytes = self.pieces_bytes.saturating_add(pieces);
+            }
+        }
+    }
 }
 
 impl Memory for Counter {
@@ -114,13 +149,26 @@ impl Memory for Counter {
     }
 
     fn reserve(&mut self, bytes: u64) -> Result<DeviceSlice, Error> {
-        // Never 0, which would be an absent operand.
-        let address = Self::ALIGN + self.bytes;
-        self.bytes = bytes
-            .checked_next_multiple_of(Self::ALIGN)
-            .and_then(|bytes| self.bytes.checked_add(bytes))
-            .ok_or_else(|| Error::input("the model and its context do not fit 2^64 bytes"))?;
-        Ok(DeviceSlice { address, bytes })
+        let slice = self.add(bytes)?;
+        self.take(bytes);
+        Ok(slice)
+    }
+
+    /// One range of memory, as a device maps it.
+    fn reserve_rows(
+        &mut self,
+        count: usize,
+        strips: usize,
+        rows: usize,
+        row_bytes: usize,
+    ) -> Result<Vec<DeviceSlice>, Error> {
+        let bytes = bytes_of(&[strips, rows, row_bytes])?;
+        let slices = (0..count)
+            .map(|_| self.add(bytes))
+            .collect::<Result<_, _>>()?;
+        // No overflow: each was added.
+        self.take(count as u64 * bytes);
+        Ok(slices)
     }
 
     fn keeps(&self) -> bool {
@@ -189,9 +237,7 @@ pub fn compile(
         ops,
         neighbours,
         half_gated,
-    } = fuse::fuse(&model.recipe, cache.form, &|id| {
-        model.weights.get(id)?.int4()
-    });
+    } = fuse::fuse(&model.recipe, cache.form, &|id| int4(model, id));
     let mut compiler = Compiler::new(model, cache, device, tuned, &neighbours, memory)?;
     compiler.half_gated = half_gated;
     let mut many = prompt::Builder::new(&mut compiler, &ops)?;
@@ -212,13 +258,16 @@ pub fn compile(
                 body_calls = calls.len();
             }
             let mut launch = String::new();
+            let mut row_scales = DeviceSlice::NONE;
             calls.push(match op {
                 Op::Step(step) => compiler.step(step)?,
+                Op::Levels(buffer) => compiler.round(*buffer, true)?,
                 Op::Product(product) => {
                     let placed = compiler.place(product, packed.as_deref())?;
                     if let Some(many) = &mut many {
                         many.product(&mut compiler, product, &placed)?;
                     }
+                    row_scales = placed.row_scales;
                     let (call, chosen) = compiler.product(product, &placed)?;
                     launch = chosen;
                     call
@@ -235,6 +284,15 @@ pub fn compile(
                 step: compiler.name(op),
                 launch,
             });
+            if let Op::Product(product) = op
+                && let Some(call) = compiler.rescale(product, row_scales)?
+            {
+                calls.push(call);
+                notes.push(Note {
+                    step: "rescale".to_owned(),
+                    launch: String::new(),
+                });
+            }
             if op.appends() {
                 prompt_calls = calls.len();
             }
@@ -297,6 +355,18 @@ pub fn draw_settings(sampling: &Sampling) -> [u32; 8] {
     settings.words()
 }
 
+/// Bytes of a weight in device memory.
+pub fn device_bytes(weight: &Weight) -> u64 {
+    match weight {
+        Weight::Ternary(matrix) => {
+            let shape = matrix.int4();
+            let groups = shape.rows * shape.cols.div_ceil(shape.group);
+            (shape.rows * shape.cols / 2 + groups * size_of::<half::f16>()) as u64
+        }
+        other => other.bytes(),
+    }
+}
+
 fn unsupported(error: ShapeError) -> Error {
     Error::input(format!("the GPU kernels cannot run this model: {error}"))
 }
@@ -329,6 +399,8 @@ struct Compiler<'a> {
     /// What the blocks of an attention leave for each other: one layer at a time.
     partials: DeviceSlice,
     logits_scratch: DeviceSlice,
+    /// `(1,)` f32: what multiplies the levels of a token.
+    level_scale: DeviceSlice,
     cos: DeviceSlice,
     sin: DeviceSlice,
     state: DeviceSlice,
@@ -405,6 +477,7 @@ impl<'a> Compiler<'a> {
             caches,
             partials,
             logits_scratch: memory.upload(&vec![0; logits::scratch_bytes(device) as usize])?,
+            level_scale: memory.reserve(size_of::<f32>() as u64)?,
             cos,
             sin,
             state: memory.upload(bytemuck::cast_slice(&[0u32]))?,

@@ -69,13 +69,16 @@ pub type Sums<const NV: usize> = [[[f32; 4]; 8]; NV];
 /// Bytes of eight halves.
 const KEY_BYTES: u32 = 16;
 
-/// A warp's tiles. From sm_80 on they are copied ahead to the warp's part of shared memory, each lane
-/// what it needs itself, so no lane waits for another; `depth` tiles are under way. Before, they are
-/// loaded where they are used.
+/// A warp's tiles. From sm_80 on they are copied ahead to the warp's part of shared memory; `depth`
+/// tiles are under way. Before, they are loaded where they are used.
 ///
 /// ```text
-/// a tile in the ring: 2 NK chunks of keys, 4 NV of values   chunk: 8 elements a lane
+/// a tile in the ring: 16 rows of keys, 4 NK chunks each; 4 NV chunks of values a lane
+/// chunk: 8 elements   chunk c of keys in row r is at c ^ 4 (r % 2), where rows fill whole lines of banks
 /// ```
+///
+/// Keys are copied row by row, 512 bytes in one piece, and taken by other lanes than those that copied
+/// them; values each lane copies itself, in pieces of 128 bytes.
 #[derive(Clone, Copy)]
 pub struct Feed {
     pub keys: Rows,
@@ -92,10 +95,11 @@ pub const fn tile_bytes(key_loads: u32, value_loads: u32, value_bytes: u32) -> u
 }
 
 impl Feed {
-    /// Where a lane's chunk of keys is in the tile at `slot`.
+    /// Where a chunk of a row of keys is in the tile at `slot`.
     #[inline(always)]
-    fn key_chunk(&self, slot: u32, chunk: u32) -> u32 {
-        self.ring + slot + (chunk * 32 + warp::lane_id()) * KEY_BYTES
+    fn key_chunk<const NK: usize>(&self, slot: u32, row: u32, chunk: u32) -> u32 {
+        let swapped = if NK.is_multiple_of(2) { row % 2 * 4 } else { 0 };
+        self.ring + slot + (row * 4 * NK as u32 + (chunk ^ swapped)) * KEY_BYTES
     }
 
     /// The same of values of type V, which are behind the keys.
@@ -105,7 +109,7 @@ impl Feed {
         values + (chunk * 32 + warp::lane_id()) * 8 * V::ELEM_BYTES
     }
 
-    /// Starts to copy a tile.
+    /// Starts to copy a tile. Lanes see each other's keys after a wait and a barrier of the warp.
     ///
     /// # Safety
     /// The cache holds the tile's rows, as far as there are `keys` of them; the warp has used up what
@@ -115,12 +119,14 @@ impl Feed {
         // SAFETY: rows and elements are clamped, aligned as the loads are wide; the lane's chunks are
         // its own.
         unsafe {
-            let position = tile * TILE + self.at.g;
+            let chunks = 4 * NK as u32;
             unroll!(R < 2 => {
                 unroll!(I < NK => {
-                    let d = 32 * I as u32 + 8 * self.at.t;
-                    let from = self.keys.eight(position + 8 * R as u32, d, 2);
-                    ptx::cp_async_16(self.smem, self.key_chunk(slot, (R * NK + I) as u32), from);
+                    let number = 32 * (R * NK + I) as u32 + warp::lane_id();
+                    let (row, chunk) = (number / chunks, number % chunks);
+                    let from = self.keys.eight(tile * TILE + row, 8 * chunk, 2);
+                    let to = self.key_chunk::<NK>(slot, row, chunk);
+                    ptx::cp_async_16_onward(self.smem, to, from);
                 });
             });
             let position = tile * TILE + 2 * self.at.t;
@@ -151,13 +157,13 @@ impl Feed {
         unsafe {
             unroll!(R < 2 => {
                 unroll!(I < N => {
-                    let chunk = R * NK + first + I;
+                    let row = self.at.g + 8 * R as u32;
+                    let chunk = 4 * (first + I) as u32 + self.at.t;
                     keys[R][I] = if at_least_sm_80() {
-                        ptx::ld_shared_v4_u32(self.smem, self.key_chunk(slot, chunk as u32))
+                        let from = self.key_chunk::<NK>(slot, row, chunk);
+                        ptx::ld_shared_v4_u32(self.smem, from)
                     } else {
-                        let d = 32 * (first + I) as u32 + 8 * self.at.t;
-                        let position = tile * TILE + self.at.g + 8 * R as u32;
-                        ptx::ld_global_once_v4_u32(self.keys.eight(position, d, 2))
+                        ptx::ld_global_once_v4_u32(self.keys.eight(tile * TILE + row, 8 * chunk, 2))
                     };
                 });
             });
@@ -237,7 +243,7 @@ pub trait Values: Copy {
     /// Starts to copy eight elements.
     ///
     /// # Safety
-    /// As [`ptx::cp_async_16`].
+    /// As [`ptx::cp_async_16_onward`].
     unsafe fn copy(smem: Shared, to: u32, from: *const u32);
 
     /// Eight elements from shared memory.
@@ -282,7 +288,7 @@ impl Values for Halves {
     #[inline(always)]
     unsafe fn copy(smem: Shared, to: u32, from: *const u32) {
         // SAFETY: passed on.
-        unsafe { ptx::cp_async_16(smem, to, from) };
+        unsafe { ptx::cp_async_16_onward(smem, to, from) };
     }
 
     #[inline(always)]
@@ -336,7 +342,7 @@ impl Values for Bytes {
     #[inline(always)]
     unsafe fn copy(smem: Shared, to: u32, from: *const u32) {
         // SAFETY: passed on.
-        unsafe { ptx::cp_async_8(smem, to, from) };
+        unsafe { ptx::cp_async_8_onward(smem, to, from) };
     }
 
     #[inline(always)]

@@ -56,6 +56,10 @@ copy_async! {
     cp_async_8: 8 = "cp.async.ca.shared.global [{}], [{}], 8;";
     /// `cp.async.cg.shared.global` of 16 bytes, past L1.
     cp_async_16: 16 = "cp.async.cg.shared.global [{}], [{}], 16;";
+    /// `cp.async.ca.shared.global.L2::256B` of 8 bytes: what follows them is wanted in L2.
+    cp_async_8_onward: 8 = "cp.async.ca.shared.global.L2::256B [{}], [{}], 8;";
+    /// `cp.async.cg.shared.global.L2::256B` of 16 bytes: what follows them is wanted in L2.
+    cp_async_16_onward: 16 = "cp.async.cg.shared.global.L2::256B [{}], [{}], 16;";
 }
 
 /// As [`cp_async_16`] where `there` holds; elsewhere zeros arrive, and `p` is not read.

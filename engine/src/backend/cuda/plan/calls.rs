@@ -3,8 +3,8 @@
 use gpu_kernels::launch::{Call, DeviceSlice};
 use gpu_kernels::linear::gemv_int4_mma;
 use gpu_kernels::{
-    add, attention, embed, kv_append, linear, logits, relu2_glu, rmsnorm, rope, rope_kv_append,
-    round_int8, sample, swiglu,
+    add, attention, embed, kv_append, linear, logits, relu2_glu, rescale, rmsnorm, rope,
+    rope_kv_append, round_int8, sample, swiglu,
 };
 use models::quant::Weight;
 use models::recipe::{Buffer, Step, WeightId};
@@ -192,13 +192,7 @@ impl Compiler<'_> {
                 let (x, weight) = (self.buffer(buffer), self.vector(weight)?);
                 rmsnorm::plan(device, &shape, &rmsnorm::Operands { x, weight, out: x })
             }
-            Step::RoundToInt8 { buffer } => {
-                let shape = round_int8::Shape {
-                    tokens: 1,
-                    width: self.model.recipe.elems(buffer),
-                };
-                round_int8::plan(device, &shape, self.buffer(buffer))
-            }
+            Step::RoundToInt8 { buffer } => return self.round(buffer, false),
             Step::ReluSquaredGlu { gate, up, dst } => {
                 let shape = relu2_glu::Shape {
                     elems: self.model.recipe.elems(dst),
@@ -224,6 +218,7 @@ impl Compiler<'_> {
                         biases: vec![None],
                         dsts: vec![dst],
                         then: Then::Store,
+                        sums: None,
                     };
                     let packed = self.memory.keeps().then(|| pack(self.model, &product));
                     let placed = self.place(&product, packed.transpose()?.as_deref())?;
@@ -245,6 +240,61 @@ impl Compiler<'_> {
             }
         }
         .map_err(unsupported)
+    }
+
+    /// Activations rounded to 8 bits, or made levels of them.
+    pub(super) fn round(&self, buffer: Buffer, levels: bool) -> Result<Call, Error> {
+        let shape = round_int8::Shape {
+            tokens: 1,
+            width: self.model.recipe.elems(buffer),
+        };
+        let scale = match levels {
+            true => self.level_scale,
+            false => DeviceSlice::NONE,
+        };
+        round_int8::plan(self.device, &shape, self.buffer(buffer), scale).map_err(unsupported)
+    }
+
+    /// The call that gives a product of levels its scale.
+    pub(super) fn rescale(
+        &self,
+        product: &Product,
+        row_scales: DeviceSlice,
+    ) -> Result<Option<Call>, Error> {
+        if product.sums.is_none() {
+            return Ok(None);
+        }
+        let x = self.sums(product);
+        let adds = product.then == Then::Add;
+        let y = match adds {
+            true => self.buffer(product.dsts[0]),
+            false => x,
+        };
+        let rows = |id: &WeightId| self.model.weights.get(*id).map_or(0, |w| w.shape().0);
+        let shape = rescale::Shape {
+            elems: product.matrices.iter().map(rows).sum(),
+            adds,
+        };
+        let scale = self.level_scale;
+        let operands = rescale::Operands {
+            x,
+            scale,
+            row_scales,
+            y,
+        };
+        let call = rescale::plan(self.device, &shape, &operands);
+        call.map(Some).map_err(unsupported)
+    }
+
+    /// Where a product writes: its destinations, one after the other, or what lies in front of the addition.
+    fn sums(&self, product: &Product) -> DeviceSlice {
+        if let (Some(sums), Then::Add) = (product.sums, product.then) {
+            return self.buffer(sums);
+        }
+        DeviceSlice {
+            address: self.buffer(product.dsts[0]).address,
+            bytes: product.dsts.iter().map(|b| self.buffer(*b).bytes).sum(),
+        }
     }
 
     fn float_product(
@@ -378,18 +428,16 @@ impl Compiler<'_> {
         product: &Product,
         placed: &PlacedProduct,
     ) -> Result<(Call, String), Error> {
-        let &PlacedProduct { tiles, bias, gain } = placed;
-        // The destinations lie one after the other.
-        let first = self.buffer(product.dsts[0]);
-        let y = DeviceSlice {
-            address: first.address,
-            bytes: product.dsts.iter().map(|b| self.buffer(*b).bytes).sum(),
-        };
+        let &PlacedProduct {
+            tiles, bias, gain, ..
+        } = placed;
+        let y = self.sums(product);
         let shape = gemv_int4_mma::Shape {
             rows: tiles.rows,
             cols: tiles.cols,
             group: tiles.group,
             epilogue: match product.then {
+                _ if product.sums.is_some() => gemv_int4_mma::Epilogue::Store,
                 Then::Store | Then::RopeKvAppend { .. } => gemv_int4_mma::Epilogue::Store,
                 Then::Add => gemv_int4_mma::Epilogue::Add,
                 Then::SwiGlu => gemv_int4_mma::Epilogue::SwiGlu,
@@ -491,6 +539,7 @@ impl Compiler<'_> {
         };
         match op {
             Op::RopeKvAppend { .. } => "rope q k, append".to_owned(),
+            Op::Levels(_) => "round".to_owned(),
             Op::Product(product) => {
                 let mut parts: Vec<String> = product.norm.iter().map(|_| "norm".into()).collect();
                 parts.extend(product.matrices.iter().map(|id| short(*id)));

@@ -56,11 +56,35 @@ pub(super) struct PlacedProduct {
     pub bias: DeviceSlice,
     /// Weights of the norm in front, or none.
     pub gain: DeviceSlice,
+    /// What multiplies the sums, a row each, or none.
+    pub row_scales: DeviceSlice,
 }
 
-fn int4(model: &LoadedModel, id: WeightId) -> Result<Int4Shape, Error> {
-    let shape = model.weights.get(id).and_then(Weight::int4);
-    shape.ok_or_else(|| wrong_kind(model, id, "a 4-bit matrix"))
+/// The shape of a weight that is INT4, or becomes it: ternary matrices have no kernel of their own here.
+pub(super) fn int4(model: &LoadedModel, id: WeightId) -> Option<Int4Shape> {
+    match model.weights.get(id)? {
+        Weight::Ternary(matrix) => Some(matrix.int4()),
+        other => other.int4(),
+    }
+}
+
+fn require_int4(model: &LoadedModel, id: WeightId) -> Result<Int4Shape, Error> {
+    int4(model, id).ok_or_else(|| wrong_kind(model, id, "a 4-bit matrix"))
+}
+
+/// The scales of rows that a product of levels is multiplied by: all matrices are ternary and have one a row.
+fn row_scales(model: &LoadedModel, product: &Product) -> Option<Vec<f32>> {
+    product.sums?;
+    let mut all = Vec::new();
+    for id in &product.matrices {
+        match model.weights.get(*id) {
+            Some(Weight::Ternary(matrix)) if matrix.groups_per_row() == 1 => {
+                all.extend_from_slice(&matrix.scales);
+            }
+            _ => return None,
+        }
+    }
+    Some(all)
 }
 
 fn wrong_kind(model: &LoadedModel, id: WeightId, wanted: &str) -> Error {
@@ -80,12 +104,22 @@ pub(super) fn pack(model: &LoadedModel, product: &Product) -> Result<Arc<Int4Til
     {
         return Ok(Arc::clone(tiles));
     }
+    let has_row_scales = row_scales(model, product).is_some();
     let matrices = product
         .matrices
         .iter()
         .map(|id| match model.weights.get(*id) {
             Some(Weight::Int4(matrix)) => Ok(Cow::Borrowed(matrix)),
             Some(Weight::Int4Tiled(part)) => Ok(Cow::Owned(part.in_rows())),
+            Some(Weight::Ternary(matrix)) => match has_row_scales {
+                true => matrix.levels_to_int4(),
+                false => matrix.to_int4(),
+            }
+            .map(Cow::Owned)
+            .map_err(|error| {
+                let name = model.recipe.weights.get(*id).map_or("?", |w| &w.name);
+                Error::Input(format!("tensor {name}: {error}"))
+            }),
             _ => Err(wrong_kind(model, *id, "a 4-bit matrix")),
         })
         .collect::<Result<Vec<_>, _>>()?;
@@ -142,7 +176,7 @@ impl Compiler<'_> {
                 values: self.memory.upload(halves(&matrix.values))?,
             },
             Some(Weight::Ternary(_)) => {
-                return Err(self.wrong_kind(id, "in four bits by now"));
+                return Err(self.wrong_kind(id, "no ternary matrix"));
             }
             Some(Weight::Int4(_) | Weight::Int4Tiled(_)) => {
                 return Err(self.wrong_kind(id, "an 8-bit matrix or a vector"));
@@ -175,7 +209,7 @@ impl Compiler<'_> {
         }
         let mut all = Vec::new();
         for (matrix, bias) in product.matrices.iter().zip(&product.biases) {
-            let rows = int4(self.model, *matrix)?.rows;
+            let rows = require_int4(self.model, *matrix)?.rows;
             match bias.map(|id| (id, self.model.weights.get(id))) {
                 None => all.resize(all.len() + rows, 0f32),
                 Some((_, Some(Weight::Vector(values)))) if values.len() == rows => {
@@ -200,6 +234,10 @@ impl Compiler<'_> {
                 Some(norm) => self.vector(norm.weight)?,
                 None => DeviceSlice::NONE,
             },
+            row_scales: match row_scales(self.model, product) {
+                Some(scales) => self.memory.upload(bytemuck::cast_slice(&scales))?,
+                None => DeviceSlice::NONE,
+            },
         })
     }
 
@@ -209,12 +247,12 @@ impl Compiler<'_> {
         product: &Product,
         packed: Option<&Int4Tiled>,
     ) -> Result<PlacedTiles, Error> {
-        let first = int4(self.model, product.matrices[0])?;
+        let first = require_int4(self.model, product.matrices[0])?;
         let mut rows = first.rows;
         let mut matrix_rows = rows.div_ceil(TILE_ROWS / 2) * TILE_ROWS;
         if product.then != Then::SwiGlu {
             for id in &product.matrices[1..] {
-                rows += int4(self.model, *id)?.rows;
+                rows += require_int4(self.model, *id)?.rows;
             }
             matrix_rows = rows;
         }

@@ -173,7 +173,7 @@ fn takes(model: &LoadedModel, ops: &[Op<'_>]) -> bool {
             (*query, *dst) == (Buffer::Query, Buffer::Attended)
         }
         Op::Step(Step::Logits { src, .. }) => *src == Buffer::Normed && next.is_none(),
-        Op::Step(_) => false,
+        Op::Step(_) | Op::Levels(_) => false,
     };
     let head_eps = |op: &Op<'_>| match op {
         Op::Step(Step::HeadNorm { eps, .. }) => Some(*eps),
@@ -374,7 +374,7 @@ impl Builder {
                 let shape = attention_shape(compiler.model, context, scale, window);
                 self.calls.push(Many::Attention(shape, operands));
             }
-            Op::Step(_) | Op::Product(_) => {}
+            Op::Step(_) | Op::Levels(_) | Op::Product(_) => {}
         }
         Ok(())
     }
