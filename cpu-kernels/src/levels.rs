@@ -6,10 +6,11 @@
 //! trained to read them (see [`round_int8`](crate::round_int8)).
 //!
 //! ```text
-//! a token of k columns, 9/4 k bytes:   high (k,) i8 | low (k,) i8 | scales (k/32,) f32 | sums (k/32,) i32
+//! a token of k columns, 9/4 k bytes:   high (k,) i8 | low (k,) i8 | scales (k/32,) f32 | sums (k/32,)
 //! ```
 //!
-//! Sums are those of 32 levels: what a zero of the weights that is not level 0 is multiplied by.
+//! Sums are those of 32 levels: what a zero of the weights that is not level 0 is multiplied by. Those of 8-bit
+//! levels are i32, so that products of them are exact; those of 16-bit levels are f32, times their scale.
 
 use std::ops::Range;
 
@@ -57,9 +58,13 @@ pub struct Levels<'a> {
 /// Levels of one token.
 pub(crate) struct Token<'a> {
     pub(crate) high: &'a [i8],
+    #[cfg(test)]
     pub(crate) low: &'a [i8],
     pub(crate) scales: &'a [f32],
+    /// Of 8-bit levels.
     pub(crate) sums: &'a [i32],
+    /// Of 16-bit levels, times their scale: in the same place.
+    pub(crate) totals: &'a [f32],
 }
 
 impl<'a> Levels<'a> {
@@ -123,10 +128,14 @@ impl<'a> Levels<'a> {
         Levels::new(&self.words[skipped..], self.cols, self.precision)
     }
 
-    /// The high plane of a token and what comes behind it.
+    /// Bytes from a token to the next.
+    pub(crate) fn token_bytes(&self) -> usize {
+        token_words(self.cols) * size_of::<f32>()
+    }
+
+    /// The high plane of a token and what comes behind it, the next tokens among it.
     pub(crate) fn bytes(&self, token: usize) -> &'a [i8] {
-        let stride = token_words(self.cols);
-        let words = &self.words[token * stride..(token + 1) * stride];
+        let words = &self.words[token * token_words(self.cols)..];
         // SAFETY: any bits of an f32 are four i8.
         unsafe { std::slice::from_raw_parts(words.as_ptr().cast::<i8>(), size_of_val(words)) }
     }
@@ -135,20 +144,21 @@ impl<'a> Levels<'a> {
         let stride = token_words(self.cols);
         let words = &self.words[token * stride..(token + 1) * stride];
         let (planes, rest) = words.split_at(self.cols / 2);
-        let (scales, sums) = rest.split_at(self.cols / CHUNK_COLS);
+        let (scales, totals) = rest.split_at(self.cols / CHUNK_COLS);
         // SAFETY: any bits of an f32 are four i8, and one i32.
         let (planes, sums) = unsafe {
             (
                 std::slice::from_raw_parts(planes.as_ptr().cast::<i8>(), 2 * self.cols),
-                std::slice::from_raw_parts(sums.as_ptr().cast::<i32>(), sums.len()),
+                std::slice::from_raw_parts(totals.as_ptr().cast::<i32>(), totals.len()),
             )
         };
-        let (high, low) = planes.split_at(self.cols);
         Token {
-            high,
-            low,
+            high: &planes[..self.cols],
+            #[cfg(test)]
+            low: &planes[self.cols..],
             scales,
             sums,
+            totals,
         }
     }
 }
@@ -192,15 +202,18 @@ pub unsafe fn part(
         let low = bytes(words.slice_mut(byte_words(k)));
         let scales = words.slice_mut(first_scale + chunks.start..first_scale + chunks.end);
         let sums = words.slice_mut(first_sum + chunks.start..first_sum + chunks.end);
-        let sums = std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<i32>(), sums.len());
         match precision {
-            Precision::Byte => to_bytes(isa, x, high, scales, sums),
+            Precision::Byte => {
+                let sums =
+                    std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<i32>(), sums.len());
+                to_bytes(isa, x, high, scales, sums);
+            }
             Precision::Word => to_words(isa, x, high, low, scales, sums),
         }
     }
 }
 
-per_isa!(fn to_words(x: &[f32], high: &mut [i8], low: &mut [i8], scales: &mut [f32], sums: &mut [i32]) = to_words_body);
+per_isa!(fn to_words(x: &[f32], high: &mut [i8], low: &mut [i8], scales: &mut [f32], sums: &mut [f32]) = to_words_body);
 per_isa!(fn to_bytes(x: &[f32], high: &mut [i8], scales: &mut [f32], sums: &mut [i32]) = to_bytes_body);
 
 /// Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
@@ -231,7 +244,7 @@ fn to_words_body<const FMA: bool>(
     high: &mut [i8],
     low: &mut [i8],
     scales: &mut [f32],
-    sums: &mut [i32],
+    sums: &mut [f32],
 ) {
     let x = x.as_chunks::<CHUNK_COLS>().0;
     let high = high.as_chunks_mut::<CHUNK_COLS>().0;
@@ -253,7 +266,7 @@ fn to_words_body<const FMA: bool>(
             *low = level as i8;
         }
         *scale = extreme / MAX_WORD;
-        *sum = levels.iter().sum();
+        *sum = *scale * levels.iter().sum::<i32>() as f32;
     }
 }
 
@@ -329,14 +342,15 @@ mod tests {
                     "{isa} {i}"
                 );
             }
-            for (chunk, sum) in token.sums.iter().enumerate() {
+            for (chunk, sum) in token.totals.iter().enumerate() {
                 let of = |plane: &[i8]| -> i32 {
                     plane[32 * chunk..][..32]
                         .iter()
                         .map(|&v| i32::from(v))
                         .sum()
                 };
-                assert_eq!(*sum, 256 * of(token.high) + of(token.low), "{isa} {chunk}");
+                let want = 256 * of(token.high) + of(token.low);
+                assert_eq!(*sum, token.scales[chunk] * want as f32, "{isa} {chunk}");
             }
 
             let words = levels(isa, Precision::Byte, &x, &[0, k]);

@@ -43,18 +43,18 @@ impl Vector for Avx2 {
     const TOKENS: usize = 2;
 
     #[inline(always)]
-    unsafe fn dots<const BITS: usize, const T: usize>(
+    unsafe fn dots<const BITS: usize, const T: usize, const P: usize>(
         lines: *const u8,
-        levels: [*const i8; T],
-        mut sums: [Self::Ints; T],
-    ) -> [Self::Ints; T] {
+        levels: [[*const i8; T]; P],
+        mut sums: [[Self::Ints; T]; P],
+    ) -> [[Self::Ints; T]; P] {
         let per_line = STEPS / BITS;
         // SAFETY: `BITS` lines, 32 levels. 16 products of at most 15 * 128 fit 16 bits: 8-bit levels go as
         // two nibbles.
         unsafe {
             for (half, start) in [0, LINE_BYTES / HALVES].into_iter().enumerate() {
-                let mut pairs = [_mm256_setzero_si256(); T];
-                let mut pairs_of_16 = [_mm256_setzero_si256(); T];
+                let mut pairs = [[_mm256_setzero_si256(); T]; P];
+                let mut pairs_of_16 = [[_mm256_setzero_si256(); T]; P];
                 for line in 0..BITS {
                     let bytes = lines.add(line * LINE_BYTES + start);
                     let bytes = _mm256_load_si256(bytes.cast());
@@ -62,25 +62,29 @@ impl Vector for Avx2 {
                         let mask = if BITS == 2 { 3 } else { 15 };
                         let shift = if BITS == 8 { 0 } else { p * BITS };
                         let weights = field(bytes, shift, mask);
-                        for t in 0..T {
-                            let x = levels[t]
+                        for (plane, t) in (0..P * T).map(|i| (i / T, i % T)) {
+                            let x = levels[plane][t]
                                 .add((line * per_line + p) * STEP_COLS)
                                 .cast::<i32>();
                             let x = _mm256_set1_epi32(x.read_unaligned());
-                            pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(weights, x));
+                            let ones = &mut pairs[plane][t];
+                            *ones = _mm256_add_epi16(*ones, _mm256_maddubs_epi16(weights, x));
                             if BITS == 8 {
+                                let sixteens = &mut pairs_of_16[plane][t];
                                 let products = _mm256_maddubs_epi16(field(bytes, 4, 15), x);
-                                pairs_of_16[t] = _mm256_add_epi16(pairs_of_16[t], products);
+                                *sixteens = _mm256_add_epi16(*sixteens, products);
                             }
                         }
                     }
                 }
-                for t in 0..T {
-                    let ones = _mm256_madd_epi16(pairs[t], _mm256_set1_epi16(1));
-                    sums[t][half] = _mm256_add_epi32(sums[t][half], ones);
+                for (plane, t) in (0..P * T).map(|i| (i / T, i % T)) {
+                    let sum = &mut sums[plane][t][half];
+                    let ones = _mm256_madd_epi16(pairs[plane][t], _mm256_set1_epi16(1));
+                    *sum = _mm256_add_epi32(*sum, ones);
                     if BITS == 8 {
-                        let sixteens = _mm256_madd_epi16(pairs_of_16[t], _mm256_set1_epi16(16));
-                        sums[t][half] = _mm256_add_epi32(sums[t][half], sixteens);
+                        let sixteens = pairs_of_16[plane][t];
+                        let sixteens = _mm256_madd_epi16(sixteens, _mm256_set1_epi16(16));
+                        *sum = _mm256_add_epi32(*sum, sixteens);
                     }
                 }
             }
@@ -206,6 +210,12 @@ impl Vector for Avx2 {
     unsafe fn floats(value: f32) -> Self::Floats {
         // SAFETY: as above.
         unsafe { [_mm256_set1_ps(value); HALVES] }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        // SAFETY: as above.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
     }
 
     #[inline(always)]

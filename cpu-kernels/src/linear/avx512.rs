@@ -179,6 +179,12 @@ macro_rules! floats_of_a_register {
         }
 
         #[inline(always)]
+        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+            // SAFETY: as above.
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+
+        #[inline(always)]
         unsafe fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 {
             // SAFETY: as above.
             unsafe { _mm512_fmadd_ps(a, b, c) }
@@ -257,11 +263,11 @@ impl<const VBMI: bool> Vector for Vnni<VBMI> {
     }
 
     #[inline(always)]
-    unsafe fn dots<const BITS: usize, const T: usize>(
+    unsafe fn dots<const BITS: usize, const T: usize, const P: usize>(
         lines: *const u8,
-        levels: [*const i8; T],
-        mut sums: [__m512i; T],
-    ) -> [__m512i; T] {
+        levels: [[*const i8; T]; P],
+        mut sums: [[__m512i; T]; P],
+    ) -> [[__m512i; T]; P] {
         let per_line = STEPS / BITS;
         // SAFETY: `BITS` lines, 32 levels.
         unsafe {
@@ -272,9 +278,11 @@ impl<const VBMI: bool> Vector for Vnni<VBMI> {
                         8 => bytes,
                         _ => field(bytes, p * BITS, ((1u32 << BITS) - 1) as i8),
                     };
-                    for t in 0..T {
-                        let x = step(levels[t], line * per_line + p);
-                        sums[t] = _mm512_dpbusd_epi32(sums[t], weights, x);
+                    for (sums, levels) in sums.iter_mut().zip(levels) {
+                        for (sum, levels) in sums.iter_mut().zip(levels) {
+                            let x = step(levels, line * per_line + p);
+                            *sum = _mm512_dpbusd_epi32(*sum, weights, x);
+                        }
                     }
                 }
             }
@@ -287,39 +295,43 @@ impl Vector for Plain {
     floats_of_a_register!();
 
     #[inline(always)]
-    unsafe fn dots<const BITS: usize, const T: usize>(
+    unsafe fn dots<const BITS: usize, const T: usize, const P: usize>(
         lines: *const u8,
-        levels: [*const i8; T],
-        mut sums: [__m512i; T],
-    ) -> [__m512i; T] {
+        levels: [[*const i8; T]; P],
+        mut sums: [[__m512i; T]; P],
+    ) -> [[__m512i; T]; P] {
         let per_line = STEPS / BITS;
         // SAFETY: `BITS` lines, 32 levels. 16 products of at most 15 * 128 fit 16 bits: 8-bit levels go as
         // two nibbles.
         unsafe {
-            let mut pairs = [_mm512_setzero_si512(); T];
-            let mut pairs_of_16 = [_mm512_setzero_si512(); T];
+            let mut pairs = [[_mm512_setzero_si512(); T]; P];
+            let mut pairs_of_16 = [[_mm512_setzero_si512(); T]; P];
             for line in 0..BITS {
                 let bytes = _mm512_load_si512(lines.add(line * LINE_BYTES).cast());
                 for p in 0..per_line {
                     let mask = if BITS == 2 { 3 } else { 15 };
                     let shift = if BITS == 8 { 0 } else { p * BITS };
                     let weights = field(bytes, shift, mask);
-                    for t in 0..T {
-                        let x = step(levels[t], line * per_line + p);
-                        pairs[t] = _mm512_add_epi16(pairs[t], _mm512_maddubs_epi16(weights, x));
+                    for (plane, t) in (0..P * T).map(|i| (i / T, i % T)) {
+                        let x = step(levels[plane][t], line * per_line + p);
+                        let ones = &mut pairs[plane][t];
+                        *ones = _mm512_add_epi16(*ones, _mm512_maddubs_epi16(weights, x));
                         if BITS == 8 {
+                            let sixteens = &mut pairs_of_16[plane][t];
                             let products = _mm512_maddubs_epi16(field(bytes, 4, 15), x);
-                            pairs_of_16[t] = _mm512_add_epi16(pairs_of_16[t], products);
+                            *sixteens = _mm512_add_epi16(*sixteens, products);
                         }
                     }
                 }
             }
-            for t in 0..T {
-                let ones = _mm512_madd_epi16(pairs[t], _mm512_set1_epi16(1));
-                sums[t] = _mm512_add_epi32(sums[t], ones);
+            for (plane, t) in (0..P * T).map(|i| (i / T, i % T)) {
+                let sum = &mut sums[plane][t];
+                let ones = _mm512_madd_epi16(pairs[plane][t], _mm512_set1_epi16(1));
+                *sum = _mm512_add_epi32(*sum, ones);
                 if BITS == 8 {
-                    let sixteens = _mm512_madd_epi16(pairs_of_16[t], _mm512_set1_epi16(16));
-                    sums[t] = _mm512_add_epi32(sums[t], sixteens);
+                    let sixteens = pairs_of_16[plane][t];
+                    let sixteens = _mm512_madd_epi16(sixteens, _mm512_set1_epi16(16));
+                    *sum = _mm512_add_epi32(*sum, sixteens);
                 }
             }
         }

@@ -5,8 +5,9 @@ use std::ops::Range;
 use half::f16;
 
 use super::forms;
-use super::layout::{Bits, Packed, Scales, Zero};
-use super::{CHUNK_COLS, LINE_BYTES, TILE_ROWS};
+use super::ints::Ints;
+use super::layout::{Bits, Packed};
+use super::{LINE_BYTES, TILE_ROWS};
 use crate::isa::{Isa, Kind};
 use crate::levels::{Levels, Precision};
 use crate::pages::Line;
@@ -25,13 +26,13 @@ pub(super) trait Vector {
     /// Tokens of a full tile.
     const TOKENS: usize;
 
-    /// `sums[t] + Σ u * level` over the 32 columns of the chunk at `lines` (`BITS` lines) for the levels at
-    /// `levels[t]`, one byte a column.
-    unsafe fn dots<const BITS: usize, const T: usize>(
+    /// `sums[p][t] + Σ u * level` over the 32 columns of the chunk at `lines` (`BITS` lines) for the levels at
+    /// `levels[p][t]`, one byte a column: of `T` tokens, of `P` planes each.
+    unsafe fn dots<const BITS: usize, const T: usize, const P: usize>(
         lines: *const u8,
-        levels: [*const i8; T],
-        sums: [Self::Ints; T],
-    ) -> [Self::Ints; T];
+        levels: [[*const i8; T]; P],
+        sums: [[Self::Ints; T]; P],
+    ) -> [[Self::Ints; T]; P];
     /// A chunk of pairs as one of two bits.
     #[inline(always)]
     unsafe fn by_row(lines: *const u8) -> [Line; 2] {
@@ -66,6 +67,8 @@ pub(super) trait Vector {
     unsafe fn to_floats(ints: Self::Ints) -> Self::Floats;
     /// The same number in every row.
     unsafe fn floats(value: f32) -> Self::Floats;
+    /// `a * b`.
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// `a * b + c`.
     unsafe fn mul_add(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
     /// 16 numbers.
@@ -322,155 +325,10 @@ impl Product for Floats<'_> {
     }
 }
 
-/// Asks for the chunk of one token's products that lies [`read::AHEAD_BYTES`] behind `lines` and need not exist.
+/// Asks for the chunk of one token's products that lies a page behind `lines` and need not exist.
 #[inline(always)]
 pub(super) fn ahead<const BITS: usize>(lines: *const u8) {
     for line in 0..BITS {
         read::ahead(lines.wrapping_add(line * LINE_BYTES));
-    }
-}
-
-/// Sums that are kept apart where products of many chunks are added up.
-const CHAINS: usize = 4;
-
-/// Weights of `BITS` bits, or pairs of two, by levels of `PLANES` bytes.
-struct Ints<'a, const BITS: usize, const PLANES: usize, const PAIRS: bool> {
-    call: &'a Call<'a>,
-    x: Levels<'a>,
-}
-
-impl<const BITS: usize, const PLANES: usize, const PAIRS: bool> Ints<'_, BITS, PLANES, PAIRS> {
-    /// [`Vector::dots`] of a chunk in either order.
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    unsafe fn dots<V: Vector, const T: usize>(
-        lines: *const u8,
-        levels: [*const i8; T],
-        sums: [V::Ints; T],
-    ) -> [V::Ints; T] {
-        // SAFETY: the caller's contract.
-        unsafe {
-            match PAIRS {
-                true => V::dots::<BITS, T>(V::by_row(lines).as_ptr().cast(), levels, sums),
-                false => V::dots::<BITS, T>(lines, levels, sums),
-            }
-        }
-    }
-}
-
-impl<const BITS: usize, const PLANES: usize, const PAIRS: bool> Product
-    for Ints<'_, BITS, PLANES, PAIRS>
-{
-    #[inline(always)]
-    unsafe fn sums<V: Vector, const T: usize>(&self, tile: usize, token: usize) -> [V::Floats; T] {
-        let w = self.call.w;
-        let (chunks, groups) = (w.cols / CHUNK_COLS, w.cols.div_ceil(w.group));
-        let mut high = [std::ptr::null(); T];
-        let mut low = [std::ptr::null(); T];
-        let mut scales: [&[f32]; T] = [&[]; T];
-        let mut level_sums: [&[i32]; T] = [&[]; T];
-        for t in 0..T {
-            let x = self.x.token(token + t);
-            (high[t], low[t]) = (x.high.as_ptr(), x.low.as_ptr());
-            (scales[t], level_sums[t]) = (&x.scales[..chunks], &x.sums[..chunks]);
-        }
-        let zero_level = match w.zero {
-            Zero::Level(level) => level,
-            Zero::Mins(_) | Zero::Levels(_) => 0,
-        };
-        // SAFETY: chunk `chunk < chunks` of a tile of the matrix and of each token; 16 numbers of a group.
-        unsafe {
-            let mut lines: *const u8 = w.quants.as_ptr().add(tile * chunks * BITS).cast();
-            let mut y = [V::floats(0.0); T];
-            let mut chunk = 0;
-            for group in 0..groups {
-                let end = ((group + 1) * (w.group / CHUNK_COLS)).min(chunks);
-                // Of scale times dot, and of scale times level, without the scale of the weights.
-                let mut in_group = [V::floats(0.0); T];
-                let mut total = [0.0f32; T];
-                if PLANES == 2 {
-                    while chunk < end {
-                        if T == 1 {
-                            ahead::<BITS>(lines);
-                        }
-                        let mut ints = [V::ints(0); T];
-                        for t in 0..T {
-                            let sum = *level_sums[t].get_unchecked(chunk);
-                            let scale = *scales[t].get_unchecked(chunk);
-                            ints[t] = V::ints(-zero_level * sum);
-                            total[t] += scale * sum as f32;
-                        }
-                        let highs = Self::dots::<V, T>(lines, high, [V::ints(0); T]);
-                        let ints = Self::dots::<V, T>(lines, low, ints);
-                        for t in 0..T {
-                            let scale = V::floats(*scales[t].get_unchecked(chunk));
-                            let dot = V::to_floats(V::join(highs[t], ints[t]));
-                            in_group[t] = V::mul_add(dot, scale, in_group[t]);
-                            high[t] = high[t].wrapping_add(CHUNK_COLS);
-                            low[t] = low[t].wrapping_add(CHUNK_COLS);
-                        }
-                        lines = lines.wrapping_add(BITS * LINE_BYTES);
-                        chunk += 1;
-                    }
-                } else {
-                    // A chain of additions alone would wait for itself; that of several tokens does not.
-                    let used = if T < CHAINS { CHAINS } else { 1 };
-                    let mut chains = [[V::ints(0); T]; CHAINS];
-                    for t in 0..T {
-                        let sum: i32 = level_sums[t].get_unchecked(chunk..end).iter().sum();
-                        chains[0][t] = V::ints(-zero_level * sum);
-                        total[t] = scales[t][0] * sum as f32;
-                    }
-                    while chunk < end {
-                        for ints in chains.iter_mut().take(used.min(end - chunk)) {
-                            if T == 1 {
-                                ahead::<BITS>(lines);
-                            }
-                            *ints = Self::dots::<V, T>(lines, high, *ints);
-                            for high in &mut high {
-                                *high = high.wrapping_add(CHUNK_COLS);
-                            }
-                            lines = lines.wrapping_add(BITS * LINE_BYTES);
-                        }
-                        chunk += used;
-                    }
-                    chunk = end;
-                    let mut ints = chains[0];
-                    for chain in &chains[1..] {
-                        for t in 0..T {
-                            ints[t] = V::add(ints[t], chain[t]);
-                        }
-                    }
-                    for t in 0..T {
-                        let scale = V::floats(scales[t][0]);
-                        in_group[t] = V::mul_add(V::to_floats(ints[t]), scale, in_group[t]);
-                    }
-                }
-                let at = (tile * groups + group) * TILE_ROWS;
-                if let Zero::Levels(zeros) = &w.zero {
-                    let zeros = V::load_f16(zeros.as_ptr().add(at));
-                    for t in 0..T {
-                        in_group[t] = V::mul_add(zeros, V::floats(-total[t]), in_group[t]);
-                    }
-                }
-                let scale = match &w.scales {
-                    Scales::F16(scales) => V::load_f16(scales.as_ptr().add(at)),
-                    Scales::F32(scales) => V::load_f32(scales.as_ptr().add(at)),
-                    Scales::None => V::floats(1.0),
-                };
-                for t in 0..T {
-                    y[t] = V::mul_add(in_group[t], scale, y[t]);
-                }
-                if let Zero::Mins(mins) = &w.zero {
-                    let mins = V::load_f16(mins.as_ptr().add(at));
-                    for t in 0..T {
-                        y[t] = V::mul_add(mins, V::floats(total[t]), y[t]);
-                    }
-                }
-            }
-            y
-        }
     }
 }

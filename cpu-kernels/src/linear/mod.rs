@@ -42,6 +42,7 @@ pub mod float16;
 mod forms;
 pub mod int4;
 pub mod int8;
+mod ints;
 mod kernel;
 mod layout;
 pub mod lookup;

@@ -66,17 +66,17 @@ macro_rules! quarters {
         const TOKENS: usize = $tokens;
 
         #[inline(always)]
-        unsafe fn dots<const BITS: usize, const T: usize>(
+        unsafe fn dots<const BITS: usize, const T: usize, const P: usize>(
             lines: *const u8,
-            levels: [*const i8; T],
-            mut sums: [Self::Ints; T],
-        ) -> [Self::Ints; T] {
+            levels: [[*const i8; T]; P],
+            mut sums: [[Self::Ints; T]; P],
+        ) -> [[Self::Ints; T]; P] {
             let per_line = STEPS / BITS;
             // SAFETY: `BITS` lines, 32 levels.
             unsafe {
                 for quarter in 0..QUARTERS {
-                    let mut ones: [$sum; T] = [$zero; T];
-                    let mut sixteens: [$sum; T] = [$zero; T];
+                    let mut ones: [[$sum; T]; P] = [[$zero; T]; P];
+                    let mut sixteens: [[$sum; T]; P] = [[$zero; T]; P];
                     for line in 0..BITS {
                         let at = line * LINE_BYTES + quarter * (LINE_BYTES / QUARTERS);
                         let bytes = vld1q_u8(lines.add(at));
@@ -84,20 +84,22 @@ macro_rules! quarters {
                             let mask = if BITS == 2 { 3 } else { 15 };
                             let shift = if BITS == 8 { 0 } else { p * BITS };
                             let weights = field(bytes, shift, mask);
-                            for t in 0..T {
-                                let x = step(levels[t], line * per_line + p);
-                                ones[t] = $add(ones[t], weights, x);
+                            for (plane, t) in (0..P * T).map(|i| (i / T, i % T)) {
+                                let x = step(levels[plane][t], line * per_line + p);
+                                ones[plane][t] = $add(ones[plane][t], weights, x);
                                 if BITS == 8 {
-                                    sixteens[t] = $add(sixteens[t], field(bytes, 4, 15), x);
+                                    let sixteens = &mut sixteens[plane][t];
+                                    *sixteens = $add(*sixteens, field(bytes, 4, 15), x);
                                 }
                             }
                         }
                     }
-                    for t in 0..T {
-                        let sum = &mut sums[t][quarter];
-                        *sum = vaddq_s32(*sum, $fold(ones[t]));
+                    for (plane, t) in (0..P * T).map(|i| (i / T, i % T)) {
+                        let sum = &mut sums[plane][t][quarter];
+                        *sum = vaddq_s32(*sum, $fold(ones[plane][t]));
                         if BITS == 8 {
-                            *sum = vaddq_s32(*sum, vshlq_n_s32::<4>($fold(sixteens[t])));
+                            let sixteens = $fold(sixteens[plane][t]);
+                            *sum = vaddq_s32(*sum, vshlq_n_s32::<4>(sixteens));
                         }
                     }
                 }
@@ -214,6 +216,15 @@ macro_rules! quarters {
         unsafe fn floats(value: f32) -> Self::Floats {
             // SAFETY: as above.
             unsafe { [vdupq_n_f32(value); QUARTERS] }
+        }
+
+        #[inline(always)]
+        unsafe fn mul(a: Self::Floats, mut b: Self::Floats) -> Self::Floats {
+            for (a, b) in a.into_iter().zip(&mut b) {
+                // SAFETY: as above.
+                *b = unsafe { vmulq_f32(a, *b) };
+            }
+            b
         }
 
         #[inline(always)]

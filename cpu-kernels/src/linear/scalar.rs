@@ -14,11 +14,11 @@ impl Vector for Scalar {
     const TOKENS: usize = 1;
 
     #[inline(always)]
-    unsafe fn dots<const BITS: usize, const T: usize>(
+    unsafe fn dots<const BITS: usize, const T: usize, const P: usize>(
         lines: *const u8,
-        levels: [*const i8; T],
-        mut sums: [Self::Ints; T],
-    ) -> [Self::Ints; T] {
+        levels: [[*const i8; T]; P],
+        mut sums: [[Self::Ints; T]; P],
+    ) -> [[Self::Ints; T]; P] {
         let per_line = STEPS / BITS;
         for step in 0..STEPS {
             // SAFETY: `BITS` lines, 32 levels.
@@ -29,7 +29,8 @@ impl Vector for Scalar {
             };
             let shift = step % per_line * BITS;
             let mask = ((1u32 << BITS) - 1) as u8;
-            for (sums, levels) in sums.iter_mut().zip(levels) {
+            let sums = sums.as_flattened_mut().iter_mut();
+            for (sums, levels) in sums.zip(levels.as_flattened()) {
                 // SAFETY: as above.
                 let x = unsafe { &*levels.add(step * STEP_COLS).cast::<[i8; STEP_COLS]>() };
                 for (sum, bytes) in sums.iter_mut().zip(line.as_chunks::<STEP_COLS>().0) {
@@ -95,6 +96,11 @@ impl Vector for Scalar {
     #[inline(always)]
     unsafe fn floats(value: f32) -> Self::Floats {
         [value; TILE_ROWS]
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        std::array::from_fn(|i| a[i] * b[i])
     }
 
     #[inline(always)]
