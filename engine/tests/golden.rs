@@ -21,6 +21,8 @@ mod hf;
 mod kv;
 #[path = "golden/logits.rs"]
 mod logits;
+#[path = "golden/needle.rs"]
+mod needle;
 #[path = "golden/prompts.rs"]
 mod prompts;
 #[path = "golden/support.rs"]

@@ -48,10 +48,11 @@ pub struct Shape {
 
 #[cfg(not(target_arch = "nvptx64"))]
 impl Shape {
-    /// The window as kernels take it.
+    /// The window as kernels take it: 2^30 is more than any context there is memory for, and leaves room
+    /// above it.
     fn window(&self) -> u32 {
-        let window = self.window.and_then(|window| u32::try_from(window).ok());
-        window.unwrap_or(u32::MAX)
+        const MOST: usize = 1 << 30;
+        self.window.unwrap_or(MOST).min(MOST) as u32
     }
 }
 

@@ -312,26 +312,17 @@ unsafe fn attention<const D32: usize, const DT: usize, const KT: usize>(args: &A
                     scores[N % KT] = mma_k16(a, [b[2], b[3]], scores[N % KT]);
                 });
             });
-            // Keys that come after a query: only where the last of them meet the first of the warp.
-            if (step + 1) * keys > args.position + query - g + 1 {
+            // Keys that come after a query, or so far before it that it no longer sees them: only where
+            // some query of the warp misses a key of the step.
+            let first = args.position + query - g;
+            let ends = (step + 1) * keys > first + 1;
+            if ends || step * keys + args.window < first + WARP_QUERIES {
                 unroll!(N < (KT) => {
                     unroll!(I < 4 => {
                         let key = step * keys + N as u32 * 8 + 2 * q + I as u32 % 2;
-                        if key > args.position + query + I as u32 / 2 * 8 {
-                            scores[N % KT][I] = f32::NEG_INFINITY;
-                        }
-                    });
-                });
-            }
-
-            // Keys that a query no longer sees, until the last query of the warp sees all of the step.
-            let last = args.position + query - g + WARP_QUERIES;
-            if last.saturating_sub(args.window) > step * keys {
-                unroll!(N < (KT) => {
-                    unroll!(I < 4 => {
-                        let key = step * keys + N as u32 * 8 + 2 * q + I as u32 % 2;
-                        let seen = args.position + query + I as u32 / 2 * 8 + 1;
-                        if key < seen.saturating_sub(args.window) {
+                        // Below 0 for a later key, which is far above any window.
+                        let before = (args.position + query + I as u32 / 2 * 8).wrapping_sub(key);
+                        if before >= args.window {
                             scores[N % KT][I] = f32::NEG_INFINITY;
                         }
                     });
