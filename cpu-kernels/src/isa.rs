@@ -27,6 +27,8 @@ pub(crate) enum Kind {
     Neon,
     #[cfg(target_arch = "aarch64")]
     NeonDotprod,
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm,
 }
 
 impl Isa {
@@ -59,6 +61,9 @@ impl Isa {
             found.push(Isa(Kind::Neon));
             if std::arch::is_aarch64_feature_detected!("dotprod") {
                 found.push(Isa(Kind::NeonDotprod));
+                if std::arch::is_aarch64_feature_detected!("i8mm") {
+                    found.push(Isa(Kind::NeonI8mm));
+                }
             }
         }
         found
@@ -114,9 +119,15 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Vnni | Kind::Avx512Vbmi => ("vpdpbusd, 512 bits", "avx512", "avx512"),
             #[cfg(target_arch = "aarch64")]
-            Kind::Neon => ("smlal", "compiled for neon", "compiled for neon"),
+            Kind::Neon => ("smlal", "neon", "compiled for neon"),
             #[cfg(target_arch = "aarch64")]
-            Kind::NeonDotprod => ("sdot", "compiled for neon", "compiled for neon"),
+            Kind::NeonDotprod => ("sdot", "neon", "compiled for neon"),
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonI8mm => (
+                "sdot; usmmla for several tokens",
+                "neon",
+                "compiled for neon",
+            ),
         };
         [
             ("linear int4, int8, ternary", products),
@@ -143,6 +154,8 @@ impl Isa {
             Kind::Neon => "neon",
             #[cfg(target_arch = "aarch64")]
             Kind::NeonDotprod => "neon-dotprod",
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonI8mm => "neon-i8mm",
         }
     }
 }
@@ -181,7 +194,9 @@ macro_rules! per_isa {
                 // SAFETY: as above.
                 | $crate::isa::Kind::Avx512Vbmi => unsafe { avx512($($arg),*) },
                 #[cfg(target_arch = "aarch64")]
-                $crate::isa::Kind::Neon | $crate::isa::Kind::NeonDotprod => $body::<true>($($arg),*),
+                $crate::isa::Kind::Neon
+                | $crate::isa::Kind::NeonDotprod
+                | $crate::isa::Kind::NeonI8mm => $body::<true>($($arg),*),
             }
         }
     };

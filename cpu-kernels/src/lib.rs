@@ -25,6 +25,8 @@ pub mod rope;
 pub mod rope_kv_append;
 pub mod round_int8;
 pub mod sample;
+#[cfg(target_arch = "aarch64")]
+mod sdot;
 pub mod swiglu;
 pub mod team;
 #[cfg(test)]

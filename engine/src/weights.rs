@@ -201,6 +201,23 @@ impl ModelFile {
         }
     }
 
+    /// [`ModelFile::release`] for the pages of one tensor, so that a model is not held twice while it loads. What a
+    /// file of the quantiser holds is used in place.
+    fn release_range(&self, data: &[u8]) {
+        if matches!(self.content, Content::Container(..)) {
+            return;
+        }
+        for map in self.maps() {
+            let start = (data.as_ptr() as usize).wrapping_sub(map.as_ptr() as usize);
+            if start < map.len() && data.len() <= map.len() - start {
+                // SAFETY: as in `release`.
+                let _ = unsafe {
+                    map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, data.len())
+                };
+            }
+        }
+    }
+
     /// Decodes every tensor that `recipe` needs, on all cores of the current pool.
     ///
     /// # Errors
@@ -210,9 +227,17 @@ impl ModelFile {
         let weights = recipe
             .weights
             .par_iter()
-            .map(|reference| models::weights::decode(source, reference))
+            .map(|reference| {
+                let weight = models::weights::decode(source, reference)?;
+                for name in models::weights::check(source, reference)? {
+                    if let Some(tensor) = source.tensor(&name) {
+                        self.release_range(tensor.data);
+                    }
+                }
+                Ok(weight)
+            })
             .collect::<Result<_, _>>()
-            .map_err(|e| self.fault(e))?;
+            .map_err(|e: models::Error| self.fault(e))?;
         Ok(LoadedModel { recipe, weights })
     }
 

@@ -1,159 +1,82 @@
-//! Dot products and weighted sums over f16 rows for AVX2 with F16C: 8 values are one 16-byte load
-//! and one conversion; what is left of a row is taken one by one.
+//! AVX2 with F16C: 8 values are one 16-byte load and one conversion; the rest of a row goes through memory.
 
 use std::arch::x86_64::*;
 
 use half::f16;
 
-const LANES: usize = 8;
-/// Keys taken at once, so that their sums are reduced together.
-const KEYS: usize = 4;
-/// Registers that hold a piece of the output.
-const REGISTERS: usize = 8;
+use super::rows::{KEYS, Vector, of_features};
 
-/// Eight f16 numbers as floats.
-///
-/// # Safety
-/// Eight numbers can be read at `values`.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn load(values: *const f16) -> __m256 {
-    // SAFETY: the caller says that the numbers exist.
-    _mm256_cvtph_ps(unsafe { _mm_loadu_si128(values.cast()) })
-}
+struct Avx2;
+of_features!(Avx2, "avx2,fma,f16c");
 
-/// `out[p] = q · keys[p]`.
-///
-/// # Safety
-/// `keys` is `(out, q)`.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn dot(q: &[f32], keys: &[f16], out: &mut [f32]) {
-    let dh = q.len();
-    let whole = dh - dh % LANES;
-    let count = out.len();
-    for (first, out) in (0..count).step_by(KEYS).zip(out.chunks_mut(KEYS)) {
-        // The last rows are taken again where there are none left.
-        let rows: [usize; KEYS] = std::array::from_fn(|i| (first + i).min(count - 1) * dh);
-        let mut sums = [_mm256_setzero_ps(); KEYS];
-        for column in (0..whole).step_by(LANES) {
-            // SAFETY: 8 columns of `q` and of rows of `keys`.
-            unsafe {
-                let q = _mm256_loadu_ps(q.as_ptr().add(column));
-                for i in 0..KEYS {
-                    let keys = load(keys.as_ptr().add(rows[i] + column));
-                    sums[i] = _mm256_fmadd_ps(q, keys, sums[i]);
-                }
-            }
-        }
-        let [a, b, c, d] = sums;
-        let quads = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-        let mut dots = [0.0; KEYS];
-        // SAFETY: four floats.
+impl Vector for Avx2 {
+    type Floats = __m256;
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> __m256 {
+        // SAFETY: the caller has AVX2; so for all below.
+        unsafe { _mm256_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(at: *const f32, len: usize) -> __m256 {
+        // SAFETY: `len` numbers.
         unsafe {
-            _mm_storeu_ps(
-                dots.as_mut_ptr(),
-                _mm_add_ps(
-                    _mm256_castps256_ps128(quads),
-                    _mm256_extractf128_ps::<1>(quads),
-                ),
+            if len == Self::LANES {
+                return _mm256_loadu_ps(at);
+            }
+            let mut rest = [0.0; Self::LANES];
+            std::ptr::copy_nonoverlapping(at, rest.as_mut_ptr(), len);
+            _mm256_loadu_ps(rest.as_ptr())
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(at: *const f16, len: usize) -> __m256 {
+        // SAFETY: as above.
+        unsafe {
+            if len == Self::LANES {
+                return _mm256_cvtph_ps(_mm_loadu_si128(at.cast()));
+            }
+            let mut rest = [f16::ZERO; Self::LANES];
+            std::ptr::copy_nonoverlapping(at, rest.as_mut_ptr(), len);
+            _mm256_cvtph_ps(_mm_loadu_si128(rest.as_ptr().cast()))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: as above.
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(floats: __m256, at: *mut f32, len: usize) {
+        // SAFETY: room for `len` numbers.
+        unsafe {
+            if len == Self::LANES {
+                return _mm256_storeu_ps(at, floats);
+            }
+            let mut rest = [0.0; Self::LANES];
+            _mm256_storeu_ps(rest.as_mut_ptr(), floats);
+            std::ptr::copy_nonoverlapping(rest.as_ptr(), at, len);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sums(of: [__m256; KEYS]) -> [f32; KEYS] {
+        let mut sums = [0.0; KEYS];
+        // SAFETY: as above; four floats.
+        unsafe {
+            let [a, b, c, d] = of;
+            let quads = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+            let (low, high) = (
+                _mm256_castps256_ps128(quads),
+                _mm256_extractf128_ps::<1>(quads),
             );
+            _mm_storeu_ps(sums.as_mut_ptr(), _mm_add_ps(low, high));
         }
-        for ((out, dot), row) in out.iter_mut().zip(dots).zip(rows) {
-            let rest = q[whole..].iter().zip(&keys[row + whole..row + dh]);
-            *out = dot + rest.map(|(q, k)| q * k.to_f32()).sum::<f32>();
-        }
-    }
-}
-
-/// `out = Σ weights[p] * values[p]`.
-///
-/// # Safety
-/// `values` is `(weights, out)`.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn blend(weights: &[f32], values: &[f16], out: &mut [f32]) {
-    // SAFETY: passed on; what is loaded is there.
-    unsafe { blend_by(weights, values, out, |values| load(values)) };
-}
-
-/// [`blend`] of bytes.
-///
-/// # Safety
-/// As [`blend`].
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn blend_int8(weights: &[f32], values: &[i8], out: &mut [f32]) {
-    let load = |values: *const i8| {
-        // SAFETY: eight bytes are there.
-        let bytes = unsafe { _mm_loadl_epi64(values.cast()) };
-        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))
-    };
-    // SAFETY: passed on.
-    unsafe { blend_by(weights, values, out, load) };
-}
-
-/// [`blend`] of what `load` makes floats of, eight at a time.
-///
-/// # Safety
-/// As [`blend`].
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn blend_by<V: Copy + Into<f32>>(
-    weights: &[f32],
-    values: &[V],
-    out: &mut [f32],
-    load: impl Fn(*const V) -> __m256,
-) {
-    let dh = out.len();
-    let mut column = 0;
-    while column < dh {
-        let len = match dh - column {
-            left if left >= REGISTERS * LANES => {
-                // SAFETY: that many columns of `out` and of each row of `values`.
-                unsafe { blend_columns::<REGISTERS, V>(weights, values, out, column, &load) };
-                REGISTERS * LANES
-            }
-            left if left >= LANES => {
-                // SAFETY: as above.
-                unsafe { blend_columns::<1, V>(weights, values, out, column, &load) };
-                LANES
-            }
-            _ => {
-                let column_values = values[column..].iter().step_by(dh);
-                out[column] = weights
-                    .iter()
-                    .zip(column_values)
-                    .map(|(w, v)| w * (*v).into())
-                    .sum::<f32>();
-                1
-            }
-        };
-        column += len;
-    }
-}
-
-/// The `R * LANES` columns of `blend` from `column` on.
-///
-/// # Safety
-/// `out` and the rows of `values` have these columns.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn blend_columns<const R: usize, V>(
-    weights: &[f32],
-    values: &[V],
-    out: &mut [f32],
-    column: usize,
-    load: &impl Fn(*const V) -> __m256,
-) {
-    let mut sums = [_mm256_setzero_ps(); R];
-    for (p, &weight) in weights.iter().enumerate() {
-        let weight = _mm256_set1_ps(weight);
-        for (i, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: 8 columns of row `p`.
-            let row = unsafe { values.as_ptr().add(p * out.len() + column + i * LANES) };
-            *sum = _mm256_fmadd_ps(weight, load(row), *sum);
-        }
-    }
-    for (i, sum) in sums.into_iter().enumerate() {
-        // SAFETY: 8 columns of `out`.
-        unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(column + i * LANES), sum) };
+        sums
     }
 }

@@ -7,16 +7,18 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod plain;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod rows;
 
 use std::ops::Range;
 
 use half::f16;
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
-use crate::isa::Kind;
-use crate::isa::{Isa, per_isa};
+use crate::isa::{Isa, Kind, per_isa};
 use crate::lanes::{exp, max, sum};
 
 /// Dimensions of one attention call.
@@ -166,14 +168,16 @@ pub fn forward(
 ) {
     let isa = Isa::selected();
     let tokens = shape.tokens(q.len(), k_cache.len(), v_cache.len(), out.len());
+    let per_kv = shape.heads / shape.kv_heads;
     let units = q
-        .par_chunks_exact(shape.head_dim)
-        .zip(out.par_chunks_exact_mut(shape.head_dim));
-    let min_len = (VALUES_PER_TASK / (shape.head_dim * (shape.position + tokens))).max(1);
+        .par_chunks_exact(per_kv * shape.head_dim)
+        .zip(out.par_chunks_exact_mut(per_kv * shape.head_dim));
+    let values = per_kv * shape.head_dim * (shape.position + tokens);
+    let min_len = (VALUES_PER_TASK / values).max(1);
     units.enumerate().with_min_len(min_len).for_each_init(
-        || vec![0.0; shape.position + tokens],
+        || vec![0.0; per_kv * (shape.position + tokens)],
         |scores, (unit, (q, out))| {
-            let (token, head) = (unit / shape.heads, unit % shape.heads);
+            let (token, head) = (unit / shape.kv_heads, unit % shape.kv_heads);
             let values = Values::F16(v_cache);
             part(isa, q, k_cache, values, out, shape, token, head, scores);
         },
@@ -192,8 +196,9 @@ pub enum Values<'a> {
 /// Cached values that are worth a task of their own.
 const VALUES_PER_TASK: usize = 64 * 1024;
 
-/// Attention of one head of one token: `q` and `out` are `(dh,)`; `scores` is scratch memory for at
-/// least `position + token + 1` floats. Scales of values go to the weights.
+/// Attention of one token's query heads that read key/value head `kv_head`: `q` and `out` are `(h/kv, dh)`;
+/// `scores` is scratch memory for at least `position + token + 1` floats for each. Scales of values go to
+/// the weights.
 ///
 /// # Panics
 /// If a length does not fit `shape`.
@@ -209,73 +214,79 @@ pub fn part(
     out: &mut [f32],
     shape: &AttentionShape,
     token: usize,
-    head: usize,
+    kv_head: usize,
     scores: &mut [f32],
 ) {
-    let dh = shape.head_dim;
+    let (dh, per_kv) = (shape.head_dim, shape.heads / shape.kv_heads);
     assert!(
-        q.len() == dh && out.len() == dh && head < shape.heads,
-        "attention: one head"
+        q.len() == per_kv * dh && out.len() == q.len() && kv_head < shape.kv_heads,
+        "attention: the queries of a key/value head"
     );
     let seen = shape.seen(token);
-    let first = head / (shape.heads / shape.kv_heads) * shape.capacity + seen.start;
-    let rows = first * dh..(first + seen.len()) * dh;
+    let first = kv_head * shape.capacity + seen.start;
+    let seen = seen.len();
+    let rows = first * dh..(first + seen) * dh;
     let keys = &k_cache[rows.clone()];
-    let scores = &mut scores[..seen.len()];
+    let scores = &mut scores[..per_kv * seen];
     match isa.0 {
-        // SAFETY: an `Isa` only exists for a CPU that has its features; `keys` holds `seen` rows as
-        // long as `q`.
+        // SAFETY: an `Isa` only exists for a CPU that has its features; `keys` is `(seen, dh)`.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx2 => unsafe { avx2::dot(q, keys, scores) },
+        Kind::Avx2 => unsafe { avx2::dot(q, keys, scores, dh) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512 | Kind::Avx512Vnni | Kind::Avx512Vbmi => unsafe {
-            avx512::dot(q, keys, scores)
+            avx512::dot(q, keys, scores, dh);
         },
-        _ => plain::dot(q, keys, scores),
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Kind::Neon | Kind::NeonDotprod | Kind::NeonI8mm => unsafe {
+            neon::dot(q, keys, scores, dh);
+        },
+        Kind::Scalar => {
+            let rows = q.chunks_exact(dh).zip(scores.chunks_exact_mut(seen));
+            rows.for_each(|(q, scores)| plain::dot(q, keys, scores));
+        }
     }
-    softmax(isa, scores, shape.scale);
+    for scores in scores.chunks_exact_mut(seen) {
+        softmax(isa, scores, shape.scale);
+    }
     match v_cache {
-        Values::F16(values) => blend(isa, scores, &values[rows], out),
+        Values::F16(values) => blend(isa, scores, &values[rows], out, dh),
         Values::Int8(values, scales) => {
-            for (weight, scale) in scores.iter_mut().zip(&scales[first..first + seen.len()]) {
-                *weight *= scale.to_f32();
+            let (values, scales) = (&values[rows], &scales[first..first + seen]);
+            let heads = scores.chunks_exact_mut(seen);
+            for (weights, out) in heads.zip(out.chunks_exact_mut(dh)) {
+                for (weight, scale) in weights.iter_mut().zip(scales) {
+                    *weight *= scale.to_f32();
+                }
+                plain::blend_int8(weights, values, out);
             }
-            blend_int8(isa, scores, &values[rows], out);
         }
     }
 }
 
-/// `out = Σ weights[p] * values[p]` for `values` `(p, dh)`.
-fn blend(isa: Isa, weights: &[f32], values: &[f16], out: &mut [f32]) {
-    assert_eq!(values.len(), weights.len() * out.len());
+/// `out = weights * values` for `weights` `(heads, seen)`, `values` `(seen, dh)`, `out` `(heads, dh)`.
+fn blend(isa: Isa, weights: &[f32], values: &[f16], out: &mut [f32], dh: usize) {
+    let seen = values.len() / dh;
+    assert_eq!(weights.len() * dh, out.len() * seen, "a weight a position");
     match isa.0 {
-        // SAFETY: an `Isa` only exists for a CPU that has its features; `values` holds a row as long as
-        // `out` for each weight.
+        // SAFETY: an `Isa` only exists for a CPU that has its features; the lengths fit each other.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx2 => unsafe { avx2::blend(weights, values, out) },
+        Kind::Avx2 => unsafe { avx2::blend(weights, values, out, dh) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512 | Kind::Avx512Vnni | Kind::Avx512Vbmi => unsafe {
-            avx512::blend(weights, values, out)
+            avx512::blend(weights, values, out, dh);
         },
-        _ => plain::blend(weights, values, out),
-    }
-}
-
-/// [`blend`] of bytes.
-fn blend_int8(isa: Isa, weights: &[f32], values: &[i8], out: &mut [f32]) {
-    assert_eq!(values.len(), weights.len() * out.len());
-    match isa.0 {
-        // SAFETY: as in `blend`.
-        #[cfg(target_arch = "x86_64")]
-        Kind::Avx2 => unsafe { avx2::blend_int8(weights, values, out) },
         // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 | Kind::Avx512Vnni | Kind::Avx512Vbmi => unsafe {
-            avx512::blend_int8(weights, values, out)
+        #[cfg(target_arch = "aarch64")]
+        Kind::Neon | Kind::NeonDotprod | Kind::NeonI8mm => unsafe {
+            neon::blend(weights, values, out, dh);
         },
-        _ => plain::blend_int8(weights, values, out),
+        Kind::Scalar => {
+            let rows = weights.chunks_exact(seen).zip(out.chunks_exact_mut(dh));
+            rows.for_each(|(weights, out)| plain::blend(weights, values, out));
+        }
     }
 }
 

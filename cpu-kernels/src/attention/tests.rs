@@ -29,11 +29,13 @@ fn caches(random: &mut Random, shape: &AttentionShape) -> (Vec<f16>, Vec<f16>) {
 }
 
 fn by_parts(isa: Isa, q: &[f32], k: &[f16], v: Values<'_>, shape: &AttentionShape) -> Vec<f32> {
-    let dh = shape.head_dim;
+    let per_kv = shape.heads / shape.kv_heads;
+    let width = per_kv * shape.head_dim;
     let mut out = vec![f32::NAN; q.len()];
-    let mut scores = vec![f32::NAN; shape.capacity];
-    for (unit, (q, out)) in q.chunks_exact(dh).zip(out.chunks_exact_mut(dh)).enumerate() {
-        let (token, head) = (unit / shape.heads, unit % shape.heads);
+    let mut scores = vec![f32::NAN; per_kv * shape.capacity];
+    let units = q.chunks_exact(width).zip(out.chunks_exact_mut(width));
+    for (unit, (q, out)) in units.enumerate() {
+        let (token, head) = (unit / shape.kv_heads, unit % shape.kv_heads);
         part(isa, q, k, v, out, shape, token, head, &mut scores);
     }
     out

@@ -161,6 +161,9 @@ pub unsafe fn part(
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Kind::NeonDotprod => unsafe { super::neon::run_dotprod(&call) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Kind::NeonI8mm => unsafe { super::neon::run_i8mm(&call) },
     }
 }
 

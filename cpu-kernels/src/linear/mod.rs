@@ -49,8 +49,6 @@ pub mod lookup;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
-#[cfg(target_arch = "aarch64")]
-mod sdot;
 pub mod ternary;
 
 pub use kernel::{Input, part};

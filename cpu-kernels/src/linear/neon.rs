@@ -4,15 +4,17 @@ use std::arch::aarch64::*;
 
 use half::f16;
 
-use super::kernel::{Call, Vector};
+use super::kernel::{Call, MOST_TOKENS, Vector};
 use super::lookup::TABLES_OF_LINE;
-use super::sdot::sdot;
 use super::{LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
 use crate::pages::Line;
+use crate::sdot::{sdot, usmmla};
 
 struct Neon;
 /// `sdot`: four products and their sum in one instruction.
 struct Dotprod;
+/// `usmmla`: eight columns of two rows by those of two tokens. One token goes by `sdot`.
+struct I8mm;
 
 /// # Safety
 /// As [`Call::run`].
@@ -20,6 +22,14 @@ struct Dotprod;
 pub(super) unsafe fn run(call: &Call<'_>) {
     // SAFETY: the caller's contract.
     unsafe { call.run::<Neon>() }
+}
+
+/// # Safety
+/// As [`Call::run`].
+#[target_feature(enable = "neon,dotprod,i8mm")]
+pub(super) unsafe fn run_i8mm(call: &Call<'_>) {
+    // SAFETY: the caller's contract.
+    unsafe { call.run::<I8mm>() }
 }
 
 /// # Safety
@@ -58,11 +68,9 @@ unsafe fn step(levels: *const i8, step: usize) -> int8x16_t {
     }
 }
 
-/// What both share. 8-bit levels go as two nibbles, in 8 bits with a sign as in sums of 16 bits.
-macro_rules! quarters {
+/// Products of the rows of a quarter, a token at a time. 8-bit levels go as two nibbles, in 8 bits with a sign as in sums of 16 bits.
+macro_rules! dots_by_rows {
     ($tokens:literal, $sum:ty, $zero:expr, $add:ident, $fold:ident) => {
-        type Ints = [int32x4_t; QUARTERS];
-        type Floats = [float32x4_t; QUARTERS];
         const TOKENS: usize = $tokens;
 
         #[inline(always)]
@@ -106,6 +114,14 @@ macro_rules! quarters {
             }
             sums
         }
+    };
+}
+
+/// What all of them share.
+macro_rules! quarters {
+    () => {
+        type Ints = [int32x4_t; QUARTERS];
+        type Floats = [float32x4_t; QUARTERS];
 
         #[inline(always)]
         unsafe fn by_row(lines: *const u8) -> [Line; 2] {
@@ -295,7 +311,8 @@ unsafe fn same(sum: int32x4_t) -> int32x4_t {
 }
 
 impl Vector for Neon {
-    quarters!(
+    quarters!();
+    dots_by_rows!(
         2,
         Wide,
         (vdupq_n_s16(0), vdupq_n_s16(0)),
@@ -305,5 +322,66 @@ impl Vector for Neon {
 }
 
 impl Vector for Dotprod {
-    quarters!(6, int32x4_t, vdupq_n_s32(0), sdot, same);
+    quarters!();
+    dots_by_rows!(6, int32x4_t, vdupq_n_s32(0), sdot, same);
+}
+
+impl Vector for I8mm {
+    quarters!();
+    const TOKENS: usize = 6;
+
+    #[inline(always)]
+    unsafe fn dots<const BITS: usize, const T: usize, const P: usize>(
+        lines: *const u8,
+        levels: [[*const i8; T]; P],
+        mut sums: [[Self::Ints; T]; P],
+    ) -> [[Self::Ints; T]; P] {
+        if T == 1 {
+            // SAFETY: the caller's contract.
+            return unsafe { Dotprod::dots::<BITS, T, P>(lines, levels, sums) };
+        }
+        // Pairs of tokens, of at most `MOST_TOKENS`.
+        const PAIRS: usize = MOST_TOKENS / 2;
+        assert!(T.is_multiple_of(2) && T <= 2 * PAIRS, "tokens go in pairs");
+        let per_line = STEPS / BITS;
+        // SAFETY: `BITS` lines, 32 levels.
+        unsafe {
+            for quarter in 0..QUARTERS {
+                let step_of = |step: usize| {
+                    let at = step / per_line * LINE_BYTES + quarter * (LINE_BYTES / QUARTERS);
+                    let bytes = vld1q_u8(lines.add(at));
+                    let weights = match BITS {
+                        8 => bytes,
+                        4 => vreinterpretq_u8_s8(field(bytes, step % per_line * BITS, 15)),
+                        _ => vreinterpretq_u8_s8(field(bytes, step % per_line * BITS, 3)),
+                    };
+                    vreinterpretq_u32_u8(weights)
+                };
+                // Of rows 0 and 1, and 2 and 3: both rows by both tokens.
+                let mut products = [[[vdupq_n_s32(0); 2]; PAIRS]; P];
+                for step in (0..STEPS).step_by(2) {
+                    let (even, odd) = (step_of(step), step_of(step + 1));
+                    let rows = [vzip1q_u32(even, odd), vzip2q_u32(even, odd)];
+                    for (products, levels) in products.iter_mut().zip(levels) {
+                        let pairs = levels.as_chunks::<2>().0;
+                        for (products, [a, b]) in products.iter_mut().zip(pairs) {
+                            let at = step * STEP_COLS;
+                            let x = vcombine_s8(vld1_s8(a.add(at)), vld1_s8(b.add(at)));
+                            for (product, rows) in products.iter_mut().zip(rows) {
+                                *product = usmmla(*product, vreinterpretq_u8_u32(rows), x);
+                            }
+                        }
+                    }
+                }
+                for (sums, products) in sums.iter_mut().zip(products) {
+                    let pairs = sums.as_chunks_mut::<2>().0;
+                    for ([a, b], [first, last]) in pairs.iter_mut().zip(products) {
+                        a[quarter] = vaddq_s32(a[quarter], vuzp1q_s32(first, last));
+                        b[quarter] = vaddq_s32(b[quarter], vuzp2q_s32(first, last));
+                    }
+                }
+            }
+        }
+        sums
+    }
 }

@@ -105,7 +105,7 @@ impl CpuBackend {
             ))
         })?;
         let (cos, sin) = recipe.rope_tables(context);
-        let scratch = scores_elems(context) * threads;
+        let scratch = scores_elems(&recipe, context) * threads;
         let info = BackendInfo {
             name: "cpu",
             tier: isa.name().to_owned(),
@@ -156,7 +156,7 @@ impl CpuBackend {
 
     /// Runs the list for at most [`CHUNK_TOKENS`] checked tokens.
     fn run(&mut self, tokens: &[u32], logits: Logits<'_>) {
-        let scratch_elems = scores_elems(self.context);
+        let scratch_elems = scores_elems(&self.recipe, self.context);
         let position = self.tokens.len();
         let has_logits = !matches!(logits, Logits::Unwanted);
         let activations = SharedSlice::new(&mut self.activations);
@@ -289,9 +289,11 @@ impl Backend for CpuBackend {
     }
 }
 
-/// Floats that attention scores of one thread take, a whole number of cache lines.
-fn scores_elems(context: usize) -> usize {
-    context.next_multiple_of(16)
+/// Floats that attention scores of one thread take, those of the heads that read the same keys; a whole number of
+/// cache lines.
+fn scores_elems(recipe: &Recipe, context: usize) -> usize {
+    let config = &recipe.config;
+    (config.heads / config.kv_heads * context).next_multiple_of(16)
 }
 
 #[cfg(test)]

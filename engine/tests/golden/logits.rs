@@ -109,6 +109,30 @@ fn argmax(logits: &[f32]) -> u32 {
 
 on_every_device!(close_to_transformers);
 
+/// The same with every instruction set of this CPU but the fastest, which the test above takes, and `scalar`, which
+/// takes minutes: each in a process of its own, whose environment names it.
+#[test]
+fn every_instruction_set_is_close_to_transformers() {
+    let isas = engine::backend::cpu::System::detect()
+        .expect("a CPU")
+        .available;
+    let (_, others) = isas.split_last().expect("scalar");
+    for isa in others.iter().skip(1) {
+        let run = std::process::Command::new(std::env::current_exe().expect("this test"))
+            .args(["--exact", "logits::cpu", "--nocapture"])
+            .env("EDGELLM_CPU", isa)
+            .output()
+            .expect("starts");
+        let output = String::from_utf8_lossy(&run.stdout);
+        print!("{output}");
+        assert!(run.status.success(), "{isa}: {output}");
+        assert!(
+            output.contains(&format!("cpu {isa}: mean KL")),
+            "{isa} ran: {output}"
+        );
+    }
+}
+
 fn close_to_transformers(device: Device) {
     let loaded = support::default_model();
     let text: Text = support::json("smollm2_logits.json");

@@ -209,11 +209,14 @@ impl Job<'_> {
                 // SAFETY: the cache was complete before this phase.
                 let (keys, values) = unsafe { self.cache.layer(layer) };
                 let (query, dst) = (self.buffer(query), self.buffer(dst));
-                for unit in split(tokens * heads, 1, part, parts) {
-                    let own = unit * dh..(unit + 1) * dh;
-                    // SAFETY: a head of this share.
+                // The heads that read the same keys and values go together.
+                let per_kv = heads / self.shape.kv_heads;
+                let own = split(tokens * heads, per_kv, part, parts);
+                for unit in own.step_by(per_kv) {
+                    let own = unit * dh..(unit + per_kv) * dh;
+                    // SAFETY: heads of this share.
                     let (q, out) = unsafe { (query.slice(own.clone()), dst.slice_mut(own)) };
-                    let (token, head) = (unit / heads, unit % heads);
+                    let (token, head) = (unit / heads, unit % heads / per_kv);
                     attention::part(isa, q, keys, values, out, &shape, token, head, scores);
                 }
             }
@@ -317,7 +320,12 @@ impl Job<'_> {
             Cut::Columns => (0..tokens).for_each(|token| round(token, split(k, unit, part, parts))),
             Cut::Heads => {
                 let (dh, heads) = (self.shape.head_dim, k / self.shape.head_dim);
-                for unit in split(tokens * heads, 1, part, parts) {
+                // As attention cuts what it writes.
+                let per_kv = match heads == self.shape.heads {
+                    true => heads / self.shape.kv_heads,
+                    false => 1,
+                };
+                for unit in split(tokens * heads, per_kv, part, parts) {
                     let head = unit % heads;
                     round(unit / heads, head * dh..(head + 1) * dh);
                 }
