@@ -20,7 +20,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::Error;
-use engine::backend::{Choice, KvCache, KvForm};
+use engine::backend::{Choice, KvCache, KvForm, Tier};
 
 /// Run large language models with kernels written in Rust.
 #[derive(Debug, Parser)]
@@ -162,14 +162,18 @@ enum TierArg {
     /// Hopper and newer.
     #[value(name = "sm_90", alias = "90")]
     Sm90,
+    /// Hopper alone.
+    #[value(name = "sm_90a", alias = "90a")]
+    Sm90a,
 }
 
-impl From<TierArg> for u32 {
-    fn from(arg: TierArg) -> u32 {
+impl From<TierArg> for Tier {
+    fn from(arg: TierArg) -> Tier {
         match arg {
-            TierArg::Sm75 => 75,
-            TierArg::Sm80 => 80,
-            TierArg::Sm90 => 90,
+            TierArg::Sm75 => Tier::SM_75,
+            TierArg::Sm80 => Tier::SM_80,
+            TierArg::Sm90 => Tier::SM_90,
+            TierArg::Sm90a => Tier::SM_90A,
         }
     }
 }

@@ -271,7 +271,7 @@ pub fn tune(
             .ok_or_else(|| Error::machine(format!("{} is not in the PTX", product.kernel)))?;
         let row = |tiling: &Tiling| Row {
             gpu: gpu.name().to_owned(),
-            tier: gpu.tier(),
+            tier: gpu.tier().capability(),
             kernel: product.kernel.to_owned(),
             shape: product.name.clone(),
             revision,

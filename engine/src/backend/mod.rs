@@ -6,6 +6,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod fuse;
 mod select;
+mod tier;
 
 use models::quant::Weight;
 use models::recipe::Recipe;
@@ -15,6 +16,7 @@ use crate::sampler::Sampling;
 
 pub use cache::{KvCache, KvForm};
 pub use select::{Choice, Selected, select};
+pub use tier::Tier;
 
 /// A model in memory: what every backend is built from.
 #[derive(Debug)]

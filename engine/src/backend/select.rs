@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Backend, KvCache, LoadedModel};
+use super::{Backend, KvCache, LoadedModel, Tier};
 use crate::Error;
 
 /// What the caller asked for.
@@ -24,8 +24,8 @@ pub struct Selected {
     pub reason: String,
 }
 
-/// Builds the backend for `model` with a cache: its size and form, or tokens as f16. `tier` forces a PTX tier
-/// (75, 80, 90), which also means that only CUDA will do.
+/// Builds the backend for `model` with a cache: its size and form, or tokens as f16. `tier` forces a PTX
+/// tier, which also means that only CUDA will do.
 ///
 /// # Errors
 /// [`Error::Machine`] if the chosen backend cannot run here, [`Error::Input`] if the cache holds nothing
@@ -34,7 +34,7 @@ pub fn select(
     choice: Choice,
     model: Arc<LoadedModel>,
     cache: impl Into<KvCache>,
-    tier: Option<u32>,
+    tier: Option<Tier>,
 ) -> Result<Selected, Error> {
     let cache = cache.into();
     if cache.tokens == 0 {
@@ -76,12 +76,16 @@ impl Selected {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda(model: &LoadedModel, cache: KvCache, tier: Option<u32>) -> Result<Box<dyn Backend>, Error> {
+fn cuda(
+    model: &LoadedModel,
+    cache: KvCache,
+    tier: Option<Tier>,
+) -> Result<Box<dyn Backend>, Error> {
     Ok(Box::new(super::cuda::CudaBackend::new(model, cache, tier)?))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(_: &LoadedModel, _: KvCache, _: Option<u32>) -> Result<Box<dyn Backend>, Error> {
+fn cuda(_: &LoadedModel, _: KvCache, _: Option<Tier>) -> Result<Box<dyn Backend>, Error> {
     Err(Error::Machine("this binary was built without CUDA".into()))
 }
 

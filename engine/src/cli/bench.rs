@@ -91,7 +91,7 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
         args.model.backend.into(),
         model,
         args.model.cache(context),
-        args.model.tier.map(u32::from),
+        args.model.tier.map(Into::into),
     )?;
     let load_seconds = start.elapsed().as_secs_f64();
 

@@ -71,7 +71,7 @@ impl Loaded {
             Choice::from(args.backend),
             Arc::clone(&self.model),
             args.cache(context),
-            args.tier.map(u32::from),
+            args.tier.map(Into::into),
         )
     }
 }

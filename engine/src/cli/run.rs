@@ -178,7 +178,7 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
         args.model.backend.into(),
         Arc::new(model?),
         args.model.cache(context),
-        args.model.tier.map(u32::from),
+        args.model.tier.map(Into::into),
     )?;
     let Selected {
         mut backend,

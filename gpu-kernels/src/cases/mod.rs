@@ -26,6 +26,7 @@ use thiserror::Error;
 pub use self::emulator::EmulatorDevice;
 use self::inputs::Inputs;
 use crate::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
+use crate::linear::gemm_int4::needs_warpgroup_products;
 
 /// A failure of the device: out of memory, a launch that failed, a fault that the emulator found.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -127,6 +128,11 @@ impl Case {
             kernel,
             run: Box::new(run),
         }
+    }
+
+    /// Whether a device of these dimensions has the kernel.
+    pub fn runs_on(&self, device: &DeviceInfo) -> bool {
+        device.warpgroup_products || !needs_warpgroup_products(self.kernel)
     }
 }
 

@@ -338,6 +338,7 @@ mod tests {
     fn every_case_with_whole_products() {
         let info = DeviceInfo {
             compute_capability: 80,
+            warpgroup_products: false,
             multiprocessors: 108,
             shared_bytes_per_block: 163 * 1024,
         };

@@ -18,6 +18,7 @@ use super::launch::Kernels;
 use super::plan::{Counter, Memory, bytes_of};
 use super::ptx::TIERS;
 use crate::Error;
+use crate::backend::Tier;
 
 /// Percent of the most shared memory that every kernel asks a multiprocessor to set apart: 164 of 228
 /// KB on an H100, enough for any block. Left to itself the driver gives the attention all of it, and
@@ -89,12 +90,13 @@ pub fn capability() -> Result<u32, Error> {
 }
 
 /// What plans know of a device with the kernels of `tier`.
-fn info_of(device: Device, tier: u32) -> Result<DeviceInfo, Error> {
+fn info_of(device: Device, tier: Tier) -> Result<DeviceInfo, Error> {
     Ok(DeviceInfo {
         multiprocessors: attribute(device, DeviceAttribute::MultiprocessorCount)?,
         shared_bytes_per_block: most_shared_bytes(device)?,
         // Plans choose among what the loaded PTX has, which may be less than the device can.
-        compute_capability: tier,
+        compute_capability: tier.capability(),
+        warpgroup_products: tier.has_warpgroup_products(),
     })
 }
 
@@ -104,7 +106,7 @@ fn info_of(device: Device, tier: u32) -> Result<DeviceInfo, Error> {
 /// As [`Gpu::open`].
 pub(super) fn info() -> Result<DeviceInfo, Error> {
     let device = first_device()?;
-    let built: Vec<u32> = TIERS.iter().map(|(tier, _)| *tier).collect();
+    let built: Vec<Tier> = TIERS.iter().map(|(tier, _)| *tier).collect();
     let tier = choose_tier(&built, capability_of(device)?, None, &name_of(device)?)?;
     info_of(device, tier)
 }
@@ -117,22 +119,22 @@ pub struct Gpu {
     stream: Stream,
     name: String,
     info: DeviceInfo,
-    tier: u32,
+    tier: Tier,
     maps_memory: bool,
     tuned: Tuned,
     context: Context,
 }
 
 impl Gpu {
-    /// Opens device 0 with the kernels of `tier` (75, 80, 90), or of the highest that it runs.
+    /// Opens device 0 with the kernels of `tier`, or of the highest that it runs.
     ///
     /// # Errors
     /// [`Error::Machine`] if there is no driver or device, or it cannot run the tier;
     /// [`Error::Input`] for a tier that this program was not built with.
-    pub fn open(tier: Option<u32>) -> Result<Arc<Gpu>, Error> {
+    pub fn open(tier: Option<Tier>) -> Result<Arc<Gpu>, Error> {
         let device = first_device()?;
         let name = name_of(device)?;
-        let built: Vec<u32> = TIERS.iter().map(|(tier, _)| *tier).collect();
+        let built: Vec<Tier> = TIERS.iter().map(|(tier, _)| *tier).collect();
         let tier = choose_tier(&built, capability_of(device)?, tier, &name)?;
         let ptx = TIERS
             .iter()
@@ -146,7 +148,7 @@ impl Gpu {
     ///
     /// # Errors
     /// [`Error::Machine`] if there is no driver or device, or it cannot run the kernels.
-    pub fn with_kernels(tier: u32, ptx: &str) -> Result<Arc<Gpu>, Error> {
+    pub fn with_kernels(tier: Tier, ptx: &str) -> Result<Arc<Gpu>, Error> {
         let device = first_device()?;
         let name = name_of(device)?;
         let info = info_of(device, tier)?;
@@ -163,7 +165,7 @@ impl Gpu {
         Ok(Arc::new(Gpu {
             kernels,
             stream,
-            tuned: Tuned::load(&name, tier, ptx),
+            tuned: Tuned::load(&name, tier.capability(), ptx),
             name,
             info,
             tier,
@@ -182,8 +184,8 @@ impl Gpu {
         self.info
     }
 
-    /// Compute capability that the loaded kernels were compiled for: 75, 80, 90.
-    pub fn tier(&self) -> u32 {
+    /// The tier of the loaded kernels.
+    pub fn tier(&self) -> Tier {
         self.tier
     }
 
@@ -246,15 +248,15 @@ impl Drop for Gpu {
 
 /// Kernels to run on a device of compute capability `capability`.
 fn choose_tier(
-    built: &[u32],
+    built: &[Tier],
     capability: u32,
-    forced: Option<u32>,
+    forced: Option<Tier>,
     device: &str,
-) -> Result<u32, Error> {
+) -> Result<Tier, Error> {
     let list = || {
         built
             .iter()
-            .map(|tier| format!("sm_{tier}"))
+            .map(Tier::to_string)
             .collect::<Vec<_>>()
             .join(", ")
     };
@@ -263,17 +265,17 @@ fn choose_tier(
             "this program was built without GPU kernels: build it with the feature `ptx`",
         )),
         Some(tier) if !built.contains(&tier) => Err(Error::input(format!(
-            "there are no sm_{tier} kernels in this program: it has {}",
+            "there are no {tier} kernels in this program: it has {}",
             list()
         ))),
-        Some(tier) if tier > capability => Err(Error::machine(format!(
-            "{device} is sm_{capability}: it cannot run sm_{tier} kernels"
+        Some(tier) if !tier.runs_on(capability) => Err(Error::machine(format!(
+            "{device} is sm_{capability}: it cannot run {tier} kernels"
         ))),
         Some(tier) => Ok(tier),
         None => built
             .iter()
             .copied()
-            .filter(|tier| *tier <= capability)
+            .filter(|tier| tier.runs_on(capability))
             .max()
             .ok_or_else(|| {
                 Error::machine(format!(
@@ -470,11 +472,19 @@ impl Drop for DeviceMemory {
 mod tests {
     use super::*;
 
-    const BUILT: &[u32] = &[75, 80, 90];
+    const BUILT: &[Tier] = &Tier::ALL;
 
     #[test]
     fn the_highest_tier_that_the_device_runs() {
-        for (capability, tier) in [(75, 75), (80, 80), (86, 80), (89, 80), (90, 90), (120, 90)] {
+        for (capability, tier) in [
+            (75, Tier::SM_75),
+            (80, Tier::SM_80),
+            (86, Tier::SM_80),
+            (89, Tier::SM_80),
+            (90, Tier::SM_90A),
+            (100, Tier::SM_90),
+            (120, Tier::SM_90),
+        ] {
             assert_eq!(choose_tier(BUILT, capability, None, "gpu").ok(), Some(tier));
         }
         let error = choose_tier(BUILT, 70, None, "V100").unwrap_err();
@@ -484,14 +494,23 @@ mod tests {
 
     #[test]
     fn a_forced_tier_is_kept_or_refused() {
-        assert_eq!(choose_tier(BUILT, 90, Some(75), "gpu").ok(), Some(75));
-        let above = choose_tier(BUILT, 75, Some(90), "T4").unwrap_err();
+        assert_eq!(
+            choose_tier(BUILT, 90, Some(Tier::SM_75), "gpu").ok(),
+            Some(Tier::SM_75)
+        );
+        let above = choose_tier(BUILT, 75, Some(Tier::SM_90), "T4").unwrap_err();
         assert_eq!(
             (above.exit_code(), above.to_string().as_str()),
             (1, "T4 is sm_75: it cannot run sm_90 kernels")
         );
         assert_eq!(
-            choose_tier(BUILT, 90, Some(77), "gpu")
+            choose_tier(BUILT, 100, Some(Tier::SM_90A), "gpu")
+                .unwrap_err()
+                .exit_code(),
+            1
+        );
+        assert_eq!(
+            choose_tier(&BUILT[..3], 90, Some(Tier::SM_90A), "gpu")
                 .unwrap_err()
                 .exit_code(),
             2

@@ -38,17 +38,17 @@ use self::ahead::{AHEAD, TokenReader};
 use self::device::{DeviceMemory, Gpu};
 use self::launch::Graph;
 use self::plan::{Counter, Plan};
-use super::{Backend, BackendInfo, KvCache, LoadedModel, Profile};
+use super::{Backend, BackendInfo, KvCache, LoadedModel, Profile, Tier};
 use crate::Error;
 use crate::sampler::{self, Sampling};
 
-/// Tiers that this program has kernels for, as compute capabilities: 75, 80, 90.
-pub fn tiers() -> Vec<u32> {
+/// Tiers that this program has kernels for, lowest first.
+pub fn tiers() -> Vec<Tier> {
     ptx::TIERS.iter().map(|(tier, _)| *tier).collect()
 }
 
-/// The kernels of every tier as PTX: compute capability and text.
-pub fn ptx() -> &'static [(u32, &'static str)] {
+/// The kernels of every tier as PTX.
+pub fn ptx() -> &'static [(Tier, &'static str)] {
     ptx::TIERS
 }
 
@@ -79,6 +79,7 @@ const H100: DeviceInfo = DeviceInfo {
     multiprocessors: 132,
     shared_bytes_per_block: 227 * 1024,
     compute_capability: 90,
+    warpgroup_products: true,
 };
 
 /// The graphs that end with one way of choosing.
@@ -130,7 +131,7 @@ pub struct CudaBackend {
 
 impl CudaBackend {
     /// Uploads `model` to device 0 with a cache, its size and form or tokens as f16, and records its graphs.
-    /// `tier` forces the kernels of one compute capability (75, 80, 90).
+    /// `tier` forces the kernels of one tier.
     ///
     /// # Errors
     /// [`Error::Machine`] with the CUDA error's name: no driver, no device, not enough memory (says
@@ -139,7 +140,7 @@ impl CudaBackend {
     pub fn new(
         model: &LoadedModel,
         cache: impl Into<KvCache>,
-        tier: Option<u32>,
+        tier: Option<Tier>,
     ) -> Result<Self, Error> {
         let cache = cache.into();
         let context = cache.tokens;
@@ -187,9 +188,9 @@ impl CudaBackend {
         };
         let info = BackendInfo {
             name: "cuda",
-            tier: format!("sm_{tier}"),
+            tier: tier.to_string(),
             device: gpu.name().to_owned(),
-            reason: format!("{}, kernels sm_{tier} ({chosen_because})", gpu.name()),
+            reason: format!("{}, kernels {tier} ({chosen_because})", gpu.name()),
             bytes_per_token: model.bytes_per_token(plan::device_bytes),
         };
         Ok(Self {

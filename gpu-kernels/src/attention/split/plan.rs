@@ -256,6 +256,7 @@ mod tests {
         multiprocessors: 132,
         shared_bytes_per_block: 227 * 1024,
         compute_capability: 90,
+        warpgroup_products: false,
     };
 
     fn operands() -> Operands {
