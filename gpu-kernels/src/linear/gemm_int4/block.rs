@@ -53,6 +53,7 @@ pub(super) struct Args {
     pub flags: u32,
     /// Tiles of y that have a block each, with [`warpgroup`](super::warpgroup) alone; each of the others
     /// has `parts` blocks, which share the tiles along K.
+    #[cfg_attr(target_arch = "nvptx64", allow(dead_code))]
     pub whole: u32,
     pub parts: u32,
 }
