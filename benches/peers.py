@@ -1,7 +1,8 @@
-"""Times what torch has for a matrix-vector product: its INT4 kernel and cuBLAS in fp16.
+"""Times what torch has for a product of a matrix and some tokens: cuBLAS in fp16, and for one token its
+INT4 kernel.
 
-Reads a JSON array of {"n", "k", "group"} from standard input, prints a JSON object a line: kernel,
-n, k, group, us_median, us_p5, us_p95, version; or kernel, n, k, group, error.
+Reads a JSON array of {"n", "k", "group", "tokens"} from standard input, prints a JSON object a line:
+kernel, n, k, group, tokens, us_median, us_p5, us_p95, version; or kernel, n, k, group, tokens, error.
 
 As edgellm-bench times its own kernels: a CUDA graph of at least 128 launches over copies of the
 weights of at least 400 MB, and three times the L2, in all; 41 runs of it, by CUDA events.
@@ -52,7 +53,7 @@ def copies(weight_bytes):
     return max(2, -(-rotate // weight_bytes))
 
 
-def int4(n, k, group):
+def int4(n, k, group, _tokens):
     """torch's own kernel: groups of a scale and a zero point in bf16."""
     quants = torch.randint(0, 255, (n, k // 2), dtype=torch.uint8, device="cuda")
     packed = torch.ops.aten._convert_weight_to_int4pack(quants, 8)
@@ -65,22 +66,25 @@ def int4(n, k, group):
     )
 
 
-def fp16(n, k, _group):
-    """cuBLAS: the faster of a matrix-vector and a matrix-matrix product."""
+def fp16(n, k, _group, tokens):
+    """cuBLAS: a matrix-matrix product, for one token the faster of it and a matrix-vector product."""
     weight = torch.randn(n, k, dtype=torch.float16, device="cuda")
-    x = torch.randn(k, dtype=torch.float16, device="cuda")
+    x = torch.randn(tokens, k, dtype=torch.float16, device="cuda")
     weights = [weight.clone() for _ in range(copies(weight.nbytes))]
-    row = x.reshape(1, k)
-    forms = [lambda w: torch.mv(w, x), lambda w: torch.matmul(row, w.t())]
+    forms = [lambda w: torch.matmul(x, w.t())]
+    if tokens == 1:
+        forms.append(lambda w: torch.mv(w, x[0]))
     return min((timed(weights, form) for form in forms), key=lambda t: t[len(t) // 2])
 
 
 def main():
     for shape in json.load(sys.stdin):
         for kernel, time in (("torch int4", int4), ("cublas fp16", fp16)):
+            if time is int4 and shape["tokens"] > 1:
+                continue
             result = {"kernel": kernel, "version": torch.__version__, **shape}
             try:
-                times = time(shape["n"], shape["k"], shape["group"])
+                times = time(shape["n"], shape["k"], shape["group"], shape["tokens"])
                 at = lambda percent: times[(len(times) - 1) * percent // 100]
                 result |= {"us_median": at(50), "us_p5": at(5), "us_p95": at(95)}
             except Exception as error:  # a shape that it does not take, no memory

@@ -1,7 +1,7 @@
 //! Compiles the GPU kernels to PTX, one file a tier, and hands them to the CUDA backend.
 //!
 //! Output: `$OUT_DIR/ptx_tiers.rs`, which defines
-//! `pub static TIERS: &[(u32 /* capability times ten */, &str /* PTX */)]`, lowest tier first.
+//! `pub static TIERS: &[(Tier, &str /* PTX */)]`, lowest tier first.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -37,7 +37,7 @@ mod cuda {
 
     fn compile(out_dir: &Path) -> Result<(), Error> {
         let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../gpu-kernels");
-        let mut table = String::from("pub static TIERS: &[(u32, &str)] = &[\n");
+        let mut table = String::from("pub static TIERS: &[(Tier, &str)] = &[\n");
         for arch in TIERS {
             let ptx = out_dir.join(format!("{arch}.ptx"));
             let output = CudaBuilder::new(&kernels)
@@ -45,8 +45,12 @@ mod cuda {
                 .copy_to(&ptx)
                 .build()?;
             output.print_rerun_if_changed();
-            writeln!(table, "    ({}, include_str!({ptx:?})),", arch.capability())
-                .expect("a String takes all");
+            let (capability, alone) = (arch.capability(), arch.is_alone());
+            writeln!(
+                table,
+                "    (Tier::new({capability}, {alone}), include_str!({ptx:?})),"
+            )
+            .expect("a String takes all");
         }
         table.push_str("];\n");
         let path = out_dir.join("ptx_tiers.rs");

@@ -85,7 +85,7 @@ pub fn run(gpu: &Arc<Gpu>, wanted: impl Fn(&Case) -> bool) -> Vec<Outcome> {
     let cases: Vec<Case> = cases::all()
         .into_iter()
         .chain(cases::large())
-        .filter(|case| wanted(case))
+        .filter(|case| case.runs_on(&gpu.info()) && wanted(case))
         .collect();
     let style = ProgressStyle::with_template("checking {wide_bar} {pos}/{len}")
         .expect("the template is well-formed");

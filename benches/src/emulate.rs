@@ -24,7 +24,10 @@ pub fn run(wanted: impl Fn(&Case) -> bool) -> Emulated {
         .into_iter()
         .filter(|case| wanted(case))
         .map(|case| {
-            let mut device = EmulatorDevice::new(DeviceInfo::T4, Some(1));
+            let info = [DeviceInfo::T4, DeviceInfo::H100]
+                .into_iter()
+                .find(|info| case.runs_on(info));
+            let mut device = EmulatorDevice::new(info.unwrap_or(DeviceInfo::H100), Some(1));
             let result = (case.run)(&mut device).map_err(|error| error.to_string());
             Outcome {
                 name: case.name,

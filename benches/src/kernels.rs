@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use engine::Error;
+use engine::backend::Tier;
 use engine::backend::cuda::device::Gpu;
 use gpu_kernels::launch::Launch;
 use serde_json::{Value, json};
@@ -70,7 +71,7 @@ pub fn run(
     options: &Options,
     peers: &[Peer],
 ) -> Result<Option<Vec<Value>>, Error> {
-    let tier = format!("sm_{}", gpu.tier());
+    let tier = gpu.tier().to_string();
     let path = results::path(&options.results, gpu.name());
     let file = |error: std::io::Error| Error::machine(format!("{}: {error}", path.display()));
     let past = results::load(&path).map_err(file)?;
@@ -87,7 +88,8 @@ pub fn run(
             path.display()
         )));
     }
-    let wanted = options.selection.rows()?;
+    let mut wanted = options.selection.rows()?;
+    wanted.retain(|row| row.runs_on(&gpu.info()));
 
     let outcomes = check::run(gpu, |case| {
         wanted.iter().any(|row| row.kernel == case.kernel)
@@ -150,7 +152,7 @@ impl Other {
     /// Opens the device with the other revision's kernels and checks them in the present launches;
     /// says of each wanted kernel that cannot be compared why.
     fn open(
-        tier: u32,
+        tier: Tier,
         present: &str,
         ptx: &Ptx,
         revision: &str,

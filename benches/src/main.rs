@@ -10,6 +10,7 @@ use benches::select::{Selection, parse_shape};
 use benches::{check, counters, emulate, models, peers, rows, tune};
 use clap::{Parser, Subcommand};
 use engine::Error;
+use engine::backend::Tier;
 use engine::backend::cuda;
 use engine::backend::cuda::device::Gpu;
 use serde_json::Value;
@@ -31,9 +32,9 @@ struct Args {
 enum Command {
     /// Run the kernel cases on the GPU, in every tier that it can run.
     Check {
-        /// Only this tier: sm_75, sm_80, sm_90.
-        #[arg(long, value_parser = parse_tier)]
-        tier: Option<u32>,
+        /// Only this tier: sm_75, sm_80, sm_90, sm_90a.
+        #[arg(long)]
+        tier: Option<Tier>,
         /// Only cases whose name contains this.
         #[arg(long, default_value = "")]
         filter: String,
@@ -47,9 +48,9 @@ enum Command {
     Kernels {
         #[command(flatten)]
         wanted: Wanted,
-        /// Only this tier: sm_75, sm_80, sm_90 [default: every one that the GPU runs].
-        #[arg(long, value_parser = parse_tier)]
-        tier: Option<u32>,
+        /// Only this tier: sm_75, sm_80, sm_90, sm_90a [default: every one that the GPU runs].
+        #[arg(long)]
+        tier: Option<Tier>,
         /// Show the speed-up over this revision too: over what it recorded.
         #[arg(long, value_name = "REVISION")]
         compare: Option<String>,
@@ -73,9 +74,9 @@ enum Command {
     Tune {
         #[command(flatten)]
         wanted: Wanted,
-        /// The tier: sm_75, sm_80, sm_90 [default: the highest that the GPU runs].
-        #[arg(long, value_parser = parse_tier)]
-        tier: Option<u32>,
+        /// The tier: sm_75, sm_80, sm_90, sm_90a [default: the highest that the GPU runs].
+        #[arg(long)]
+        tier: Option<Tier>,
         /// The table; made of the checked-in one if it is not there.
         #[arg(long, value_name = "FILE", default_value = "gpu-kernels/tuned.toml")]
         table: PathBuf,
@@ -84,9 +85,9 @@ enum Command {
     Counters {
         #[command(flatten)]
         wanted: Wanted,
-        /// The tier: sm_75, sm_80, sm_90 [default: the highest that the GPU runs].
-        #[arg(long, value_parser = parse_tier)]
-        tier: Option<u32>,
+        /// The tier: sm_75, sm_80, sm_90, sm_90a [default: the highest that the GPU runs].
+        #[arg(long)]
+        tier: Option<Tier>,
         /// The profiler.
         #[arg(long, value_name = "PROGRAM", default_value = "ncu")]
         ncu: PathBuf,
@@ -98,9 +99,9 @@ enum Command {
     Once {
         #[command(flatten)]
         wanted: Wanted,
-        /// The tier: sm_75, sm_80, sm_90 [default: the highest that the GPU runs].
-        #[arg(long, value_parser = parse_tier)]
-        tier: Option<u32>,
+        /// The tier: sm_75, sm_80, sm_90, sm_90a [default: the highest that the GPU runs].
+        #[arg(long)]
+        tier: Option<Tier>,
     },
     /// Print the GPU's name and its highest tier; fails, with the reason, where there is none.
     Device,
@@ -174,13 +175,6 @@ impl Wanted {
             group: self.group,
             mins: self.minima,
         }
-    }
-}
-
-fn parse_tier(text: &str) -> Result<u32, String> {
-    match text.strip_prefix("sm_").unwrap_or(text).parse() {
-        Ok(tier @ (75 | 80 | 90)) => Ok(tier),
-        _ => Err("tiers are sm_75, sm_80 and sm_90".to_owned()),
     }
 }
 
@@ -273,7 +267,7 @@ fn no_gpu() -> Option<()> {
 /// Runs `work` for one tier or all; without a GPU, says so and counts it as skipped.
 fn on_gpu(
     ptx: &Ptx,
-    tier: Option<u32>,
+    tier: Option<Tier>,
     mut work: impl FnMut(&Arc<Gpu>) -> Result<bool, Error>,
 ) -> Result<bool, Error> {
     let tiers = tier.map_or_else(|| ptx.tiers(), |tier| vec![tier]);
@@ -285,7 +279,7 @@ fn on_gpu(
     for tier in tiers {
         match ptx.open(tier)? {
             Some(gpu) => all_right &= work(&gpu)?,
-            None => println!("skipped: this GPU cannot run sm_{tier}"),
+            None => println!("skipped: this GPU cannot run {tier}"),
         }
     }
     Ok(all_right)
@@ -294,7 +288,7 @@ fn on_gpu(
 /// Runs `work` for one tier or the highest; without a GPU, says so.
 fn on_best(
     ptx: &Ptx,
-    tier: Option<u32>,
+    tier: Option<Tier>,
     work: impl FnOnce(&Arc<Gpu>) -> Result<(), Error>,
 ) -> Result<bool, Error> {
     if no_gpu().is_none() {
@@ -305,16 +299,16 @@ fn on_best(
 
 fn checked(gpu: &Arc<Gpu>, filter: &str) -> bool {
     let tier = gpu.tier();
-    println!("{} with sm_{tier} kernels", gpu.name());
+    println!("{} with {tier} kernels", gpu.name());
     let outcomes = check::run(gpu, |case| case.name.contains(filter));
-    let failed = check::report(&format!("sm_{tier}"), &outcomes);
-    println!("sm_{tier}: {} cases, {failed} failed", outcomes.len());
+    let failed = check::report(&tier.to_string(), &outcomes);
+    println!("{tier}: {} cases, {failed} failed", outcomes.len());
     failed == 0
 }
 
 fn timed(
     ptx: &Ptx,
-    tier: Option<u32>,
+    tier: Option<Tier>,
     options: &Options,
     no_peers: bool,
     json: Option<&Path>,
@@ -340,7 +334,7 @@ fn timed(
 fn counted(
     ptx: &Ptx,
     wanted: Wanted,
-    tier: Option<u32>,
+    tier: Option<Tier>,
     ncu: PathBuf,
     csv: PathBuf,
 ) -> Result<bool, Error> {
@@ -382,7 +376,7 @@ fn emulated(selection: &Selection) -> Result<bool, Error> {
 fn device(ptx: &Ptx) -> Result<(), Error> {
     cuda::available().map_err(Error::machine)?;
     let gpu = ptx.open_best(None)?;
-    println!("{} sm_{}", gpu.name(), gpu.tier());
+    println!("{} {}", gpu.name(), gpu.tier());
     Ok(())
 }
 

@@ -24,20 +24,39 @@ pub struct Peer {
     pub version: String,
 }
 
-/// Rows, columns and group of a bare INT4 matrix, as its rows name it: `1536 x 8960 group 128`.
-fn matrix(row: &Row) -> Option<(usize, usize, usize)> {
-    if !row.kernel.starts_with("linear_gemv_int4") {
+/// Rows, columns and group of an INT4 matrix, and the tokens that it is multiplied with.
+type Product = (usize, usize, usize, usize);
+
+/// A product with a bare INT4 matrix, as its rows name it: `1536 x 8960 group 128`, and `, 16 tokens` after
+/// it where there are several.
+fn matrix(row: &Row) -> Option<Product> {
+    if !row.kernel.starts_with("linear_gem") || !row.kernel.contains("_int4") {
         return None;
     }
-    let words: Vec<&str> = row.shape.split(' ').collect();
-    let &[n, "x", k, "group", group] = words.as_slice() else {
-        return None;
+    let words: Vec<&str> = row
+        .shape
+        .split([' ', ','])
+        .filter(|w| !w.is_empty())
+        .collect();
+    let (n, k, group, tokens) = match *words.as_slice() {
+        [n, "x", k, "group", group] => (n, k, group, "1"),
+        [n, "x", k, "group", group, tokens, "tokens"] if tokens != "1" => (n, k, group, tokens),
+        _ => return None,
     };
-    Some((n.parse().ok()?, k.parse().ok()?, group.parse().ok()?))
+    let [n, k, group, tokens] = [n, k, group, tokens].map(|number| number.parse().ok());
+    Some((n?, k?, group?, tokens?))
+}
+
+/// The shape of a product as its rows name it.
+fn shape((n, k, group, tokens): Product) -> String {
+    match tokens {
+        1 => format!("{n} x {k} group {group}"),
+        _ => format!("{n} x {k} group {group}, {tokens} tokens"),
+    }
 }
 
 /// The bare INT4 matrices among the rows.
-fn matrices(rows: &[Row]) -> Vec<(usize, usize, usize)> {
+fn matrices(rows: &[Row]) -> Vec<Product> {
     let mut found = Vec::new();
     for matrix in rows.iter().filter_map(matrix) {
         if !found.contains(&matrix) {
@@ -88,7 +107,7 @@ pub fn measure(rows: &[Row]) -> Result<Vec<Peer>, Error> {
         .map_err(broken)?;
     let shapes: Vec<Value> = matrices
         .iter()
-        .map(|(n, k, group)| json!({"n": n, "k": k, "group": group}))
+        .map(|(n, k, group, tokens)| json!({"n": n, "k": k, "group": group, "tokens": tokens}))
         .collect();
     let mut stdin = python.stdin.take().expect("stdin is piped");
     stdin
@@ -109,16 +128,16 @@ pub fn measure(rows: &[Row]) -> Result<Vec<Peer>, Error> {
 
 fn peer(line: &str) -> Option<Peer> {
     let value: Value = serde_json::from_str(line).ok()?;
-    let number = |name: &str| value[name].as_u64();
+    let number = |name: &str| value[name].as_u64().map(|number| number as usize);
     let us = |name: &str| value[name].as_f64().filter(|us| *us > 0.0);
     Some(Peer {
         kernel: value["kernel"].as_str()?.to_owned(),
-        shape: format!(
-            "{} x {} group {}",
+        shape: shape((
             number("n")?,
             number("k")?,
-            number("group")?
-        ),
+            number("group")?,
+            number("tokens")?,
+        )),
         us: match value["error"].as_str() {
             Some(reason) => Err(reason.to_owned()),
             None => Ok([us("us_median")?, us("us_p5")?, us("us_p95")?]),
@@ -142,22 +161,26 @@ mod tests {
         };
         let rows = selection.rows().expect("rows");
         assert!(rows.len() > 3, "several forms");
-        assert!(matrices(&rows).contains(&(8960, 1536, 128)));
-        assert!(
-            matrices(&rows)
-                .iter()
-                .all(|(n, k, _)| (*n, *k) == (8960, 1536))
-        );
+        let matrices = matrices(&rows);
+        assert!(matrices.contains(&(8960, 1536, 128, 1)));
+        assert!(matrices.contains(&(8960, 1536, 128, 512)));
+        assert!(matrices.iter().all(|(n, k, ..)| (*n, *k) == (8960, 1536)));
+        for product in matrices {
+            let named = |row: &Row| row.shape == shape(product);
+            assert!(rows.iter().any(named), "{product:?}");
+        }
     }
 
     #[test]
     fn times_and_refusals_are_read() {
-        let line = r#"{"kernel": "torch int4", "version": "2.11", "n": 64, "k": 128, "group": 128, "us_median": 3.5, "us_p5": 3.4, "us_p95": 3.75}"#;
+        let line = r#"{"kernel": "torch int4", "version": "2.11", "n": 64, "k": 128, "group": 128, "tokens": 1, "us_median": 3.5, "us_p5": 3.4, "us_p95": 3.75}"#;
         let found = peer(line).expect("a peer");
         assert_eq!(found.shape, "64 x 128 group 128");
         assert_eq!(found.us, Ok([3.5, 3.4, 3.75]));
-        let line = r#"{"kernel": "torch int4", "version": "2.11", "n": 7, "k": 128, "group": 128, "error": "no"}"#;
-        assert_eq!(peer(line).expect("a peer").us, Err("no".into()));
+        let line = r#"{"kernel": "torch int4", "version": "2.11", "n": 7, "k": 128, "group": 128, "tokens": 16, "error": "no"}"#;
+        let refused = peer(line).expect("a peer");
+        assert_eq!(refused.us, Err("no".into()));
+        assert_eq!(refused.shape, "7 x 128 group 128, 16 tokens");
         assert_eq!(peer("{}"), None);
         assert_eq!(peer("Traceback"), None);
     }

@@ -5,15 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use engine::Error;
+use engine::backend::Tier;
 use engine::backend::cuda;
 use engine::backend::cuda::device::{self, Gpu};
 
-/// Tiers for which files are looked for.
-const TIERS: [u32; 3] = [75, 80, 90];
-
 /// PTX by tier, lowest first.
 #[derive(Debug, Clone)]
-pub struct Ptx(Vec<(u32, Cow<'static, str>)>);
+pub struct Ptx(Vec<(Tier, Cow<'static, str>)>);
 
 impl Ptx {
     /// What the program was built with; nothing where it was built without.
@@ -24,22 +22,22 @@ impl Ptx {
             .collect())
     }
 
-    /// The files `sm_75.ptx`, `sm_80.ptx` and `sm_90.ptx` of a folder, those that there are.
+    /// The files `sm_75.ptx`, `sm_80.ptx` and so on of a folder, those that there are.
     ///
     /// # Errors
     /// [`Error::Input`] where there is none, or one that is no PTX of its tier.
     pub fn read(folder: &Path) -> Result<Ptx, Error> {
         let mut tiers = Vec::new();
-        for tier in TIERS {
-            let path = folder.join(format!("sm_{tier}.ptx"));
+        for tier in Tier::ALL {
+            let path = folder.join(format!("{tier}.ptx"));
             if !path.is_file() {
                 continue;
             }
             let text = std::fs::read_to_string(&path)
                 .map_err(|error| Error::input(format!("{}: {error}", path.display())))?;
-            if text.contains('\0') || !text.contains(&format!(".target sm_{tier}")) {
+            if text.contains('\0') || !text.contains(&format!(".target {tier}\n")) {
                 return Err(Error::input(format!(
-                    "{} is no PTX for sm_{tier}",
+                    "{} is no PTX for {tier}",
                     path.display()
                 )));
             }
@@ -47,7 +45,7 @@ impl Ptx {
         }
         if tiers.is_empty() {
             return Err(Error::input(format!(
-                "{} holds no sm_75.ptx, sm_80.ptx or sm_90.ptx",
+                "{} holds no sm_75.ptx, sm_80.ptx, sm_90.ptx or sm_90a.ptx",
                 folder.display()
             )));
         }
@@ -55,7 +53,7 @@ impl Ptx {
     }
 
     /// The tiers, lowest first.
-    pub fn tiers(&self) -> Vec<u32> {
+    pub fn tiers(&self) -> Vec<Tier> {
         self.0.iter().map(|(tier, _)| *tier).collect()
     }
 
@@ -63,28 +61,24 @@ impl Ptx {
     ///
     /// # Errors
     /// [`Error::Input`] for a tier that is not among [`Ptx::tiers`].
-    pub fn text(&self, tier: u32) -> Result<&str, Error> {
+    pub fn text(&self, tier: Tier) -> Result<&str, Error> {
         let found = self.0.iter().find(|(known, _)| *known == tier);
         found.map(|(_, text)| &**text).ok_or_else(|| {
-            let tiers: Vec<String> = self
-                .0
-                .iter()
-                .map(|(tier, _)| format!("sm_{tier}"))
-                .collect();
+            let tiers: Vec<String> = self.0.iter().map(|(tier, _)| tier.to_string()).collect();
             Error::input(format!(
-                "no kernels for sm_{tier}: there are {}",
+                "no kernels for {tier}: there are {}",
                 tiers.join(", ")
             ))
         })
     }
 
-    /// The device with the kernels of `tier`, or `None` where it is older than the tier.
+    /// The device with the kernels of `tier`, or `None` where it does not run them.
     ///
     /// # Errors
     /// As [`Ptx::text`], and whatever else keeps the device from being opened.
-    pub fn open(&self, tier: u32) -> Result<Option<Arc<Gpu>>, Error> {
+    pub fn open(&self, tier: Tier) -> Result<Option<Arc<Gpu>>, Error> {
         let text = self.text(tier)?;
-        if tier > device::capability()? {
+        if !tier.runs_on(device::capability()?) {
             return Ok(None);
         }
         Gpu::with_kernels(tier, text).map(Some)
@@ -94,9 +88,9 @@ impl Ptx {
     ///
     /// # Errors
     /// As [`Ptx::open`]; [`Error::Machine`] for a device that is too old.
-    pub fn open_best(&self, tier: Option<u32>) -> Result<Arc<Gpu>, Error> {
+    pub fn open_best(&self, tier: Option<Tier>) -> Result<Arc<Gpu>, Error> {
         let capability = device::capability()?;
-        let runs = |known: &u32| *known <= capability;
+        let runs = |known: &Tier| known.runs_on(capability);
         let best = tier.or_else(|| self.tiers().into_iter().filter(runs).max());
         best.map(|tier| self.open(tier))
             .transpose()?
@@ -114,7 +108,7 @@ impl Ptx {
     /// [`Error::Machine`] from the file system.
     pub fn write(&self, folder: &Path) -> Result<(), Error> {
         for (tier, text) in &self.0 {
-            let path = folder.join(format!("sm_{tier}.ptx"));
+            let path = folder.join(format!("{tier}.ptx"));
             std::fs::write(&path, &**text)
                 .map_err(|error| Error::machine(format!("writing {}: {error}", path.display())))?;
         }
@@ -151,13 +145,13 @@ mod tests {
     fn files_come_back() {
         let folder = tempfile::tempdir().unwrap();
         assert!(Ptx::read(folder.path()).is_err(), "an empty folder");
-        Ptx(vec![(80, Cow::Borrowed(TEXT))])
+        Ptx(vec![(Tier::SM_80, Cow::Borrowed(TEXT))])
             .write(folder.path())
             .unwrap();
         let ptx = Ptx::read(folder.path()).unwrap();
-        assert_eq!(ptx.tiers(), [80]);
-        assert_eq!(ptx.text(80).unwrap(), TEXT);
-        assert_eq!(ptx.text(90).unwrap_err().exit_code(), 2);
+        assert_eq!(ptx.tiers(), [Tier::SM_80]);
+        assert_eq!(ptx.text(Tier::SM_80).unwrap(), TEXT);
+        assert_eq!(ptx.text(Tier::SM_90).unwrap_err().exit_code(), 2);
         std::fs::write(folder.path().join("sm_90.ptx"), TEXT).unwrap();
         assert!(Ptx::read(folder.path()).is_err(), "another tier's");
     }

@@ -59,6 +59,13 @@ pub struct Row {
     pub make: Make,
 }
 
+impl Row {
+    /// Whether a device of these dimensions has the kernel.
+    pub fn runs_on(&self, device: &DeviceInfo) -> bool {
+        device.warpgroup_products || !linear::gemm_int4::needs_warpgroup_products(self.kernel)
+    }
+}
+
 /// Everything that is timed: the matrices of the models from 135M to 8B, then the rest of a step.
 pub fn all() -> Vec<Row> {
     let mut rows = Vec::new();
@@ -443,6 +450,7 @@ fn rope_kv_append_f16(heads: usize, kv_heads: usize, head_dim: usize) -> Row {
                 sin: floats(memory, head_dim / 2)?,
                 k_cache: memory.reserve(2 * elems as u64)?,
                 v_cache: memory.reserve(2 * elems as u64)?,
+                v_scales: DeviceSlice::NONE,
                 state: ints(memory, &[0])?,
             };
             planned(rope_kv_append::plan(device, &shape, &operands))
@@ -534,7 +542,9 @@ mod tests {
         let rows = all();
         for row in &rows {
             let mut memory = Counter::default();
-            let call = (row.make)(&DeviceInfo::T4, &mut memory)
+            let devices = [DeviceInfo::T4, DeviceInfo::H100];
+            let device = devices.iter().find(|device| row.runs_on(device)).unwrap();
+            let call = (row.make)(device, &mut memory)
                 .unwrap_or_else(|error| panic!("{} {}: {error}", row.kernel, row.shape));
             assert_eq!(call.kernel, row.kernel);
             // What streams reads each operand once: the bytes are those of its buffers. The read

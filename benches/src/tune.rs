@@ -229,7 +229,7 @@ fn fastest(gpu: &Arc<Gpu>, ptx: &str, job: &Job) -> Result<Row, Error> {
     );
     Ok(Row {
         gpu: gpu.name().to_owned(),
-        tier: gpu.tier(),
+        tier: gpu.tier().capability(),
         kernel: job.kernel.to_owned(),
         shape: job.shape.clone(),
         revision,

@@ -32,6 +32,8 @@ pub struct DeviceInfo {
     pub shared_bytes_per_block: u32,
     /// Compute capability times ten: 75, 80, 90.
     pub compute_capability: u32,
+    /// Whether there is `wgmma`: capability 9.0 alone, with the kernels of `sm_90a`.
+    pub warpgroup_products: bool,
 }
 
 impl DeviceInfo {
@@ -40,6 +42,15 @@ impl DeviceInfo {
         multiprocessors: 40,
         shared_bytes_per_block: 64 * 1024,
         compute_capability: 75,
+        warpgroup_products: false,
+    };
+
+    /// An H100 with the kernels of its own tier.
+    pub const H100: DeviceInfo = DeviceInfo {
+        multiprocessors: 132,
+        shared_bytes_per_block: 227 * 1024,
+        compute_capability: 90,
+        warpgroup_products: true,
     };
 }
 

@@ -26,7 +26,7 @@ use cuda_std::shared::Shared;
 
 // The symbol behind `cuda_std::shared::dynamic_shared_mem`; its size is given at launch.
 #[cfg(target_arch = "nvptx64")]
-core::arch::global_asm!(".extern .shared .align 16 .b8 dyn_smem[];");
+core::arch::global_asm!(".extern .shared .align 1024 .b8 dyn_smem[];");
 
 /// Loads of one value from global memory.
 macro_rules! load_global {

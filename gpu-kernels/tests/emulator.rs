@@ -7,7 +7,16 @@ use gpu_kernels::launch::DeviceInfo;
 fn run_all(seed: Option<u64>) {
     let mut failures = Vec::new();
     for case in cases::all() {
-        let mut device = EmulatorDevice::new(DeviceInfo::T4, seed);
+        let info = if case.runs_on(&DeviceInfo::T4) {
+            DeviceInfo::T4
+        } else {
+            // So few multiprocessors that tiles are left for a part of them.
+            DeviceInfo {
+                multiprocessors: 5,
+                ..DeviceInfo::H100
+            }
+        };
+        let mut device = EmulatorDevice::new(info, seed);
         match (case.run)(&mut device) {
             Ok(error) => println!("{}: relative error {error:.1e}", case.name),
             Err(error) => failures.push(format!("{}: {error}", case.name)),

@@ -200,7 +200,8 @@ fn table(tiers: &TierFigures) -> String {
     text
 }
 
-/// Fails when a kernel uses local memory, takes more registers than it may, or is missing in a tier.
+/// Fails when a kernel uses local memory, takes more registers than it may, or is missing where the lowest
+/// tier has it.
 pub fn judge(tiers: &TierFigures) -> Result<(), Error> {
     let limits = limits::Limits::read(&workspace::root().join("gpu-kernels/limits.toml"))?;
     verdict(tiers, limits.faults(tiers))
@@ -220,8 +221,18 @@ fn verdict(tiers: &TierFigures, mut faults: Vec<String>) -> Result<(), Error> {
         if kernels.is_empty() {
             faults.push(format!("{arch} has no kernels"));
         }
-        if names(kernels) != names(&tiers[0].1) {
-            faults.push(format!("{arch} and {} hold different kernels", tiers[0].0));
+        let here = names(kernels);
+        let missing = names(&tiers[0].1)
+            .into_iter()
+            .find(|name| !here.contains(name));
+        if let Some(name) = missing {
+            faults.push(format!("{arch} lacks {name}, which {} has", tiers[0].0));
+        }
+        for figures in kernels.iter().filter(|figures| figures.serialized) {
+            faults.push(format!(
+                "{} for {arch} waits after every wgmma: something touches sums or weights between them",
+                figures.kernel
+            ));
         }
         for figures in kernels.iter().filter(|figures| figures.uses_local_memory()) {
             faults.push(format!(

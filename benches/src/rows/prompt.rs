@@ -13,10 +13,16 @@ const TOKENS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048];
 pub(super) fn prompt_rows() -> Vec<Row> {
     let mut rows = Vec::new();
     for (n, k) in [(4096, 4096), (14_336, 4096), (8960, 1536), (1536, 8960)] {
-        rows.extend(TOKENS.map(|tokens| gemm_int4_row(n, k, 128, tokens)));
+        for tokens in TOKENS {
+            let shape = gemm_int4::Shape::plain(n, k, 128, tokens);
+            rows.extend(products(&shape, false));
+        }
     }
-    for tokens in [8, 512] {
-        rows.push(gemm_int4_row(8960, 1536, 32, tokens));
+    for (tokens, mins) in [(8, false), (128, true), (512, false), (512, true)] {
+        rows.extend(products(
+            &gemm_int4::Shape::plain(8960, 1536, 32, tokens),
+            mins,
+        ));
     }
     for (dims, tokens, position) in [
         ([12, 2, 128], 512, 0),
@@ -33,29 +39,74 @@ pub(super) fn prompt_rows() -> Vec<Row> {
     rows
 }
 
-fn gemm_int4_row(rows: usize, cols: usize, group: usize, tokens: usize) -> Row {
-    let shape = gemm_int4::Shape::plain(rows, cols, group, tokens);
+/// A product by warps, and one by warpgroups where that is the rule.
+fn products(shape: &gemm_int4::Shape, mins: bool) -> Vec<Row> {
+    let rule = |warpgroup_products| {
+        let device = DeviceInfo {
+            warpgroup_products,
+            ..DeviceInfo::H100
+        };
+        gemm_int4::rule(&device, shape)
+    };
+    let mut rows = vec![product(shape, mins, rule(false), false)];
+    if rule(true) != rule(false) {
+        rows.push(product(shape, mins, rule(true), true));
+    }
+    rows
+}
+
+/// A product in a tiling for an H100, or, by warps, in that of the device.
+fn product(
+    shape: &gemm_int4::Shape,
+    mins: bool,
+    tiling: gemm_int4::Tiling,
+    by_warpgroups: bool,
+) -> Row {
+    let gemm_int4::Shape {
+        rows,
+        cols,
+        group,
+        tokens,
+        ..
+    } = *shape;
     let tiles = rows.div_ceil(16) * cols.div_ceil(128);
     let groups = tiles * 16 * 128 / group;
+    let values = if mins { 2 * groups } else { groups };
+    let shape = *shape;
     Row {
-        // Which one does not depend on the device.
-        kernel: gemm_int4::entry(gemm_int4::rule(&DeviceInfo::T4, &shape).tokens),
-        shape: format!("{rows} x {cols} group {group}, {tokens} tokens"),
-        bytes: (rows * cols / 2 + 2 * groups + tokens * (2 * cols + 4 * rows)) as u64,
+        kernel: gemm_int4::entry(&tiling, mins),
+        shape: format!(
+            "{rows} x {cols} group {group}{}, {tokens} tokens",
+            if mins { " min" } else { "" }
+        ),
+        bytes: (rows * cols / 2 + 2 * values + tokens * (2 * cols + 4 * rows)) as u64,
         streams: true,
         make: Box::new(move |device, memory| {
             let scratch = gemm_int4::most_scratch_bytes(device);
             let operands = gemm_int4::Operands {
                 quants: noise(memory, tiles * 1024)?,
                 scales: halves(memory, groups)?,
-                mins: DeviceSlice::NONE,
+                mins: if mins {
+                    halves(memory, groups)?
+                } else {
+                    DeviceSlice::NONE
+                },
                 zeros: false,
                 bias: DeviceSlice::NONE,
                 x: halves(memory, tokens * cols)?,
                 y: floats(memory, tokens * rows)?,
                 scratch: memory.activations(&vec![0; scratch as usize])?,
             };
-            planned(gemm_int4::plan(device, &shape, &operands, None))
+            let by_warps = DeviceInfo {
+                warpgroup_products: false,
+                ..*device
+            };
+            let tiling = if by_warpgroups {
+                tiling
+            } else {
+                gemm_int4::rule(&by_warps, &shape)
+            };
+            planned(gemm_int4::plan(device, &shape, &operands, Some(tiling)))
         }),
     }
 }
@@ -79,6 +130,7 @@ fn attention_prompt(
                 head_dim,
                 context,
                 scale: 1.0 / (head_dim as f32).sqrt(),
+                window: None,
             };
             let operands = attention::prompt::Operands {
                 q: halves(memory, tokens * heads * head_dim)?,
@@ -128,6 +180,7 @@ fn rope_tokens([heads, kv_heads, head_dim]: [usize; 3], tokens: usize) -> Row {
                 turned: memory.reserve((2 * tokens * heads * head_dim) as u64)?,
                 k_cache: memory.reserve((2 * tokens * kv_heads * head_dim) as u64)?,
                 v_cache: memory.reserve((2 * tokens * kv_heads * head_dim) as u64)?,
+                v_scales: DeviceSlice::NONE,
                 state: ints(memory, &[0])?,
             };
             planned(rope_kv_append::tokens::plan(

@@ -1,10 +1,12 @@
 //! The backend seam: a [`Backend`] compiles a model's recipe once, at load, and then moves tokens.
 
+mod cache;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod fuse;
 mod select;
+mod tier;
 
 use models::quant::Weight;
 use models::recipe::Recipe;
@@ -12,7 +14,9 @@ use models::recipe::Recipe;
 use crate::Error;
 use crate::sampler::Sampling;
 
+pub use cache::{KvCache, KvForm};
 pub use select::{Choice, Selected, select};
+pub use tier::Tier;
 
 /// A model in memory: what every backend is built from.
 #[derive(Debug)]
@@ -87,6 +91,9 @@ pub struct BackendInfo {
 pub struct Profile {
     /// Bytes a second that plain reading of this machine's memory reaches.
     pub read_bytes_per_second: f64,
+    /// Device memory that the model takes by now, weights, cache and buffers, without what the driver
+    /// keeps for itself; none where it is not a device's.
+    pub memory_bytes: Option<u64>,
     /// Kernels of a token, in order of first use; none where they were not asked for or cannot be
     /// told apart.
     pub kernels: Vec<KernelTime>,
@@ -123,8 +130,8 @@ fn logits_one_by_one(
     Ok(all)
 }
 
-/// Moves tokens through one model. The KV cache belongs to the backend; its capacity is the
-/// `context` given to the constructor.
+/// Moves tokens through one model. The KV cache belongs to the backend; its capacity and form are
+/// given to the constructor.
 pub trait Backend {
     /// What this backend is.
     fn info(&self) -> &BackendInfo;

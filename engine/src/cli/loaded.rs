@@ -70,8 +70,8 @@ impl Loaded {
         select(
             Choice::from(args.backend),
             Arc::clone(&self.model),
-            context,
-            args.tier.map(u32::from),
+            args.cache(context),
+            args.tier.map(Into::into),
         )
     }
 }

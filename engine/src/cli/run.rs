@@ -177,8 +177,8 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
     let selected = select(
         args.model.backend.into(),
         Arc::new(model?),
-        context,
-        args.model.tier.map(u32::from),
+        args.model.cache(context),
+        args.model.tier.map(Into::into),
     )?;
     let Selected {
         mut backend,

@@ -5,6 +5,7 @@ use engine::quality::{Prediction, Reference, Summary, score};
 use serde::Deserialize;
 
 use crate::support::{self, Device};
+use engine::backend::Tier;
 
 const MAX_MEAN_KL: f64 = 1e-4;
 const MIN_TOP1: f64 = 0.99;
@@ -16,17 +17,22 @@ struct Text {
 
 #[test]
 fn cuda_sm_75() {
-    support::on(Device::Cuda(75), agrees_with_the_cpu);
+    support::on(Device::Cuda(Tier::SM_75), agrees_with_the_cpu);
 }
 
 #[test]
 fn cuda_sm_80() {
-    support::on(Device::Cuda(80), agrees_with_the_cpu);
+    support::on(Device::Cuda(Tier::SM_80), agrees_with_the_cpu);
 }
 
 #[test]
 fn cuda_sm_90() {
-    support::on(Device::Cuda(90), agrees_with_the_cpu);
+    support::on(Device::Cuda(Tier::SM_90), agrees_with_the_cpu);
+}
+
+#[test]
+fn cuda_sm_90a() {
+    support::on(Device::Cuda(Tier::SM_90A), agrees_with_the_cpu);
 }
 
 fn agrees_with_the_cpu(device: Device) {

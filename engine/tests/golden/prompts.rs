@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use serde::Deserialize;
 
 use crate::support::{self, Device};
+use engine::backend::Tier;
 
 /// Around what tiles and blocks of the kernels hold, and more than a run of many tokens.
 const LENGTHS: [usize; 9] = [1, 2, 15, 16, 17, 511, 512, 513, 2000];
@@ -21,17 +22,22 @@ struct Text {
 
 #[test]
 fn cuda_sm_75() {
-    support::on(Device::Cuda(75), lead_where_they_lead_on_the_cpu);
+    support::on(Device::Cuda(Tier::SM_75), lead_where_they_lead_on_the_cpu);
 }
 
 #[test]
 fn cuda_sm_80() {
-    support::on(Device::Cuda(80), lead_where_they_lead_on_the_cpu);
+    support::on(Device::Cuda(Tier::SM_80), lead_where_they_lead_on_the_cpu);
 }
 
 #[test]
 fn cuda_sm_90() {
-    support::on(Device::Cuda(90), lead_where_they_lead_on_the_cpu);
+    support::on(Device::Cuda(Tier::SM_90), lead_where_they_lead_on_the_cpu);
+}
+
+#[test]
+fn cuda_sm_90a() {
+    support::on(Device::Cuda(Tier::SM_90A), lead_where_they_lead_on_the_cpu);
 }
 
 /// The golden text over and over.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use engine::backend::{Backend, Choice, LoadedModel, select};
+use engine::backend::{Backend, Choice, KvCache, LoadedModel, Tier, select};
 use engine::chat::ChatTemplate;
 use engine::tokenizer::Tokenizer;
 use engine::weights::ModelFile;
@@ -14,8 +14,8 @@ use serde::de::DeserializeOwned;
 pub enum Device {
     /// The CPU backend.
     Cpu,
-    /// The CUDA backend with the PTX of one tier: 75, 80, 90.
-    Cuda(u32),
+    /// The CUDA backend with the PTX of one tier.
+    Cuda(Tier),
 }
 
 /// Makes a test of `fn(Device)` for each device; one that is absent prints why it is skipped.
@@ -27,15 +27,31 @@ macro_rules! on_every_device {
         }
         #[test]
         fn cuda_sm_75() {
-            crate::support::on(crate::support::Device::Cuda(75), $test);
+            crate::support::on(
+                crate::support::Device::Cuda(engine::backend::Tier::SM_75),
+                $test,
+            );
         }
         #[test]
         fn cuda_sm_80() {
-            crate::support::on(crate::support::Device::Cuda(80), $test);
+            crate::support::on(
+                crate::support::Device::Cuda(engine::backend::Tier::SM_80),
+                $test,
+            );
         }
         #[test]
         fn cuda_sm_90() {
-            crate::support::on(crate::support::Device::Cuda(90), $test);
+            crate::support::on(
+                crate::support::Device::Cuda(engine::backend::Tier::SM_90),
+                $test,
+            );
+        }
+        #[test]
+        fn cuda_sm_90a() {
+            crate::support::on(
+                crate::support::Device::Cuda(engine::backend::Tier::SM_90A),
+                $test,
+            );
         }
     };
 }
@@ -59,35 +75,39 @@ pub fn on(device: Device, test: fn(Device)) {
 
 /// Whether there is a GPU that runs the kernels of `tier`.
 #[cfg(feature = "cuda")]
-fn cuda_runs(tier: u32) -> Result<(), String> {
+fn cuda_runs(tier: Tier) -> Result<(), String> {
     use engine::backend::cuda::{available, device};
 
     available().map_err(|why| format!("no GPU ({why})"))?;
     match device::capability().expect("compute capability") {
-        capability if capability < tier => Err(format!(
-            "the GPU is sm_{capability}, it cannot run sm_{tier}"
-        )),
+        capability if !tier.runs_on(capability) => {
+            Err(format!("the GPU is sm_{capability}, it cannot run {tier}"))
+        }
         _ => Ok(()),
     }
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda_runs(_: u32) -> Result<(), String> {
+fn cuda_runs(_: Tier) -> Result<(), String> {
     Err("no GPU (built without CUDA)".to_owned())
 }
 
 /// A backend for `model` on `device`.
-pub fn backend(device: Device, model: &Arc<LoadedModel>, context: usize) -> Box<dyn Backend> {
+pub fn backend(
+    device: Device,
+    model: &Arc<LoadedModel>,
+    cache: impl Into<KvCache>,
+) -> Box<dyn Backend> {
     let (choice, tier) = match device {
         Device::Cpu => (Choice::Cpu, None),
         Device::Cuda(tier) => (Choice::Cuda, Some(tier)),
     };
-    let selected = select(choice, Arc::clone(model), context, tier).expect("backend");
+    let selected = select(choice, Arc::clone(model), cache, tier).expect("backend");
     let info = selected.backend.info();
     match device {
         Device::Cpu => assert_eq!(info.name, "cpu"),
         Device::Cuda(tier) => {
-            assert_eq!((info.name, &*info.tier), ("cuda", &*format!("sm_{tier}")))
+            assert_eq!((info.name, &*info.tier), ("cuda", &*tier.to_string()))
         }
     }
     selected.backend

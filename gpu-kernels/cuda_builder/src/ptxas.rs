@@ -32,6 +32,8 @@ pub struct KernelFigures {
     pub spill_store_bytes: u32,
     /// Bytes read back.
     pub spill_load_bytes: u32,
+    /// Whether `ptxas` has it wait after every `wgmma`, because it cannot keep their registers apart.
+    pub serialized: bool,
 }
 
 impl KernelFigures {
@@ -138,10 +140,18 @@ pub(crate) fn first_in(program: &str, dirs: impl Iterator<Item = PathBuf>) -> Op
 /// Reads the report of `ptxas -v`.
 fn parse(report: &str) -> Vec<KernelFigures> {
     let mut kernels: Vec<KernelFigures> = Vec::new();
+    // `(C7515) … wgmma.mma_async instructions are serialized due to … in the function 'NAME' in line 1`,
+    // before the kernel's own lines.
+    let serialized: Vec<&str> = report
+        .lines()
+        .filter(|line| line.contains("instructions are serialized"))
+        .filter_map(|line| line.split_once("in the function '")?.1.split('\'').next())
+        .collect();
     for line in report.lines() {
         if let Some((_, rest)) = line.split_once("Compiling entry function '") {
             let kernel = rest.split('\'').next().unwrap_or_default().to_owned();
             kernels.push(KernelFigures {
+                serialized: serialized.contains(&&*kernel),
                 kernel,
                 ..KernelFigures::default()
             });
@@ -177,6 +187,7 @@ mod tests {
     use super::*;
 
     const REPORT: &str = "\
+ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma instructions defining accumulator registers of a wgmma between start and end of the pipeline stage in the function 'spilling' in line 9
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'plain' for 'sm_75'
 ptxas info    : Function properties for plain
@@ -207,6 +218,7 @@ ptxas info    : Used 255 registers, used 1 barriers, 128 bytes cumulative stack 
                     stack_bytes: 128,
                     spill_store_bytes: 64,
                     spill_load_bytes: 72,
+                    serialized: true,
                 },
             ]
         );

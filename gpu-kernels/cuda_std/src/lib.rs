@@ -9,6 +9,7 @@
 //! | [`kernel`] | the attribute that makes an entry |
 //! | [`thread`] | indices, dimensions, the block barrier |
 //! | [`warp`] | shuffles, votes, warp reductions |
+//! | [`warpgroup`] | asynchronous matrix products, sm_90a alone |
 //! | [`shared`] | dynamic shared memory |
 //! | [`atomic`] | the atomics used for synchronisation |
 //! | [`grid`] | the grid barrier of cooperative launches |
@@ -36,6 +37,7 @@ mod ptx;
 pub mod shared;
 pub mod thread;
 pub mod warp;
+pub mod warpgroup;
 
 #[cfg(not(target_arch = "nvptx64"))]
 use emulator::instructions as ptx;

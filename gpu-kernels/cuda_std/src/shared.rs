@@ -21,11 +21,11 @@ impl Shared {
     }
 }
 
-/// Start of the block's dynamic shared memory, 16-byte aligned. Its contents are not initialised
+/// Start of the block's dynamic shared memory, aligned to 1,024 bytes. Its contents are not initialised
 /// when the block starts.
 ///
 /// The crate whose PTX is loaded has to declare the symbol, since a `global_asm!` of a dependency
-/// does not reach it: `.extern .shared .align 16 .b8 dyn_smem[];`
+/// does not reach it: `.extern .shared .align 1024 .b8 dyn_smem[];`
 #[inline(always)]
 #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
 pub fn dynamic_shared_mem() -> Shared {

@@ -32,8 +32,19 @@ impl Product {
             mins,
             zeros: false,
             bias: false,
-            tiling: Tiling { tokens, parts },
+            tiling: Tiling {
+                rows: 128,
+                tokens,
+                parts,
+            },
         }
+    }
+
+    /// By warpgroups, blocks of this many rows and 128 tokens.
+    fn by_warpgroups(shape: Shape, mins: bool, rows: u32, parts: u32) -> Product {
+        let mut product = Product::new(shape, mins, 128, parts);
+        product.tiling.rows = rows;
+        product
     }
 
     fn with_bias(self) -> Product {
@@ -82,9 +93,10 @@ impl Product {
                 shape.push_str(text);
             }
         }
-        let Tiling { tokens, parts } = self.tiling;
-        shape.push_str(&format!(" parts {parts}"));
-        Case::new(entry(tokens), shape, move |device| run(device, self))
+        shape.push_str(&format!(" parts {}", self.tiling.parts));
+        Case::new(entry(&self.tiling, self.mins), shape, move |device| {
+            run(device, self)
+        })
     }
 }
 
@@ -127,6 +139,25 @@ pub fn cases() -> Vec<Case> {
             .then(Epilogue::SwiGlu)
             .to_halves(),
     ]);
+    for rows in [128, 256] {
+        let product = |shape, mins, parts| Product::by_warpgroups(shape, mins, rows, parts);
+        products.extend([
+            product(of(41, 160, 32, 3), false, 1).with_bias(),
+            product(of(300, 160, 128, 130), false, 1).then(Epilogue::Add),
+            product(of(70, 1120, 64, 90), false, 3).with_bias(),
+            product(of(130, 96, 128, 200), false, 1)
+                .then(Epilogue::SwiGlu)
+                .to_halves(),
+            product(of(1, 32, 128, 1), false, 1),
+            // On few multiprocessors: whole tiles, and one or two that are split.
+            product(of(700, 288, 128, 130), false, 2),
+            product(of(41, 416, 64, 128), true, 2),
+            product(of(20, 160, 32, 70), true, 1)
+                .with_zeros()
+                .to_halves(),
+            product(of(270, 288, 128, 33), true, 1).with_bias(),
+        ]);
+    }
     products.into_iter().map(Product::case).collect()
 }
 
@@ -134,7 +165,18 @@ pub fn large() -> Vec<Case> {
     let of = |rows, cols, tokens, tile, parts| {
         Product::new(Shape::plain(rows, cols, 128, tokens), false, tile, parts)
     };
+    let by_warpgroups = |rows, cols, tokens, tile, parts| {
+        let shape = Shape::plain(rows, cols, 128, tokens);
+        Product::by_warpgroups(shape, false, tile, parts)
+    };
     [
+        by_warpgroups(4096, 4096, 128, 128, 4),
+        by_warpgroups(1536, 8960, 200, 256, 10),
+        by_warpgroups(8960, 1536, 513, 256, 1)
+            .then(Epilogue::SwiGlu)
+            .to_halves(),
+        by_warpgroups(2048, 1536, 1000, 128, 2).with_bias(),
+        by_warpgroups(1536, 1536, 300, 128, 1).then(Epilogue::Add),
         of(1536, 8960, 8, 8, 11),
         of(2048, 1536, 16, 16, 6).with_bias(),
         of(8960, 1536, 30, 32, 1).then(Epilogue::SwiGlu).to_halves(),
@@ -191,7 +233,7 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
     let bias = product.bias.then(|| inputs.floats(rows, 1.0));
     let halves = inputs.halves(tokens * cols, 1.0);
     let before = inputs.floats(tokens * rows, 1.0);
-    let scratch_bytes = product.tiling.scratch_bytes(&product.shape) as usize;
+    let scratch_bytes = product.tiling.scratch_bytes(&device.info(), &product.shape) as usize;
     let got = same_twice(device, |device| {
         let ops = Operands {
             quants: device.put_u32(&tiled.quants)?,
@@ -246,10 +288,12 @@ mod tests {
     fn every_case_with_whole_products() {
         let info = DeviceInfo {
             compute_capability: 80,
+            warpgroup_products: false,
             multiprocessors: 108,
             shared_bytes_per_block: 163 * 1024,
         };
-        for case in super::cases() {
+        let cases = super::cases().into_iter();
+        for case in cases.filter(|case| case.runs_on(&info)) {
             let mut device = EmulatorDevice::new(info, None);
             match (case.run)(&mut device) {
                 Ok(error) => println!("{}: relative error {error:.1e}", case.name),

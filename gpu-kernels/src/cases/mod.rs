@@ -19,12 +19,14 @@ mod prompt;
 mod read;
 mod sample;
 mod top;
+mod values;
 
 use thiserror::Error;
 
 pub use self::emulator::EmulatorDevice;
 use self::inputs::Inputs;
 use crate::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
+use crate::linear::gemm_int4::needs_warpgroup_products;
 
 /// A failure of the device: out of memory, a launch that failed, a fault that the emulator found.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -127,6 +129,11 @@ impl Case {
             run: Box::new(run),
         }
     }
+
+    /// Whether a device of these dimensions has the kernel.
+    pub fn runs_on(&self, device: &DeviceInfo) -> bool {
+        device.warpgroup_products || !needs_warpgroup_products(self.kernel)
+    }
 }
 
 /// Every case that is small enough for the emulator, and a short forward pass.
@@ -137,6 +144,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(linear_mma::cases());
     cases.extend(gemm::cases());
     cases.extend(prompt::cases());
+    cases.extend(values::cases());
     cases.extend(linear_heads::cases());
     cases.extend(attention::cases());
     cases.extend(sample::cases());

@@ -16,7 +16,7 @@ pub struct Limits {
     /// Of a kernel that is not listed.
     default: u32,
     /// By kernel, then tier.
-    kernels: BTreeMap<String, BTreeMap<u32, u32>>,
+    kernels: BTreeMap<String, BTreeMap<NvvmArch, u32>>,
 }
 
 impl Limits {
@@ -50,7 +50,7 @@ impl Limits {
                 let tier = NvvmArch::parse(tier).ok_or_else(|| {
                     format!("`{name}` has a ceiling for `{tier}`, which is no tier")
                 })?;
-                ceilings.insert(tier.capability(), ceiling(value)?);
+                ceilings.insert(tier, ceiling(value)?);
             }
             kernels.insert(name.clone(), ceilings);
         }
@@ -58,7 +58,7 @@ impl Limits {
     }
 
     /// The kernels that take more than they may, and the listed ones that are nowhere. A device
-    /// that has no ceiling of its own has that of the tier that it loads.
+    /// that has no ceiling of its own has that of the tier that it loads, and sm_90a that of sm_90.
     pub fn faults(&self, tiers: &TierFigures) -> Vec<String> {
         let mut faults = Vec::new();
         for (arch, kernels) in tiers {
@@ -66,9 +66,8 @@ impl Limits {
                 let listed = self.kernels.get(&figures.kernel);
                 let ceiling = listed
                     .and_then(|ceilings| {
-                        ceilings
-                            .get(&arch.capability())
-                            .or_else(|| ceilings.get(&arch.tier().capability()))
+                        let tiers = [*arch, arch.tier(), without_letter(*arch)];
+                        tiers.into_iter().find_map(|tier| ceilings.get(&tier))
                     })
                     .copied()
                     .unwrap_or(self.default);
@@ -92,6 +91,12 @@ impl Limits {
         }
         faults
     }
+}
+
+/// `sm_90` for `sm_90a`.
+fn without_letter(arch: NvvmArch) -> NvvmArch {
+    let same = |other: &NvvmArch| other.capability() == arch.capability() && !other.is_alone();
+    NvvmArch::ALL.into_iter().find(same).unwrap_or(arch)
 }
 
 #[cfg(test)]
@@ -118,6 +123,9 @@ mod tests {
         assert_eq!(faults(NvvmArch::Compute89, 57), 1, "loads sm_80");
         assert_eq!(faults(NvvmArch::Compute90, 41), 1, "the default");
         assert_eq!(faults(NvvmArch::Compute90, 40), 0);
+        let limits = Limits::parse("default = 40\n[gemv]\nsm_90 = 64\n").unwrap();
+        let alone = vec![(NvvmArch::Compute90a, taking(64))];
+        assert!(limits.faults(&alone).is_empty(), "as sm_90");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The GPU: its context, the kernels of the chosen tier, and its memory.
 
 use std::collections::BTreeMap;
+use std::iter;
 use std::sync::Arc;
 
 use cust::context::{Context, CurrentContext};
@@ -12,10 +13,12 @@ use cust::sys;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
 use gpu_kernels::tuned::Tuned;
 
+use super::growing::Growing;
 use super::launch::Kernels;
-use super::plan::Memory;
+use super::plan::{Counter, Memory, bytes_of};
 use super::ptx::TIERS;
 use crate::Error;
+use crate::backend::Tier;
 
 /// Percent of the most shared memory that every kernel asks a multiprocessor to set apart: 164 of 228
 /// KB on an H100, enough for any block. Left to itself the driver gives the attention all of it, and
@@ -44,18 +47,27 @@ fn attribute(device: Device, attribute: DeviceAttribute) -> Result<u32, Error> {
     u32::try_from(value).map_err(|_| Error::machine(format!("CUDA gave {value} for {attribute:?}")))
 }
 
-/// Shared memory that a block can have if its launch asks for it.
-fn most_shared_bytes(device: Device) -> Result<u32, Error> {
-    // `cust` has no name for it.
-    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-    let mut bytes = 0;
-    // SAFETY: `bytes` is a valid place for the answer.
-    let asked = unsafe { sys::cuDeviceGetAttribute(&mut bytes, attribute, device.as_raw()) };
+/// An attribute that `cust` has no name for.
+fn raw_attribute(device: Device, attribute: sys::CUdevice_attribute) -> Result<u32, Error> {
+    let mut value = 0;
+    // SAFETY: `value` is a valid place for the answer.
+    let asked = unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device.as_raw()) };
     if asked != sys::CUresult::CUDA_SUCCESS {
         return Err(failed("asking the CUDA device", CudaError::UnknownError));
     }
-    u32::try_from(bytes)
-        .map_err(|_| Error::machine(format!("CUDA gave {bytes} bytes of shared memory")))
+    u32::try_from(value).map_err(|_| Error::machine(format!("CUDA gave {value} for {attribute:?}")))
+}
+
+/// Shared memory that a block can have if its launch asks for it.
+fn most_shared_bytes(device: Device) -> Result<u32, Error> {
+    use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as BYTES;
+    raw_attribute(device, BYTES)
+}
+
+/// Whether memory can be mapped to addresses that were reserved before.
+fn maps_memory(device: Device) -> Result<bool, Error> {
+    use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED as MAPS;
+    Ok(raw_attribute(device, MAPS)? != 0)
 }
 
 fn capability_of(device: Device) -> Result<u32, Error> {
@@ -77,6 +89,28 @@ pub fn capability() -> Result<u32, Error> {
     capability_of(first_device()?)
 }
 
+/// What plans know of a device with the kernels of `tier`.
+fn info_of(device: Device, tier: Tier) -> Result<DeviceInfo, Error> {
+    Ok(DeviceInfo {
+        multiprocessors: attribute(device, DeviceAttribute::MultiprocessorCount)?,
+        shared_bytes_per_block: most_shared_bytes(device)?,
+        // Plans choose among what the loaded PTX has, which may be less than the device can.
+        compute_capability: tier.capability(),
+        warpgroup_products: tier.has_warpgroup_products(),
+    })
+}
+
+/// What plans know of device 0 with the kernels that it would be given.
+///
+/// # Errors
+/// As [`Gpu::open`].
+pub(super) fn info() -> Result<DeviceInfo, Error> {
+    let device = first_device()?;
+    let built: Vec<Tier> = TIERS.iter().map(|(tier, _)| *tier).collect();
+    let tier = choose_tier(&built, capability_of(device)?, None, &name_of(device)?)?;
+    info_of(device, tier)
+}
+
 /// One device with its stream and the kernels of one tier.
 #[derive(Debug)]
 pub struct Gpu {
@@ -85,21 +119,22 @@ pub struct Gpu {
     stream: Stream,
     name: String,
     info: DeviceInfo,
-    tier: u32,
+    tier: Tier,
+    maps_memory: bool,
     tuned: Tuned,
     context: Context,
 }
 
 impl Gpu {
-    /// Opens device 0 with the kernels of `tier` (75, 80, 90), or of the highest that it runs.
+    /// Opens device 0 with the kernels of `tier`, or of the highest that it runs.
     ///
     /// # Errors
     /// [`Error::Machine`] if there is no driver or device, or it cannot run the tier;
     /// [`Error::Input`] for a tier that this program was not built with.
-    pub fn open(tier: Option<u32>) -> Result<Arc<Gpu>, Error> {
+    pub fn open(tier: Option<Tier>) -> Result<Arc<Gpu>, Error> {
         let device = first_device()?;
         let name = name_of(device)?;
-        let built: Vec<u32> = TIERS.iter().map(|(tier, _)| *tier).collect();
+        let built: Vec<Tier> = TIERS.iter().map(|(tier, _)| *tier).collect();
         let tier = choose_tier(&built, capability_of(device)?, tier, &name)?;
         let ptx = TIERS
             .iter()
@@ -113,15 +148,10 @@ impl Gpu {
     ///
     /// # Errors
     /// [`Error::Machine`] if there is no driver or device, or it cannot run the kernels.
-    pub fn with_kernels(tier: u32, ptx: &str) -> Result<Arc<Gpu>, Error> {
+    pub fn with_kernels(tier: Tier, ptx: &str) -> Result<Arc<Gpu>, Error> {
         let device = first_device()?;
         let name = name_of(device)?;
-        let info = DeviceInfo {
-            multiprocessors: attribute(device, DeviceAttribute::MultiprocessorCount)?,
-            shared_bytes_per_block: most_shared_bytes(device)?,
-            // Plans choose among what the loaded PTX has, which may be less than the device can.
-            compute_capability: tier,
-        };
+        let info = info_of(device, tier)?;
         let context = Context::new(device).map_err(|e| failed("creating a CUDA context", e))?;
         let stream = Stream::new(StreamFlags::DEFAULT, None)
             .map_err(|e| failed("creating a CUDA stream", e))?;
@@ -135,10 +165,11 @@ impl Gpu {
         Ok(Arc::new(Gpu {
             kernels,
             stream,
-            tuned: Tuned::load(&name, tier, ptx),
+            tuned: Tuned::load(&name, tier.capability(), ptx),
             name,
             info,
             tier,
+            maps_memory: maps_memory(device)?,
             context,
         }))
     }
@@ -153,8 +184,8 @@ impl Gpu {
         self.info
     }
 
-    /// Compute capability that the loaded kernels were compiled for: 75, 80, 90.
-    pub fn tier(&self) -> u32 {
+    /// The tier of the loaded kernels.
+    pub fn tier(&self) -> Tier {
         self.tier
     }
 
@@ -217,15 +248,15 @@ impl Drop for Gpu {
 
 /// Kernels to run on a device of compute capability `capability`.
 fn choose_tier(
-    built: &[u32],
+    built: &[Tier],
     capability: u32,
-    forced: Option<u32>,
+    forced: Option<Tier>,
     device: &str,
-) -> Result<u32, Error> {
+) -> Result<Tier, Error> {
     let list = || {
         built
             .iter()
-            .map(|tier| format!("sm_{tier}"))
+            .map(Tier::to_string)
             .collect::<Vec<_>>()
             .join(", ")
     };
@@ -234,17 +265,17 @@ fn choose_tier(
             "this program was built without GPU kernels: build it with the feature `ptx`",
         )),
         Some(tier) if !built.contains(&tier) => Err(Error::input(format!(
-            "there are no sm_{tier} kernels in this program: it has {}",
+            "there are no {tier} kernels in this program: it has {}",
             list()
         ))),
-        Some(tier) if tier > capability => Err(Error::machine(format!(
-            "{device} is sm_{capability}: it cannot run sm_{tier} kernels"
+        Some(tier) if !tier.runs_on(capability) => Err(Error::machine(format!(
+            "{device} is sm_{capability}: it cannot run {tier} kernels"
         ))),
         Some(tier) => Ok(tier),
         None => built
             .iter()
             .copied()
-            .filter(|tier| *tier <= capability)
+            .filter(|tier| tier.runs_on(capability))
             .max()
             .ok_or_else(|| {
                 Error::machine(format!(
@@ -261,6 +292,9 @@ pub struct DeviceMemory {
     gpu: Arc<Gpu>,
     /// By address.
     buffers: BTreeMap<u64, DeviceBuffer<u8>>,
+    growing: Vec<Growing>,
+    /// Rows of all that grows that there is memory for.
+    rows: usize,
 }
 
 impl DeviceMemory {
@@ -269,7 +303,26 @@ impl DeviceMemory {
         DeviceMemory {
             gpu: Arc::clone(gpu),
             buffers: BTreeMap::new(),
+            growing: Vec::new(),
+            rows: usize::MAX,
         }
+    }
+
+    /// Sees to it that there is memory for the first `rows` rows of what grows.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if there is no memory left.
+    pub(super) fn make_room(&mut self, rows: usize) -> Result<(), Error> {
+        if rows <= self.rows {
+            return Ok(());
+        }
+        self.gpu.make_current()?;
+        let mut reach = usize::MAX;
+        for growing in &mut self.growing {
+            reach = reach.min(growing.grow(rows)?);
+        }
+        self.rows = reach;
+        Ok(())
     }
 
     /// The part of an allocation that `slice` names.
@@ -371,12 +424,47 @@ impl Memory for DeviceMemory {
             bytes,
         })
     }
+
+    /// In one range of addresses, so that buffers share the pages at their ends.
+    fn reserve_rows(
+        &mut self,
+        count: usize,
+        strips: usize,
+        rows: usize,
+        row_bytes: usize,
+    ) -> Result<Vec<DeviceSlice>, Error> {
+        let bytes = bytes_of(&[strips, rows, row_bytes])?;
+        if !self.gpu.maps_memory {
+            return iter::repeat_with(|| self.reserve(bytes))
+                .take(count)
+                .collect();
+        }
+        let stride = bytes.checked_next_multiple_of(Counter::ALIGN);
+        let stride = stride.filter(|stride| stride.checked_mul(count as u64).is_some());
+        let stride = stride.ok_or_else(|| Error::input("the cache does not fit 2^64 bytes"))?;
+        let buffers = (0..count as u64).map(|i| i * stride);
+        let strip_bytes = (rows * row_bytes) as u64;
+        let starts = buffers
+            .clone()
+            .flat_map(|start| (0..strips as u64).map(move |strip| start + strip * strip_bytes));
+        self.gpu.make_current()?;
+        let growing = Growing::reserve(starts.collect(), rows, row_bytes as u64)?;
+        let slices = buffers.map(|start| DeviceSlice {
+            address: growing.base() + start,
+            bytes,
+        });
+        let slices = slices.collect();
+        self.growing.push(growing);
+        self.rows = 0;
+        Ok(slices)
+    }
 }
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        // The buffers are freed next, in the current context.
+        // The buffers are freed next, in the current context, and what grows wants no work under way.
         let _ = self.gpu.make_current();
+        let _ = self.gpu.synchronize();
     }
 }
 
@@ -384,11 +472,19 @@ impl Drop for DeviceMemory {
 mod tests {
     use super::*;
 
-    const BUILT: &[u32] = &[75, 80, 90];
+    const BUILT: &[Tier] = &Tier::ALL;
 
     #[test]
     fn the_highest_tier_that_the_device_runs() {
-        for (capability, tier) in [(75, 75), (80, 80), (86, 80), (89, 80), (90, 90), (120, 90)] {
+        for (capability, tier) in [
+            (75, Tier::SM_75),
+            (80, Tier::SM_80),
+            (86, Tier::SM_80),
+            (89, Tier::SM_80),
+            (90, Tier::SM_90A),
+            (100, Tier::SM_90),
+            (120, Tier::SM_90),
+        ] {
             assert_eq!(choose_tier(BUILT, capability, None, "gpu").ok(), Some(tier));
         }
         let error = choose_tier(BUILT, 70, None, "V100").unwrap_err();
@@ -398,14 +494,23 @@ mod tests {
 
     #[test]
     fn a_forced_tier_is_kept_or_refused() {
-        assert_eq!(choose_tier(BUILT, 90, Some(75), "gpu").ok(), Some(75));
-        let above = choose_tier(BUILT, 75, Some(90), "T4").unwrap_err();
+        assert_eq!(
+            choose_tier(BUILT, 90, Some(Tier::SM_75), "gpu").ok(),
+            Some(Tier::SM_75)
+        );
+        let above = choose_tier(BUILT, 75, Some(Tier::SM_90), "T4").unwrap_err();
         assert_eq!(
             (above.exit_code(), above.to_string().as_str()),
             (1, "T4 is sm_75: it cannot run sm_90 kernels")
         );
         assert_eq!(
-            choose_tier(BUILT, 90, Some(77), "gpu")
+            choose_tier(BUILT, 100, Some(Tier::SM_90A), "gpu")
+                .unwrap_err()
+                .exit_code(),
+            1
+        );
+        assert_eq!(
+            choose_tier(&BUILT[..3], 90, Some(Tier::SM_90A), "gpu")
                 .unwrap_err()
                 .exit_code(),
             2

@@ -20,6 +20,9 @@ pub enum FaultKind {
     Shuffle,
     /// An access of shared memory that an asynchronous copy is still writing.
     AsyncCopy,
+    /// An asynchronous product without its fences, whose operand or sums are touched before the wait, or
+    /// that not all warps of the warpgroup start.
+    AsyncProduct,
     /// A non-coherent load of what this launch wrote.
     NonCoherentRead,
     /// Two blocks of a cooperative launch touch a global word, at least one writing, and neither has
@@ -43,6 +46,7 @@ impl fmt::Display for FaultKind {
             FaultKind::Race => "shared memory race",
             FaultKind::Shuffle => "warp operation with an inactive lane",
             FaultKind::AsyncCopy => "access during an asynchronous copy",
+            FaultKind::AsyncProduct => "wrong use of an asynchronous product",
             FaultKind::NonCoherentRead => "non-coherent read of written data",
             FaultKind::MissingWait => "missing wait between blocks",
             FaultKind::Deadlock => "deadlock",

@@ -8,7 +8,7 @@ use super::fault::{Fault, FaultKind, Place, Problem, line, same_line};
 use super::memory::MEMORY;
 use super::shared::{Shared, thread_index};
 use super::warp::{Completed, LaneProblem, Operation, Request, Warp, never_arrives};
-use super::{Launch, Report};
+use super::{Launch, Report, products};
 use corosensei::Yielder;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -307,7 +307,7 @@ impl Run {
         self.threads[current.resident_thread as usize].status = Status::WarpOperation;
         let lane = current.rank as usize % 32;
         match self.blocks[block].warps[warp as usize].arrive(lane, request) {
-            Ok(Some(completed)) => self.complete(block, warp, &completed),
+            Ok(Some(completed)) => self.complete(block, warp, &completed)?,
             Ok(None) => {}
             Err(problem) => return Err(self.lane_fault(block, warp, problem)),
         }
@@ -319,11 +319,18 @@ impl Run {
         &mut self.blocks[current.resident_block as usize].warps[current.rank as usize / 32]
     }
 
-    fn complete(&mut self, block: usize, warp: u32, completed: &Completed) {
-        if completed.operation == Operation::Barrier {
-            self.blocks[block]
+    fn complete(&mut self, block: usize, warp: u32, completed: &Completed) -> ThreadResult<()> {
+        match completed.operation {
+            Operation::Barrier => self.blocks[block]
                 .shared
-                .sync_warp(warp as usize, completed.lanes);
+                .sync_warp(warp as usize, completed.lanes),
+            Operation::Product { columns, b } => {
+                let multiplied = self.multiply(block, warp, columns, b, completed);
+                multiplied.map_err(|problem| {
+                    self.fault(block, warp * 32, Some(completed.location), problem)
+                })?;
+            }
+            _ => {}
         }
         self.report.warp_operations += 1;
         let first = block as u32 * self.block_threads + warp * 32;
@@ -332,6 +339,29 @@ impl Run {
             self.threads[thread as usize].result = completed.results[lane];
             self.release(thread);
         }
+        Ok(())
+    }
+
+    /// A warp has started its part of a warpgroup's product.
+    fn multiply(
+        &mut self,
+        block: usize,
+        warp: u32,
+        columns: u32,
+        b: u64,
+        completed: &Completed,
+    ) -> Result<(), Problem> {
+        let Block { shared, warps, .. } = &mut self.blocks[block];
+        let (rank, block_warps) = (warp as u16 * 32, warps.len() as u32);
+        shared
+            .products()
+            .agree(warp, block_warps, completed.operation)?;
+        let operand = products::Operand::new(b, columns)?;
+        let b = shared.read_operand(&operand, columns, rank, completed.location)?;
+        let warp = &mut warps[warp as usize];
+        let products = products::products(&warp.given_a(), &b);
+        warp.take_wide(products);
+        Ok(())
     }
 
     /// The running thread has returned.
@@ -349,9 +379,15 @@ impl Run {
             return Err(self.fault(index, rank, Some(location), problem));
         }
         match block.warps[warp as usize].leave(current.rank as usize % 32) {
-            Ok(Some(completed)) => self.complete(index, warp, &completed),
+            Ok(Some(completed)) => self.complete(index, warp, &completed)?,
             Ok(None) => {}
             Err(problem) => return Err(self.lane_fault(index, warp, problem)),
+        }
+        let block = &mut self.blocks[index];
+        if block.returned == self.block_threads
+            && let Some((warp, problem)) = block.shared.products().left_out()
+        {
+            return Err(self.fault(index, warp * 32, None, problem));
         }
         Ok(())
     }

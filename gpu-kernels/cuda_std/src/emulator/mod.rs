@@ -14,6 +14,7 @@
 //! | `Barrier` | a barrier that a thread of the block leaves out, or reaches at another source line |
 //! | `Race` | two threads touch a shared word, at least one writing, with no barrier between |
 //! | `Shuffle` | a shuffle, vote or `mma.sync` with a lane that does not take part, or a read from one |
+//! | `AsyncProduct` | a store to what a `wgmma` may still read, its sums read before the wait, a fence left out, a warp of the warpgroup that does something else |
 //! | `NonCoherentRead` | `ld.global.nc` of what this launch wrote |
 //! | `MissingWait` | in a cooperative launch, an access of what another block stored, or a store where it loaded, not ordered by release and acquire |
 //! | `Deadlock` | every thread that can run only polls, or one loads without end |
@@ -39,9 +40,11 @@ mod machine;
 mod memory;
 mod mma;
 mod order;
+mod products;
 mod scheduler;
 mod shared;
 mod warp;
+pub(crate) mod warpgroup;
 
 pub use banks::{Conflicts, count_conflicts, take_conflicts};
 pub use buffer::Buffer;

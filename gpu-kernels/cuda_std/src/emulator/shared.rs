@@ -9,9 +9,12 @@
 
 use super::fault::{FaultKind, Problem, line};
 use super::memory::Value;
+use super::products::{Products, being_read};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::panic::Location;
+
+mod operand;
 
 /// Address of the first byte: not 0, so that an address made from nothing is out of bounds.
 pub const BASE: u32 = 1024;
@@ -24,6 +27,8 @@ const WORD: usize = 4;
 struct Store {
     epoch: u32,
     time: u32,
+    /// Fences of the block for products before it.
+    fences: u32,
     rank: u16,
     location: Option<&'static Location<'static>>,
 }
@@ -54,6 +59,7 @@ const UNTOUCHED: Word = Word {
     store: Store {
         epoch: 0,
         time: 0,
+        fences: 0,
         rank: 0,
         location: None,
     },
@@ -100,6 +106,10 @@ pub struct Shared {
     clocks: Vec<Clocks>,
     /// By rank of the thread.
     copies: Vec<Copies>,
+    products: Products,
+    /// Fences for products so far, and by rank how many there were when the thread made its last.
+    fences: u32,
+    fenced: Vec<u32>,
     block: [u32; 3],
 }
 
@@ -125,6 +135,9 @@ impl Shared {
                 warps
             ],
             copies: (0..threads).map(|_| Copies::default()).collect(),
+            products: Products::default(),
+            fences: 0,
+            fenced: vec![0; threads],
             block,
         }
     }
@@ -142,6 +155,9 @@ impl Shared {
         for copies in &mut self.copies {
             *copies = Copies::default();
         }
+        self.products = Products::default();
+        self.fences = 0;
+        self.fenced.fill(0);
     }
 
     /// All threads of the block have met.
@@ -219,6 +235,9 @@ impl Shared {
         location: &'static Location<'static>,
     ) -> Result<(), Problem> {
         let start = self.range(address, T::BYTES, "store")?;
+        if let Some(reading) = self.products.reading(address, T::BYTES) {
+            return Err(being_read(address, reading));
+        }
         for word in start / WORD..(start + T::BYTES).div_ceil(WORD) {
             self.mark_store(word, rank, location)?;
         }
@@ -265,6 +284,7 @@ impl Shared {
                 word.store = Store {
                     epoch: self.epoch,
                     time,
+                    fences: self.fences,
                     rank,
                     location: Some(copy.location),
                 };
@@ -399,6 +419,7 @@ impl Shared {
         self.words[index].store = Store {
             epoch: self.epoch,
             time,
+            fences: self.fences,
             rank,
             location: Some(location),
         };

@@ -20,6 +20,14 @@ pub enum Operation {
     Barrier,
     /// `mma.sync`, of this many columns of A.
     Mma(mma::Depth),
+    /// `wgmma.mma_async`, the warp's part of it, with this many columns
+    /// and this descriptor of operand B.
+    Product {
+        /// Columns of B.
+        columns: u32,
+        /// Its descriptor.
+        b: u64,
+    },
     /// What `ldmatrix.x4.trans` does with the rows that it has loaded: row r of matrix m is that of
     /// lane `8m + r`; lane `4g + q` gets elements g of the rows 2q and 2q + 1 of each.
     Transpose,
@@ -34,6 +42,7 @@ impl Operation {
             Operation::Ballot => "vote.sync.ballot",
             Operation::Barrier => "bar.warp.sync",
             Operation::Mma(_) => "mma.sync",
+            Operation::Product { .. } => "wgmma.mma_async",
             Operation::Transpose => "ldmatrix",
         }
     }
@@ -95,6 +104,7 @@ pub struct Completed {
     pub lanes: u32,
     /// The result of each.
     pub results: [u32; 32],
+    pub location: &'static Location<'static>,
 }
 
 /// The lanes of one warp.
@@ -113,6 +123,8 @@ pub struct Warp {
     rows: [[u32; 4]; 32],
     /// What each lane got from it.
     turned: [[u32; 4]; 32],
+    /// What each lane got from its last `wgmma`.
+    wide: Vec<Vec<f64>>,
 }
 
 impl Warp {
@@ -131,7 +143,28 @@ impl Warp {
             products: [[0.0; 4]; 32],
             rows: [[0; 4]; 32],
             turned: [[0; 4]; 32],
+            wide: Vec::new(),
         }
+    }
+
+    /// A lane's part of A for the `wgmma` that it is about to start.
+    pub fn give_a(&mut self, lane: usize, a: [u32; 4]) {
+        self.fragments[lane].a = a;
+    }
+
+    /// The lanes' parts of A.
+    pub fn given_a(&self) -> [[u32; 4]; 32] {
+        self.fragments.map(|fragments| fragments.a)
+    }
+
+    /// The lanes get their products of a `wgmma`.
+    pub fn take_wide(&mut self, products: Vec<Vec<f64>>) {
+        self.wide = products;
+    }
+
+    /// A lane's products of the last `wgmma`: they stay until every lane has reached the next.
+    pub fn wide(&self, lane: usize) -> &[f64] {
+        &self.wide[lane]
     }
 
     /// A lane's registers for the `mma.sync` that it is about to reach.
@@ -224,7 +257,8 @@ impl Warp {
                 _ => return Ok(None),
             }
         }
-        if let Operation::Mma(_) | Operation::Transpose = request.operation
+        if let Operation::Mma(_) | Operation::Product { .. } | Operation::Transpose =
+            request.operation
             && taking_part != u32::MAX
         {
             let absent = lanes(!taking_part).next().unwrap_or(0);
@@ -258,6 +292,7 @@ impl Warp {
                 Operation::Ballot
                 | Operation::Barrier
                 | Operation::Mma(_)
+                | Operation::Product { .. }
                 | Operation::Transpose => {
                     results[lane] = votes;
                     continue;
@@ -276,6 +311,7 @@ impl Warp {
             operation: request.operation,
             lanes: taking_part,
             results,
+            location: request.location,
         }))
     }
 

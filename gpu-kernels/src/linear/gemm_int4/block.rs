@@ -5,9 +5,8 @@ use cuda_std::{shared, thread, warp};
 
 use super::super::gemv_int4_mma::tile::{HALVES_1024, fragments};
 use super::feed::Feed;
-use super::store::{add, leave, store};
+use super::store::{add_up, store};
 use super::{BLOCK_ROWS, BLOCK_THREADS, FLAG_ZEROS};
-use crate::arrive::last_to_arrive;
 use crate::product::{at_least_sm_80, mma_k16};
 use crate::ptx;
 use crate::unroll::unroll;
@@ -16,7 +15,7 @@ use crate::unroll::unroll;
 pub(super) const TILE_ROWS: u32 = 16;
 /// Columns a tile: those of a stage.
 pub(super) const TILE_COLS: u32 = 128;
-const TILE_BYTES: u32 = TILE_ROWS * TILE_COLS / 2;
+pub(super) const TILE_BYTES: u32 = TILE_ROWS * TILE_COLS / 2;
 pub(super) const TILE_WORDS: u32 = TILE_BYTES / 4;
 /// Row tiles a block.
 pub(super) const BLOCK_TILES: u32 = BLOCK_ROWS / TILE_ROWS;
@@ -24,29 +23,6 @@ pub(super) const BLOCK_TILES: u32 = BLOCK_ROWS / TILE_ROWS;
 pub(super) const X_BYTES: u32 = TILE_COLS * 2;
 /// Bytes that a copy moves.
 pub(super) const COPY_BYTES: u32 = 16;
-
-/// How a block's warps share its tile.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Form {
-    /// Row tiles a warp.
-    pub row_tiles: usize,
-    /// Eights of tokens a warp.
-    pub token_tiles: usize,
-    /// Warps side by side along the tokens.
-    pub token_warps: u32,
-}
-
-impl Form {
-    /// Eight warps, all 128 rows of the block.
-    pub const fn new(row_tiles: usize, token_tiles: usize, token_warps: u32) -> Form {
-        assert!(row_tiles as u32 * (BLOCK_THREADS / 32 / token_warps) == BLOCK_TILES);
-        Form {
-            row_tiles,
-            token_tiles,
-            token_warps,
-        }
-    }
-}
 
 /// Parameters of a launch.
 #[derive(Clone, Copy)]
@@ -75,26 +51,100 @@ pub(super) struct Args {
     /// Columns of a group are `1 << group_shift`.
     pub group_shift: u32,
     pub flags: u32,
+    /// Tiles of y that have a block each, with [`warpgroup`](super::warpgroup) alone; each of the others
+    /// has `parts` blocks, which share the tiles along K.
+    pub whole: u32,
+    pub parts: u32,
 }
 
-/// Byte offsets in a stage.
+impl Args {
+    /// All bits or none: what lies in the place of minima is zeros.
+    #[inline(always)]
+    pub fn zeros_mask(&self) -> u32 {
+        if self.flags & FLAG_ZEROS != 0 {
+            u32::MAX
+        } else {
+            0
+        }
+    }
+}
+
+/// What a block does: a part of the tiles along K for a tile of y.
+#[derive(Clone, Copy)]
+pub(super) struct Work {
+    pub row_block: u32,
+    pub token_tile: u32,
+    pub part: u32,
+    pub parts: u32,
+    /// Number of the tile of y among those that are split.
+    pub split_tile: u32,
+}
+
+impl Work {
+    /// Blocks `(token tiles, row blocks, parts)`.
+    #[inline(always)]
+    pub fn of_grid(args: &Args) -> Work {
+        let (row_block, token_tile) = (thread::block_idx_y(), thread::block_idx_x());
+        Work {
+            row_block,
+            token_tile,
+            part: thread::block_idx_z(),
+            parts: args.parts,
+            split_tile: row_block * thread::grid_dim_x() + token_tile,
+        }
+    }
+
+    /// Blocks in a row: of the whole tiles, then the parts of the others, tiles along the tokens first.
+    #[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
+    #[inline(always)]
+    pub fn in_order(args: &Args, block_tokens: u32) -> Work {
+        let block = thread::block_idx_x();
+        let (tile, part, parts, split_tile) = if block < args.whole {
+            (block, 0, 1, 0)
+        } else {
+            let rest = block - args.whole;
+            let split_tile = rest / args.parts;
+            let part = rest - split_tile * args.parts;
+            (args.whole + split_tile, part, args.parts, split_tile)
+        };
+        let token_tiles = args.tokens.div_ceil(block_tokens);
+        let row_block = tile / token_tiles;
+        Work {
+            row_block,
+            token_tile: tile - row_block * token_tiles,
+            part,
+            parts,
+            split_tile,
+        }
+    }
+
+    /// First tile along K, and the one after the last.
+    #[inline(always)]
+    pub fn depth(&self, args: &Args) -> (u32, u32) {
+        let of = |part: u32| args.depth_tiles * part / self.parts;
+        (of(self.part), of(self.part + 1))
+    }
+}
+
+/// Byte offsets in a stage, whose first bytes are tiles.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Stage {
+    pub x: u32,
     pub scales: u32,
     pub mins: u32,
     /// All of it.
     pub bytes: u32,
 }
 
-/// Offset of x in a stage, behind the tiles.
-pub(super) const X: u32 = BLOCK_TILES * TILE_BYTES;
-
 impl Stage {
+    /// A stage of so many row tiles and tokens.
     #[inline(always)]
-    pub const fn new(tokens: u32, group_shift: u32, mins: bool) -> Stage {
-        let values = BLOCK_TILES * scale_bytes(group_shift);
-        let scales = X + tokens * X_BYTES;
+    pub const fn new(tiles: u32, tokens: u32, group_shift: u32, mins: bool) -> Stage {
+        let values = tiles * scale_bytes(group_shift);
+        let x = tiles * TILE_BYTES;
+        let scales = x + tokens * X_BYTES;
         Stage {
+            x,
             scales,
             mins: scales + values,
             bytes: scales + values * if mins { 2 } else { 1 },
@@ -122,33 +172,57 @@ fn twice(word: u32, half: u32) -> u32 {
 
 /// Where a warp stands.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
-    pub thread: u32,
-    lane: u32,
+struct Place {
     /// Row of a tile, and that plus 8; token of an eight as operand B.
-    pub g: u32,
+    g: u32,
     /// Quarter of each 32 columns; pair of tokens of an eight in the result.
-    pub q: u32,
-    /// First row tile of the warp in the block.
-    pub row_tile: u32,
-    /// First eight of tokens of the warp in the block.
-    pub eight: u32,
+    q: u32,
+    /// Row tile in the block: the warp's number.
+    tile: u32,
 }
 
 /// What turns the words of a row tile into weights: of rows g and g + 8, twice each.
 #[derive(Clone, Copy)]
-struct Group {
+pub(super) struct Group {
     scales: [u32; 2],
     mins: [u32; 2],
     zeros: [Zero; 2],
 }
 
 impl Group {
-    const SYMMETRIC: Group = Group {
+    pub const SYMMETRIC: Group = Group {
         scales: [0; 2],
         mins: [0; 2],
         zeros: [Zero::EIGHT; 2],
     };
+
+    /// The group's pair of scales lies at `scales`, that of minima at `mins`, or of zeros with all bits of
+    /// `zeros` set rather than none.
+    ///
+    /// # Safety
+    /// They are there; minima with `MINS` alone.
+    #[inline(always)]
+    pub unsafe fn load<const MINS: bool>(
+        self,
+        base: Shared,
+        scales: u32,
+        mins: u32,
+        zeros: u32,
+    ) -> Group {
+        let mut group = self;
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let pair = ptx::ld_shared_u32(base, scales);
+            group.scales = [twice(pair, 0), twice(pair, 1)];
+            if MINS {
+                let pair = ptx::ld_shared_u32(base, mins);
+                let pair = [twice(pair, 0), twice(pair, 1)];
+                group.mins = [pair[0] & !zeros, pair[1] & !zeros];
+                group.zeros = [Zero::of(pair[0] & zeros), Zero::of(pair[1] & zeros)];
+            }
+        }
+        group
+    }
 }
 
 /// The half 1/16, twice.
@@ -185,7 +259,7 @@ impl Zero {
 
 /// Operand A of a product: eight weights of rows g and g + 8.
 #[inline(always)]
-fn weights(word: u32, halves: u32, group: &Group) -> [u32; 4] {
+pub(super) fn weights(word: u32, halves: u32, group: &Group) -> [u32; 4] {
     let [a, b, c, d] = fragments(word, halves);
     let low = |q: u32, i: usize| {
         let q = ptx::sub_f16x2(q, group.zeros[i].low);
@@ -205,116 +279,79 @@ fn weights(word: u32, halves: u32, group: &Group) -> [u32; 4] {
 /// # Safety
 /// All lanes of the warp call it; the stage is there.
 #[inline(always)]
-unsafe fn multiply<const MT: usize, const NT: usize, const ONCE: bool, const MINS: bool>(
+unsafe fn multiply<const NT: usize, const ONCE: bool, const MINS: bool>(
     args: &Args,
     stage: &Stage,
     place: &Place,
     base: Shared,
     at: u32,
     halves: u32,
-    sums: &mut [[[f32; 4]; NT]; MT],
+    sums: &mut [[f32; 4]; NT],
 ) {
-    let tiles = at + place.row_tile * TILE_BYTES + place.lane * 16;
+    let tile = at + place.tile * TILE_BYTES + (4 * place.g + place.q) * 16;
     // The pairs of scales of a row lie side by side: one to four.
     let shift = if ONCE {
         TILE_COLS.trailing_zeros()
     } else {
         args.group_shift
     };
-    let bytes = scale_bytes(shift);
-    let scales = at + stage.scales + place.row_tile * bytes + (place.g << (9 - shift));
+    let scales = at + stage.scales + place.tile * scale_bytes(shift) + (place.g << (9 - shift));
     let mins = scales + (stage.mins - stage.scales);
-    let x = at + X + (place.eight * 8 + place.g) * X_BYTES;
+    let x = at + stage.x + place.g * X_BYTES;
     let odd = (place.g & 1) << 2;
-    // All or nothing of what lies in the place of minima is a zero.
-    let zeros = if args.flags & FLAG_ZEROS != 0 {
-        u32::MAX
-    } else {
-        0
-    };
-    let mut words = [[0u32; 4]; MT];
-    let mut groups = [Group::SYMMETRIC; MT];
+    let zeros = args.zeros_mask();
+    let mut words = [0u32; 4];
+    let mut group = Group::SYMMETRIC;
     // SAFETY: by the caller's promise.
     unsafe {
         unroll!(Q < 4 => {
             let quarter = Q as u32;
             if !ONCE || Q == 0 {
-                let group = (quarter * 32) >> shift << 2;
-                unroll!(M < (MT) => {
-                    let tile = M as u32 * bytes + group;
-                    let pair = ptx::ld_shared_u32(base, scales + tile);
-                    let group = &mut groups[M % MT];
-                    group.scales = [twice(pair, 0), twice(pair, 1)];
-                    if MINS {
-                        let pair = ptx::ld_shared_u32(base, mins + tile);
-                        let pair = [twice(pair, 0), twice(pair, 1)];
-                        group.mins = [pair[0] & !zeros, pair[1] & !zeros];
-                        group.zeros = [Zero::of(pair[0] & zeros), Zero::of(pair[1] & zeros)];
-                    }
-                });
+                let offset = (quarter * 32) >> shift << 2;
+                group = group.load::<MINS>(base, scales + offset, mins + offset, zeros);
             }
-            let mut a = [[[0u32; 4]; 2]; MT];
-            unroll!(M < (MT) => {
-                if Q % 2 == 0 {
-                    let half = M as u32 * TILE_BYTES + quarter / 2 * (TILE_BYTES / 2);
-                    words[M % MT] = ptx::ld_shared_v4_u32(base, tiles + half);
-                }
-                let (words, group) = (&words[M % MT], &groups[M % MT]);
-                a[M % MT] = [
-                    weights(words[Q % 2 * 2], halves, group),
-                    weights(words[Q % 2 * 2 + 1], halves, group),
-                ];
-            });
+            if Q % 2 == 0 {
+                words = ptx::ld_shared_v4_u32(base, tile + quarter / 2 * (TILE_BYTES / 2));
+            }
+            let a = [
+                weights(words[Q % 2 * 2], halves, &group),
+                weights(words[Q % 2 * 2 + 1], halves, &group),
+            ];
             let eight = ((quarter * 4 + place.q) ^ odd) * COPY_BYTES;
             unroll!(N < (NT) => {
                 let b = ptx::ld_shared_v4_u32(base, x + N as u32 * 8 * X_BYTES + eight);
                 unroll!(S < 2 => {
-                    unroll!(M < (MT) => {
-                        let sum = &mut sums[M % MT][N % NT];
-                        *sum = mma_k16(a[M % MT][S], [b[2 * S], b[2 * S + 1]], *sum);
-                    });
+                    let sum = &mut sums[N % NT];
+                    *sum = mma_k16(a[S], [b[2 * S], b[2 * S + 1]], *sum);
                 });
             });
         });
     }
 }
 
-/// The body of every entry: a warp of MT row tiles by NT eights of tokens, `TOKEN_WARPS` of them side
-/// by side, and `UNDER_WAY` stages that may be under way while one is worked on, and one more that is
-/// asked for.
+/// The body of every entry: NT eights of tokens, and `UNDER_WAY` stages that may be under way while one is
+/// worked on, and one more that is asked for.
 ///
 /// # Safety
 /// Launched as the plan says.
 #[inline(always)]
-pub(super) unsafe fn gemm<
-    const MT: usize,
-    const NT: usize,
-    const TOKEN_WARPS: u32,
-    const UNDER_WAY: u32,
->(
-    args: &Args,
-) {
-    let tokens = TOKEN_WARPS * NT as u32 * 8;
+pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
+    let tokens = NT as u32 * 8;
     let thread = thread::thread_idx_x();
     let lane = thread % 32;
-    // From lane 0, so that the assembler sees that the whole warp agrees on it.
-    let number = warp::shuffle_idx_u32(warp::FULL_MASK, thread / 32, 0);
     let place = Place {
-        thread,
-        lane,
         g: lane / 4,
         q: lane % 4,
-        row_tile: number / TOKEN_WARPS * MT as u32,
-        eight: number % TOKEN_WARPS * NT as u32,
+        // From lane 0, so that the assembler sees that the whole warp agrees on it.
+        tile: warp::shuffle_idx_u32(warp::FULL_MASK, thread / 32, 0),
     };
-    // In a register: see `gemv_int4_mma`.
-    let halves = HALVES_1024 - (lane >> 5);
+    // In a register, which it stays in where the compiler does not see that nothing is taken off.
+    let halves = HALVES_1024 - (place.tile >> 5);
     let base = shared::dynamic_shared_mem();
     let has_mins = !args.mins.is_null();
-    let stage = Stage::new(tokens, args.group_shift, has_mins);
-    let (part, parts) = (thread::block_idx_z(), thread::grid_dim_z());
-    let first = args.depth_tiles * part / parts;
-    let end = args.depth_tiles * (part + 1) / parts;
+    let stage = Stage::new(BLOCK_TILES, tokens, args.group_shift, has_mins);
+    let work = Work::of_grid(args);
+    let (first, end) = work.depth(args);
     let ring = (UNDER_WAY + 2) * stage.bytes;
     let next = |at: u32| {
         let next = at + stage.bytes;
@@ -323,11 +360,13 @@ pub(super) unsafe fn gemm<
 
     ptx::griddep_launch();
     ptx::griddep_wait();
-    let mut sums = [[[0.0f32; 4]; NT]; MT];
+    let mut sums = [[[0.0f32; 4]; NT]];
     // SAFETY: the plan checked the buffers and gave the stages; a barrier stands between the arrival
     // of a stage and its use, and between its use and the next copies to its place.
     unsafe {
-        let mut feed = Feed::new(args, thread, tokens, first);
+        let at = |token, eight| x_offset(token, eight);
+        let mut feed =
+            Feed::<BLOCK_THREADS, BLOCK_TILES, X_BYTES>::new(args, &work, thread, tokens, at);
         let mut into = 0;
         let mut ahead = first;
         while at_least_sm_80() && ahead < first + UNDER_WAY + 1 {
@@ -358,40 +397,30 @@ pub(super) unsafe fn gemm<
                 ptx::cp_async_wait::<0>();
                 thread::sync_threads();
             }
-            let sums = &mut sums;
+            let sums = &mut sums[0];
             let once = args.group_shift == TILE_COLS.trailing_zeros();
             match (once, has_mins) {
                 (true, false) => {
-                    multiply::<MT, NT, true, false>(args, &stage, &place, base, at, halves, sums);
+                    multiply::<NT, true, false>(args, &stage, &place, base, at, halves, sums);
                 }
                 (true, true) => {
-                    multiply::<MT, NT, true, true>(args, &stage, &place, base, at, halves, sums);
+                    multiply::<NT, true, true>(args, &stage, &place, base, at, halves, sums);
                 }
                 (false, false) => {
-                    multiply::<MT, NT, false, false>(args, &stage, &place, base, at, halves, sums);
+                    multiply::<NT, false, false>(args, &stage, &place, base, at, halves, sums);
                 }
                 (false, true) => {
-                    multiply::<MT, NT, false, true>(args, &stage, &place, base, at, halves, sums);
+                    multiply::<NT, false, true>(args, &stage, &place, base, at, halves, sums);
                 }
             }
             at = if at_least_sm_80() { next(at) } else { 0 };
             tile += 1;
         }
-        if parts > 1 {
-            let tile = thread::block_idx_y() * thread::grid_dim_x() + thread::block_idx_x();
-            let floats = (MT * NT * 4) * BLOCK_THREADS as usize;
-            let all = args.partials.wrapping_add((tile * parts) as usize * floats);
-            leave(all.wrapping_add(part as usize * floats), &place, &sums);
-            if !last_to_arrive(args.arrived.wrapping_add(tile as usize), parts, base) {
-                return;
-            }
-            sums = [[[0.0; 4]; NT]; MT];
-            let mut part = 0;
-            while part < parts {
-                add(all.wrapping_add(part as usize * floats), &place, &mut sums);
-                part += 1;
-            }
+        let one_of = work.parts > 1;
+        if one_of && !add_up::<1, NT, BLOCK_THREADS>(args, &work, base, thread, &mut sums) {
+            return;
         }
-        store(args, &place, thread::block_idx_x() * tokens, &mut sums);
+        let row_tile = work.row_block * BLOCK_TILES + place.tile;
+        store(args, row_tile, work.token_tile * tokens, lane, &mut sums[0]);
     }
 }

@@ -43,12 +43,15 @@ mod feed;
 #[cfg(not(target_arch = "nvptx64"))]
 mod plan;
 mod store;
+#[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
+mod warpgroup;
 
 use cuda_std::{kernel, thread};
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use plan::{
-    ENTRIES, Operands, Shape, Tiling, candidates, entry, most_scratch_bytes, plan, rule,
+    Operands, Shape, Tiling, candidates, entry, most_scratch_bytes, needs_warpgroup_products, plan,
+    rule,
 };
 
 /// Rows of the matrix a block.
@@ -74,59 +77,122 @@ const FLAG_HALF_Y: u32 = 4;
 /// Minima are zeros.
 const FLAG_ZEROS: u32 = 8;
 
-macro_rules! entries {
-    ($($name:ident: $tokens:literal, $form:expr, $under_way:literal;)*) => {
-        $(
-            #[doc = concat!("Tiles of ", stringify!($tokens), " tokens.")]
-            ///
-            /// # Safety
-            /// Launched as [`plan`] says.
-            #[kernel]
-            pub unsafe fn $name(
-                quants: *const u32,  // (ceil(N/16), ceil(K/128), 256) int4
-                scales: *const u32,  // (ceil(N/16), ceil(K/128), 8, 128/group) pairs of f16
-                mins: *const u32,    // as scales, or null
-                bias: *const f32,    // (N), or null
-                x: *const u32,       // (T, K) f16
-                y: *mut f32,         // (T, N) f32 or f16
-                partials: *mut f32,  // sums of the parts of K, or null
-                arrived: *mut u32,   // (row blocks, token tiles) zeros, or null
-                rows: u32,
-                cols: u32,
-                tokens: u32,
-                row_tiles: u32,
-                depth_tiles: u32,
-                group_shift: u32,
-                flags: u32,
-            ) {
-                thread::max_block_threads::<TWO_BLOCKS_THREADS>();
-                let args = block::Args {
-                    quants, scales, mins, bias, x, y, partials, arrived,
-                    rows, cols, tokens, row_tiles, depth_tiles, group_shift, flags,
-                };
-                const FORM: block::Form = $form;
-                // SAFETY: launched as `plan` says.
-                unsafe {
-                    block::gemm::<
-                        { FORM.row_tiles },
-                        { FORM.token_tiles },
-                        { FORM.token_warps },
-                        $under_way,
-                    >(&args);
-                }
-            }
-        )*
+/// The blocks of a form.
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Debug, Clone, Copy)]
+struct Form {
+    /// Rows of the matrix a block.
+    rows: u32,
+    /// Tokens a block.
+    tokens: u32,
+    threads: u32,
+    /// Stages of the ring.
+    stages: u32,
+    /// Entries without and with minima.
+    entries: [&'static str; 2],
+    /// Whether it takes `wgmma`.
+    warpgroups: bool,
+}
 
-        /// Tokens a tile, entry, form and stages under way, narrowest first.
-        #[cfg(not(target_arch = "nvptx64"))]
-        const FORMS: &[(u32, &str, block::Form, u32)] =
-            &[$(($tokens, stringify!($name), $form, $under_way)),*];
+/// An entry, whose body has `args`.
+macro_rules! entry {
+    ($(#[$attribute:meta])* $name:ident, $args:ident, $threads:expr, $body:expr) => {
+        $(#[$attribute])*
+        ///
+        /// # Safety
+        /// Launched as [`plan`] says.
+        #[kernel]
+        pub unsafe fn $name(
+            quants: *const u32,  // (ceil(N/16), ceil(K/128), 256) int4
+            scales: *const u32,  // (ceil(N/16), ceil(K/128), 8, 128/group) pairs of f16
+            mins: *const u32,    // as scales, or null
+            bias: *const f32,    // (N), or null
+            x: *const u32,       // (T, K) f16
+            y: *mut f32,         // (T, N) f32 or f16
+            partials: *mut f32,  // sums of the parts of K, or null
+            arrived: *mut u32,   // (row blocks, token tiles) zeros, or null
+            rows: u32,
+            cols: u32,
+            tokens: u32,
+            row_tiles: u32,
+            depth_tiles: u32,
+            group_shift: u32,
+            flags: u32,
+            whole: u32, // tiles of y that have a block each
+            parts: u32, // blocks that share each of the others
+        ) {
+            thread::max_block_threads::<{ $threads }>();
+            let $args = block::Args {
+                quants, scales, mins, bias, x, y, partials, arrived,
+                rows, cols, tokens, row_tiles, depth_tiles, group_shift, flags, whole, parts,
+            };
+            // SAFETY: launched as `plan` says.
+            unsafe { $body }
+        }
     };
 }
 
-entries! {
-    linear_gemm_int4_t8: 8, block::Form::new(1, 1, 1), 2;
-    linear_gemm_int4_t16: 16, block::Form::new(1, 2, 1), 2;
-    linear_gemm_int4_t32: 32, block::Form::new(1, 4, 1), 2;
-    linear_gemm_int4_t64: 64, block::Form::new(1, 8, 1), 2;
+/// By warps: entries, and their forms, narrowest first.
+macro_rules! by_warps {
+    ($($name:ident: $eights:literal;)*) => {
+        $(entry! {
+            #[doc = concat!("128 rows by ", stringify!($eights), " times 8 tokens, a row tile a warp.")]
+            $name, args, TWO_BLOCKS_THREADS, block::gemm::<$eights, UNDER_WAY>(&args)
+        })*
+
+        #[cfg(not(target_arch = "nvptx64"))]
+        const BY_WARPS: &[Form] = &[$(Form {
+            rows: BLOCK_ROWS,
+            tokens: 8 * $eights,
+            threads: BLOCK_THREADS,
+            stages: UNDER_WAY + 2,
+            entries: [stringify!($name); 2],
+            warpgroups: false,
+        }),*];
+    };
+}
+
+/// Stages that may be under way while one is worked on; one more is asked for.
+const UNDER_WAY: u32 = 2;
+
+by_warps! {
+    linear_gemm_int4_t8: 1;
+    linear_gemm_int4_t16: 2;
+    linear_gemm_int4_t32: 4;
+    linear_gemm_int4_t64: 8;
+}
+
+/// By warpgroups: entries without and with minima, and their forms.
+macro_rules! by_warpgroups {
+    ($($name:ident, $with_mins:ident: $rows:literal x $eights:literal, $stages:literal, $mt:literal;)*) => {
+        $(
+            entry! {
+                #[doc = concat!(stringify!($rows), " rows by ", stringify!($eights), " times 8 tokens.")]
+                #[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
+                $name, args, 128 * ($rows / 64 / $mt),
+                warpgroup::gemm::<{ 128 * ($rows / 64 / $mt) }, { $rows / 16 }, $mt, { 4 * $eights }, $eights, $stages, false>(&args)
+            }
+            entry! {
+                #[doc = concat!("[`", stringify!($name), "`] with minima or zeros.")]
+                #[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
+                $with_mins, args, 128 * ($rows / 64 / $mt),
+                warpgroup::gemm::<{ 128 * ($rows / 64 / $mt) }, { $rows / 16 }, $mt, { 4 * $eights }, $eights, $stages, true>(&args)
+            }
+        )*
+
+        #[cfg(not(target_arch = "nvptx64"))]
+        const BY_WARPGROUPS: &[Form] = &[$(Form {
+            rows: $rows,
+            tokens: 8 * $eights,
+            threads: 128 * ($rows / 64 / $mt),
+            stages: $stages,
+            entries: [stringify!($name), stringify!($with_mins)],
+            warpgroups: true,
+        }),*];
+    };
+}
+
+by_warpgroups! {
+    linear_gemm_int4_r128_t128, linear_gemm_int4_r128_t128_min: 128 x 16, 4, 1;
+    linear_gemm_int4_r256_t128, linear_gemm_int4_r256_t128_min: 256 x 16, 3, 1;
 }

@@ -1,23 +1,12 @@
 //! Shapes, operands and launches of `linear_gemm_int4`.
 
 use super::super::gemv_int4_mma::Epilogue;
-use super::block::{Form, Stage, TILE_COLS, TILE_ROWS};
+use super::block::{Stage, TILE_COLS, TILE_ROWS};
 use super::{
-    BLOCK_ROWS, BLOCK_THREADS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS, FORMS,
+    BY_WARPGROUPS, BY_WARPS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS, Form, warpgroup,
 };
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
 use crate::tuned::Launches;
-
-/// Every entry.
-pub const ENTRIES: [&str; FORMS.len()] = {
-    let mut names = [""; FORMS.len()];
-    let mut i = 0;
-    while i < FORMS.len() {
-        names[i] = FORMS[i].1;
-        i += 1;
-    }
-    names
-};
 
 /// Tiles of y that may be split along K: each has a counter.
 const MAX_SPLIT_TILES: usize = 1024;
@@ -69,8 +58,9 @@ impl Shape {
         })
     }
 
-    fn row_blocks(&self) -> usize {
-        self.row_tiles().div_ceil((BLOCK_ROWS / TILE_ROWS) as usize)
+    fn row_blocks(&self, block_rows: u32) -> usize {
+        self.row_tiles()
+            .div_ceil((block_rows / TILE_ROWS).max(1) as usize)
     }
 
     fn depth_tiles(&self) -> usize {
@@ -103,117 +93,185 @@ pub struct Operands {
 /// How y is cut into tiles, and K into parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tiling {
-    /// Tokens a tile: 8, 16, 32 or 64.
+    /// Rows of the matrix a tile: 128, or 256 where there are 128 tokens.
+    pub rows: u32,
+    /// Tokens a tile: 8, 16, 32 or 64; 128 with `wgmma`.
     pub tokens: u32,
-    /// Blocks that share the work along K.
+    /// Blocks that share the work along K: of every tile, or, by warpgroups, of the tiles that are left when
+    /// each multiprocessor has had as many as all can have.
     pub parts: u32,
 }
 
 impl Launches for Tiling {
-    const NAMES: &'static [&'static str] = &["tokens", "parts"];
+    const NAMES: &'static [&'static str] = &["rows", "tokens", "parts"];
 
     fn numbers(&self) -> Vec<u32> {
-        vec![self.tokens, self.parts]
+        vec![self.rows, self.tokens, self.parts]
     }
 
     fn of(numbers: &[u32]) -> Option<Tiling> {
-        let &[tokens, parts] = numbers else {
+        let &[rows, tokens, parts] = numbers else {
             return None;
         };
-        Some(Tiling { tokens, parts })
+        Some(Tiling {
+            rows,
+            tokens,
+            parts,
+        })
     }
 }
 
 impl Tiling {
     fn tiles(&self, shape: &Shape) -> usize {
         let token_tiles = shape.tokens.div_ceil(self.tokens.max(1) as usize);
-        shape.row_blocks().saturating_mul(token_tiles)
+        shape.row_blocks(self.rows).saturating_mul(token_tiles)
+    }
+
+    /// Tiles that a block has alone, and tiles that several share.
+    fn whole_and_split(&self, device: &DeviceInfo, shape: &Shape) -> (usize, usize) {
+        let tiles = self.tiles(shape);
+        let left = match self.form() {
+            _ if self.parts < 2 => 0,
+            Some(form) if form.warpgroups => tiles % device.multiprocessors.max(1) as usize,
+            _ => tiles,
+        };
+        (tiles - left, left)
     }
 
     /// Bytes of [`Operands::scratch`].
-    pub fn scratch_bytes(&self, shape: &Shape) -> u64 {
-        if self.parts < 2 {
+    pub fn scratch_bytes(&self, device: &DeviceInfo, shape: &Shape) -> u64 {
+        let (_, split) = self.whole_and_split(device, shape);
+        if split == 0 {
             return 0;
         }
-        let tile = (BLOCK_ROWS * self.tokens) as usize;
+        let tile = self.rows as usize * self.tokens as usize;
         let parts = self.parts as usize;
-        COUNTER_BYTES.saturating_add(tensor_bytes(&[self.tiles(shape), parts, tile], 4))
+        COUNTER_BYTES.saturating_add(tensor_bytes(&[split, parts, tile], 4))
+    }
+
+    fn form(&self) -> Option<&'static Form> {
+        let mut forms = BY_WARPS.iter().chain(BY_WARPGROUPS);
+        forms.find(|form| (form.rows, form.tokens) == (self.rows, self.tokens))
     }
 }
 
-/// Shared memory of a block. Where copies are not asynchronous, one stage is all.
-fn shared_bytes(device: &DeviceInfo, tokens: u32, under_way: u32, group: usize, mins: bool) -> u32 {
-    let shift = group.max(1).trailing_zeros();
-    let stages = if device.compute_capability >= 80 {
-        under_way + 2
-    } else {
-        1
-    };
-    stages * Stage::new(tokens, shift, mins).bytes
+impl Form {
+    fn tiling(&self, parts: u32) -> Tiling {
+        Tiling {
+            rows: self.rows,
+            tokens: self.tokens,
+            parts,
+        }
+    }
+
+    /// Shared memory of a block. Where copies are not asynchronous, one stage is all.
+    fn shared_bytes(&self, device: &DeviceInfo, group: usize, mins: bool) -> u32 {
+        let shift = group.max(1).trailing_zeros();
+        let stage = if self.warpgroups {
+            warpgroup::stage(self.rows / TILE_ROWS, self.tokens, shift, mins)
+        } else {
+            Stage::new(self.rows / TILE_ROWS, self.tokens, shift, mins)
+        };
+        match device.compute_capability {
+            80.. => self.stages * stage.bytes,
+            _ => stage.bytes,
+        }
+    }
+
+    /// Whether a block of the device has room for it, whatever the format.
+    fn runs_on(&self, device: &DeviceInfo) -> bool {
+        self.shared_bytes(device, 32, true) <= device.shared_bytes_per_block
+            && (device.warpgroup_products || !self.warpgroups)
+    }
 }
 
-fn form(tokens: u32) -> Option<&'static (u32, &'static str, Form, u32)> {
-    FORMS.iter().find(|form| form.0 == tokens)
+/// The entry of a tiling, the first if there is no such form.
+pub fn entry(tiling: &Tiling, mins: bool) -> &'static str {
+    let form = tiling.form().unwrap_or(&BY_WARPS[0]);
+    form.entries[usize::from(mins)]
 }
 
-/// The entry for tiles of so many tokens, the widest if there is none.
-pub fn entry(tokens: u32) -> &'static str {
-    form(tokens).map_or(ENTRIES[FORMS.len() - 1], |form| form.1)
+/// Whether only tiers with `wgmma` have the kernel.
+pub fn needs_warpgroup_products(kernel: &str) -> bool {
+    let mut entries = BY_WARPGROUPS.iter().flat_map(|form| form.entries);
+    entries.any(|entry| entry == kernel)
 }
 
-/// Widths that a block of the device has room for, whatever the format: narrowest first.
-fn widths(device: &DeviceInfo) -> impl Iterator<Item = u32> {
-    let most = device.shared_bytes_per_block;
-    FORMS
-        .iter()
-        .filter(move |form| shared_bytes(device, form.0, form.3, 32, true) <= most)
-        .map(|form| form.0)
+/// The forms that a device has room for, whatever the format: narrowest first.
+fn forms(device: &DeviceInfo) -> impl Iterator<Item = &'static Form> {
+    let all = BY_WARPS.iter().chain(BY_WARPGROUPS);
+    all.filter(|form| form.runs_on(device))
 }
 
-/// The tiling for a shape: the narrowest tile that takes all tokens, or the widest; parts by what the
-/// busiest multiprocessor then has to do.
+/// The tiling for a shape: up to 64 tokens the narrowest tile that takes all of them, beyond that by
+/// warpgroups what is done first, or else the widest tile; parts by what the busiest multiprocessor then
+/// has to do.
 pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
+    let quickest = |form: &Form| {
+        let most = shape.depth_tiles().clamp(1, MAX_PARTS as usize) as u32;
+        let few = |tiling: &Tiling| tiling.parts == 1 || is_few(device, tiling, shape);
+        let tilings = (1..=most).map(|parts| form.tiling(parts)).filter(few);
+        let of = |tiling: Tiling| (form.cost(device, &tiling, shape), tiling);
+        tilings.map(of).min_by_key(|(cost, _)| *cost)
+    };
+    // Few weights for few tokens: the sums of parts take longer than what they save.
+    let many = shape.tokens > 128 || shape.tokens > 64 && shape.rows * shape.cols >= 8 << 20;
+    let by_warpgroups = forms(device).filter(|form| many && form.warpgroups);
+    if let Some((_, tiling)) = by_warpgroups
+        .filter_map(quickest)
+        .min_by_key(|(cost, _)| *cost)
+    {
+        return tiling;
+    }
     // Two tiles of 32 rather than one of 64.
-    let fits =
-        |tokens: &u32| *tokens as usize >= shape.tokens || *tokens == 32 && shape.tokens <= 64;
-    let tokens = widths(device)
+    let fits = |form: &&Form| {
+        form.tokens as usize >= shape.tokens || form.tokens == 32 && shape.tokens <= 64
+    };
+    let by_warps = || forms(device).filter(|form| !form.warpgroups);
+    let form = by_warps()
         .find(fits)
-        .or_else(|| widths(device).last())
-        .unwrap_or(FORMS[0].0);
-    let whole = Tiling { tokens, parts: 1 };
-    let tiles = whole.tiles(shape).min(u32::MAX as usize) as u64;
-    let depth = shape.depth_tiles().min(u32::MAX as usize) as u64;
-    let multiprocessors = u64::from(device.multiprocessors.max(1));
-    let cost = |parts: u64| {
+        .or_else(|| by_warps().last())
+        .unwrap_or(&BY_WARPS[0]);
+    quickest(form).map_or(form.tiling(1), |(_, tiling)| tiling)
+}
+
+impl Form {
+    /// What the busiest multiprocessor has to do; units of forms by warps and by warpgroups differ.
+    fn cost(&self, device: &DeviceInfo, tiling: &Tiling, shape: &Shape) -> u64 {
+        let depth = shape.depth_tiles().min(u32::MAX as usize) as u64;
+        let parts = u64::from(tiling.parts);
+        let multiprocessors = u64::from(device.multiprocessors.max(1));
+        let (whole, split) = tiling.whole_and_split(device, shape);
+        let waves = |blocks: u64| blocks.div_ceil(multiprocessors);
+        if self.warpgroups {
+            // Tenths of a microsecond on an H100 (2026-11-24): a stage, the start and the end of a block,
+            // and the sums of its parts.
+            let [stage, ends, sums, part] = match self.rows {
+                128 => [11, 35, 50, 3],
+                _ => [18, 44, 70, 5],
+            };
+            let shared = stage * depth.div_ceil(parts) + ends + sums + part * parts;
+            let blocks = waves(split as u64 * parts);
+            return waves(whole as u64) * (stage * depth + ends) + blocks * shared;
+        }
         // Stages of a block, and about two for its start and its sums.
         let block = 10 * depth / parts + 20;
         // A block by itself takes as long as 1.4 that share a multiprocessor.
-        match (tiles * parts).div_ceil(multiprocessors) {
+        match waves((tiling.tiles(shape).min(u32::MAX as usize) as u64).saturating_mul(parts)) {
             0 | 1 => 14 * block,
-            blocks => blocks * 10 * block,
+            waves => waves * 10 * block,
         }
-    };
-    let few = |parts: &u64| *parts == 1 || tiles * parts <= u64::from(most_blocks(device));
-    let parts = (1..=depth.clamp(1, u64::from(MAX_PARTS)))
-        .filter(few)
-        .min_by_key(|parts| cost(*parts))
-        .unwrap_or(1);
-    Tiling {
-        tokens,
-        parts: parts as u32,
     }
 }
 
 /// The rule's tiling, then every other that is worth a try.
 pub fn candidates(device: &DeviceInfo, shape: &Shape) -> Vec<Tiling> {
     let mut found = vec![rule(device, shape)];
-    for tokens in widths(device) {
-        let whole = Tiling { tokens, parts: 1 };
+    for form in forms(device) {
         for parts in 1..=MAX_PARTS.min(shape.depth_tiles().max(1) as u32) {
-            let tiling = Tiling { tokens, parts };
-            let blocks = whole.tiles(shape) as u64 * u64::from(parts);
-            let few = parts == 1 || blocks <= 4 * u64::from(device.multiprocessors);
-            let narrow = u64::from(tokens) >= 2 * shape.tokens as u64;
+            let tiling = form.tiling(parts);
+            let few = parts == 1 || is_few(device, &tiling, shape);
+            let narrow = u64::from(form.tokens) >= 2 * shape.tokens as u64;
             if few && !narrow && !found.contains(&tiling) {
                 found.push(tiling);
             }
@@ -222,15 +280,18 @@ pub fn candidates(device: &DeviceInfo, shape: &Shape) -> Vec<Tiling> {
     found
 }
 
-/// As many bytes of [`Operands::scratch`] as the rule's tiling of any shape needs.
-pub fn most_scratch_bytes(device: &DeviceInfo) -> u64 {
-    let widest = widths(device).last().unwrap_or(0);
-    COUNTER_BYTES + u64::from(most_blocks(device)) * u64::from(BLOCK_ROWS * widest) * 4
+/// Whether the blocks that share tiles are no more than [`most_scratch_bytes`] has room for.
+fn is_few(device: &DeviceInfo, tiling: &Tiling, shape: &Shape) -> bool {
+    let (_, split) = tiling.whole_and_split(device, shape);
+    let blocks = split.saturating_mul(tiling.parts as usize);
+    let most = 4 * device.multiprocessors as usize;
+    blocks <= most && tiling.scratch_bytes(device, shape) <= most_scratch_bytes(device)
 }
 
-/// Blocks that the rule splits K into at most, in all.
-fn most_blocks(device: &DeviceInfo) -> u32 {
-    4 * device.multiprocessors
+/// As many bytes of [`Operands::scratch`] as the rule's tiling of any shape needs: for four blocks of 128
+/// rows by 64 tokens a multiprocessor, or one of 256 by 128.
+pub fn most_scratch_bytes(device: &DeviceInfo) -> u64 {
+    COUNTER_BYTES + u64::from(device.multiprocessors) * 4 * (128 * 64 * 4)
 }
 
 /// The launch of `linear_gemm_int4_*`, with the tiling of [`rule`] or another.
@@ -252,7 +313,7 @@ pub fn plan(
         ..
     } = shape;
     let tiling = tiling.unwrap_or_else(|| rule(device, shape));
-    let mut call = CallBuilder::new(entry(tiling.tokens));
+    let mut call = CallBuilder::new(entry(&tiling, ops.mins != DeviceSlice::NONE));
     call.waits();
     call.require(
         cols.is_multiple_of(32),
@@ -280,12 +341,15 @@ pub fn plan(
         tokens,
         "halves are not added to",
     )?;
-    let Some((_, _, _, under_way)) = form(tiling.tokens) else {
+    let form = tiling
+        .form()
+        .filter(|form| !form.warpgroups || device.warpgroup_products);
+    let Some(form) = form else {
         call.require(
             false,
             "tile",
             tiling.tokens as usize,
-            "it must be 8, 16, 32 or 64 tokens",
+            "it must be 128 rows by 8, 16, 32 or 64 tokens, or, with wgmma, 128 or 256 by 128",
         )?;
         unreachable!("refused above");
     };
@@ -297,10 +361,11 @@ pub fn plan(
         parts,
         "there must be a tile along K for each, and at most 12",
     )?;
+    let (whole, split) = tiling.whole_and_split(device, shape);
     call.require(
-        parts == 1 || tiling.tiles(shape) <= MAX_SPLIT_TILES,
+        split <= MAX_SPLIT_TILES,
         "tiles",
-        tiling.tiles(shape),
+        split,
         "they must be at most 1024 where K is split",
     )?;
 
@@ -323,8 +388,8 @@ pub fn plan(
     call.tensor("x", ops.x, tensor_bytes(&[tokens, cols], 2), 16)?;
     let y_elem = if shape.half_y { 2 } else { 4 };
     call.tensor("y", ops.y, tensor_bytes(&[tokens, rows], y_elem), y_elem)?;
-    if parts > 1 {
-        let need = tiling.scratch_bytes(shape);
+    if split > 0 {
+        let need = tiling.scratch_bytes(device, shape);
         let counters = ops.scratch;
         let sums = DeviceSlice {
             address: counters.address + COUNTER_BYTES,
@@ -354,14 +419,27 @@ pub fn plan(
         Epilogue::SwiGlu => FLAG_SWIGLU,
     } | if ops.zeros { FLAG_ZEROS } else { 0 };
     call.u32(flags | if shape.half_y { FLAG_HALF_Y } else { 0 });
+    call.u32(if form.warpgroups { whole as u32 } else { 0 });
+    call.u32(tiling.parts);
+    let blocks = whole.saturating_add(split.saturating_mul(parts));
+    call.require(
+        blocks < 1 << 31,
+        "blocks",
+        blocks,
+        "they must be fewer than 2^31",
+    )?;
     let launch = Launch {
-        grid: [
-            tokens.div_ceil(tiling.tokens as usize) as u32,
-            shape.row_blocks().min(u32::MAX as usize) as u32,
-            tiling.parts,
-        ],
-        block: [BLOCK_THREADS, 1, 1],
-        shared_bytes: shared_bytes(device, tiling.tokens, *under_way, group, mins),
+        grid: if form.warpgroups {
+            [blocks as u32, 1, 1]
+        } else {
+            [
+                tokens.div_ceil(tiling.tokens as usize) as u32,
+                shape.row_blocks(form.rows).min(u32::MAX as usize) as u32,
+                tiling.parts,
+            ]
+        },
+        block: [form.threads, 1, 1],
+        shared_bytes: form.shared_bytes(device, group, mins),
     };
     call.build(device, launch)
 }
@@ -374,12 +452,14 @@ mod tests {
         multiprocessors: 132,
         shared_bytes_per_block: 227 * 1024,
         compute_capability: 90,
+        warpgroup_products: false,
     };
 
     #[test]
     fn the_rule_takes_what_was_fastest() {
         let of = |rows, cols, tokens| {
-            let Tiling { tokens, parts } = rule(&HOPPER, &Shape::plain(rows, cols, 128, tokens));
+            let Tiling { tokens, parts, .. } =
+                rule(&HOPPER, &Shape::plain(rows, cols, 128, tokens));
             [tokens, parts]
         };
         assert_eq!(of(1536, 8960, 8), [8, 11]);
@@ -394,8 +474,25 @@ mod tests {
     }
 
     #[test]
+    fn by_warpgroups_the_rule_takes_what_was_fastest() {
+        let of = |rows, cols, tokens| {
+            let shape = Shape::plain(rows, cols, 128, tokens);
+            let tiling = rule(&DeviceInfo::H100, &shape);
+            [tiling.rows, tiling.tokens, tiling.parts]
+        };
+        assert_eq!(of(4096, 4096, 64), [128, 32, 4]);
+        assert_eq!(of(2048, 1536, 128), [128, 64, 4]);
+        assert_eq!(of(4096, 4096, 128), [128, 128, 4]);
+        assert_eq!(of(4096, 4096, 512), [128, 128, 1]);
+        assert_eq!(of(2048, 1536, 512), [128, 128, 2]);
+        assert_eq!(of(1536, 8960, 512), [256, 128, 5]);
+        assert_eq!(of(17_920, 1536, 512), [256, 128, 6]);
+        assert_eq!(of(4096, 4096, 2048), [256, 128, 1]);
+    }
+
+    #[test]
     fn every_tiling_of_the_rule_can_be_planned_with_the_scratch_of_all() {
-        for device in [HOPPER, DeviceInfo::T4] {
+        for device in [HOPPER, DeviceInfo::H100, DeviceInfo::T4] {
             let slice = |bytes| DeviceSlice {
                 address: 0x1000,
                 bytes,
@@ -439,6 +536,7 @@ mod tests {
         };
         let good = Shape::plain(64, 1024, 64, 9);
         let whole = Tiling {
+            rows: 128,
             tokens: 16,
             parts: 1,
         };

@@ -1,50 +1,60 @@
 //! What becomes of a block's sums: parts of K are added up, and y is written.
 
-use cuda_std::thread;
+use cuda_std::shared::Shared;
 
-use super::block::{Args, BLOCK_TILES, Place, TILE_ROWS};
-use super::{BLOCK_THREADS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU};
+use super::block::{Args, TILE_ROWS, Work};
+use super::{FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU};
+use crate::arrive::last_to_arrive;
 use crate::unroll::unroll;
 use crate::{ptx, swiglu};
 
-/// Leaves a thread's sums: four of each product, next to those of the other threads.
+/// Leaves the sums of a thread of `THREADS` of a block that does a part of its tile's work: four of each
+/// product, next to those of the other threads. Whether the block is the last of its tile: it gets the sums
+/// of all parts, in their order.
 ///
 /// # Safety
-/// `to` has room for the block's sums.
+/// All threads of the block call it, launched as the plan says; nobody reads the first word at `base`.
 #[inline(always)]
-pub(super) unsafe fn leave<const MT: usize, const NT: usize>(
-    to: *mut f32,
-    place: &Place,
-    sums: &[[[f32; 4]; NT]; MT],
-) {
-    unroll!(M < (MT) => {
-        unroll!(N < (NT) => {
-            let at = ((M * NT + N) as u32 * BLOCK_THREADS + place.thread) * 4;
-            // SAFETY: by the caller's promise.
-            unsafe { ptx::st_global_v4_f32(to.wrapping_add(at as usize), sums[M % MT][N % NT]) };
-        });
-    });
-}
-
-/// Adds what a part has left to the sums.
-///
-/// # Safety
-/// All blocks of the tile have left theirs.
-#[inline(always)]
-pub(super) unsafe fn add<const MT: usize, const NT: usize>(
-    from: *const f32,
-    place: &Place,
+pub(super) unsafe fn add_up<const MT: usize, const NT: usize, const THREADS: u32>(
+    args: &Args,
+    work: &Work,
+    base: Shared,
+    thread: u32,
     sums: &mut [[[f32; 4]; NT]; MT],
-) {
-    unroll!(M < (MT) => {
-        unroll!(N < (NT) => {
-            let at = ((M * NT + N) as u32 * BLOCK_THREADS + place.thread) * 4;
-            // SAFETY: by the caller's promise.
-            let part = unsafe { ptx::ld_global_v4_f32(from.wrapping_add(at as usize)) };
-            let sum = &mut sums[M % MT][N % NT];
-            *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
+) -> bool {
+    let step = 4 * THREADS as usize;
+    let place = |part: u32| {
+        let block = (work.split_tile * work.parts + part) as usize * (MT * NT * step);
+        args.partials.wrapping_add(block + 4 * thread as usize)
+    };
+    // SAFETY: by the caller's promise; others' sums are read when all have left theirs.
+    unsafe {
+        let own = place(work.part);
+        unroll!(M < (MT) => {
+            unroll!(N < (NT) => {
+                let to = own.wrapping_add((M * NT + N) * step);
+                ptx::st_global_v4_f32(to, sums[M % MT][N % NT]);
+            });
         });
-    });
+        let arrived = args.arrived.wrapping_add(work.split_tile as usize);
+        if !last_to_arrive(arrived, work.parts, base) {
+            return false;
+        }
+        *sums = [[[0.0; 4]; NT]; MT];
+        let mut part = 0;
+        while part < work.parts {
+            let from = place(part).cast_const();
+            unroll!(M < (MT) => {
+                unroll!(N < (NT) => {
+                    let part = ptx::ld_global_v4_f32(from.wrapping_add((M * NT + N) * step));
+                    let sum = &mut sums[M % MT][N % NT];
+                    *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
+                });
+            });
+            part += 1;
+        }
+    }
+    true
 }
 
 /// Where an element of y lies.
@@ -113,46 +123,55 @@ impl Output {
     }
 }
 
-/// Writes the block's part of y, or what its pairs of gate and up come to.
+/// Writes the warp's part of y, or what its pairs of gate and up come to: of a row tile and the tokens from
+/// `token` on.
 ///
 /// # Safety
 /// Launched as the plan says.
 #[inline(always)]
-pub(super) unsafe fn store<const MT: usize, const NT: usize>(
+pub(super) unsafe fn store<const NT: usize>(
     args: &Args,
-    place: &Place,
-    token_0: u32,
-    sums: &mut [[[f32; 4]; NT]; MT],
+    row_tile: u32,
+    token: u32,
+    lane: u32,
+    sums: &mut [[f32; 4]; NT],
 ) {
-    let first_tile = thread::block_idx_y() * BLOCK_TILES + place.row_tile;
-    let first_token = token_0 + place.eight * 8 + 2 * place.q;
+    let first_token = token + 2 * (lane % 4);
     let swiglu = args.flags & FLAG_SWIGLU != 0;
     let outputs = if swiglu { TILE_ROWS / 2 } else { TILE_ROWS };
-    unroll!(M < (MT) => {
-        let row = (first_tile + M as u32) * outputs + place.g;
-        // All loads of a row tile, then all its stores: no load waits for a store.
-        if !swiglu {
-            unroll!(N < (NT) => {
-                unroll!(I < 4 => {
-                    let output = Output::of(args, [row, first_token + N as u32 * 8], I);
-                    // SAFETY: passed on.
-                    sums[M % MT][N % NT][I] += unsafe { output.addend(args) };
+    let row = row_tile * outputs + lane / 4;
+    // The loads of four products, then their stores: few registers, and few loads that wait for stores.
+    unroll!(C < 8 => {
+        if 4 * C < NT {
+            if !swiglu {
+                unroll!(J < 4 => {
+                    unroll!(I < 4 => {
+                        if 4 * C + J < NT {
+                            let token = first_token + (4 * C + J) as u32 * 8;
+                            let output = Output::of(args, [row, token], I);
+                            // SAFETY: passed on.
+                            sums[(4 * C + J) % NT][I] += unsafe { output.addend(args) };
+                        }
+                    });
                 });
-            });
-        }
-        unroll!(N < (NT) => {
-            let sum = sums[M % MT][N % NT];
-            unroll!(I < 4 => {
-                let output = Output::of(args, [row, first_token + N as u32 * 8], I);
-                // SAFETY: passed on.
-                unsafe {
-                    if !swiglu {
-                        output.store(args, sum[I]);
-                    } else if I < 2 {
-                        output.store(args, swiglu::gated(sum[I], sum[I % 2 + 2]));
-                    }
+            }
+            unroll!(J < 4 => {
+                if 4 * C + J < NT {
+                    let sum = sums[(4 * C + J) % NT];
+                    unroll!(I < 4 => {
+                        let token = first_token + (4 * C + J) as u32 * 8;
+                        let output = Output::of(args, [row, token], I);
+                        // SAFETY: passed on.
+                        unsafe {
+                            if !swiglu {
+                                output.store(args, sum[I]);
+                            } else if I < 2 {
+                                output.store(args, swiglu::gated(sum[I], sum[I % 2 + 2]));
+                            }
+                        }
+                    });
                 }
             });
-        });
+        }
     });
 }

@@ -356,6 +356,7 @@ mod tests {
         multiprocessors: 132,
         shared_bytes_per_block: 227 * 1024,
         compute_capability: 90,
+        warpgroup_products: false,
     };
 
     fn of(rows: usize, cols: usize) -> [u32; 3] {
