@@ -450,6 +450,7 @@ fn rope_kv_append_f16(heads: usize, kv_heads: usize, head_dim: usize) -> Row {
                 sin: floats(memory, head_dim / 2)?,
                 k_cache: memory.reserve(2 * elems as u64)?,
                 v_cache: memory.reserve(2 * elems as u64)?,
+                v_scales: DeviceSlice::NONE,
                 state: ints(memory, &[0])?,
             };
             planned(rope_kv_append::plan(device, &shape, &operands))

@@ -107,10 +107,39 @@ pub fn part(values: &[f32], cache: &mut [f16]) {
     cache.convert_from_f32_slice(values);
 }
 
+/// Rounds one head `(dh,)` to bytes in its place in the cache, as [`reference_int8`]; the scale.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn part_int8(values: &[f32], cache: &mut [i8]) -> f16 {
+    assert_eq!(values.len(), cache.len(), "kv_append: one head");
+    let greatest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+    let stored = f16::from_f32(greatest * (1.0 / 127.0));
+    let scale = stored.to_f32();
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    for (level, value) in cache.iter_mut().zip(values) {
+        *level = (value * inverse).round_ties_even().clamp(-127.0, 127.0) as i8;
+    }
+    stored
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::Random;
+
+    #[test]
+    fn a_head_of_bytes_equals_the_reference() {
+        let mut random = Random::new(5);
+        for greatest in [0.0, 1e-9, 0.3, 200.0] {
+            let v = random.floats(80, greatest);
+            let (mut expected, mut got) = ([1; 80], [2; 80]);
+            let mut scales = [f16::ONE];
+            reference_int8(&v, &mut expected, &mut scales, 1, 1, 80, 0);
+            assert_eq!(part_int8(&v, &mut got), scales[0]);
+            assert_eq!(got, expected);
+        }
+    }
 
     #[test]
     fn bytes_span_the_greatest_magnitude_of_a_head() {

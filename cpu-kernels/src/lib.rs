@@ -11,6 +11,7 @@ pub mod buffer;
 pub mod embed;
 pub mod isa;
 pub mod kv_append;
+pub mod kv_values;
 mod lanes;
 pub mod levels;
 pub mod linear;

@@ -20,7 +20,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::Error;
-use engine::backend::{Choice, Tier};
+use engine::backend::{Choice, KvCache, KvForm, Tier};
 
 /// Run large language models with kernels written in Rust.
 #[derive(Debug, Parser)]
@@ -90,9 +90,43 @@ pub struct ModelArgs {
     #[arg(long, value_name = "TOKENS", value_parser = positive)]
     context: Option<usize>,
 
+    /// How the key/value cache holds numbers: k16v8 has values of 8 bits, three quarters of the memory.
+    #[arg(long, value_enum, default_value_t = KvArg::K16V16)]
+    kv: KvArg,
+
     /// CPU threads. Without it, one for each core.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+}
+
+impl ModelArgs {
+    /// A cache of `tokens` in the form that the flags say.
+    fn cache(&self, tokens: usize) -> KvCache {
+        KvCache {
+            tokens,
+            form: self.kv.into(),
+        }
+    }
+}
+
+/// `--kv`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KvArg {
+    /// Keys and values as halves.
+    #[value(name = "k16v16")]
+    K16V16,
+    /// Keys as halves, values as bytes with a scale a position and head.
+    #[value(name = "k16v8")]
+    K16V8,
+}
+
+impl From<KvArg> for KvForm {
+    fn from(arg: KvArg) -> KvForm {
+        match arg {
+            KvArg::K16V16 => KvForm::K16V16,
+            KvArg::K16V8 => KvForm::K16V8,
+        }
+    }
 }
 
 /// `--backend`.

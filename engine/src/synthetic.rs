@@ -7,12 +7,12 @@ use rayon::prelude::*;
 use crate::Error;
 use crate::backend::LoadedModel;
 
-/// The model of the shape called `name`, its linear layers of type `linear`, trained (in a manner of
+/// A GGUF file of the shape called `name`, its linear layers of type `linear`, trained (in a manner of
 /// speaking) for `context` tokens at least.
 ///
 /// # Errors
 /// [`Error::Input`] for an unknown name, or a type that the shape does not allow.
-pub fn load(name: &str, context: usize, linear: DType) -> Result<LoadedModel, Error> {
+pub fn file(name: &str, context: usize, linear: DType) -> Result<Vec<u8>, Error> {
     let options = Options {
         linear,
         ..Options::default()
@@ -20,7 +20,15 @@ pub fn load(name: &str, context: usize, linear: DType) -> Result<LoadedModel, Er
     let mut shape = synthetic::shape(name)?.clone();
     // A file says it in 32 bits.
     shape.context = shape.context.max(context).min(u32::MAX as usize);
-    let bytes = synthetic::to_vec(&shape, &options)?;
+    Ok(synthetic::to_vec(&shape, &options)?)
+}
+
+/// The model of such a file.
+///
+/// # Errors
+/// As [`file`].
+pub fn load(name: &str, context: usize, linear: DType) -> Result<LoadedModel, Error> {
+    let bytes = file(name, context, linear)?;
     let file = Gguf::parse(&bytes)?;
     let recipe = models::arch::recipe(&file)?;
     let weights = recipe

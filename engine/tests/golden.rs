@@ -17,8 +17,12 @@ mod container;
 mod greedy;
 #[path = "golden/hf.rs"]
 mod hf;
+#[path = "golden/kv.rs"]
+mod kv;
 #[path = "golden/logits.rs"]
 mod logits;
+#[path = "golden/needle.rs"]
+mod needle;
 #[path = "golden/prompts.rs"]
 mod prompts;
 #[path = "golden/support.rs"]

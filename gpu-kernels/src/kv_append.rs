@@ -84,12 +84,7 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, 
     call.tensor("k_cache", ops.k_cache, tensor_bytes(&cache, 2), 2 * quad)?;
     call.tensor("v_cache", ops.v_cache, tensor_bytes(&cache, value_bytes), 4)?;
     if of_8_bits {
-        call.require(
-            head_dim.is_multiple_of(4) && head_dim <= 128,
-            "head_dim",
-            head_dim,
-            "with values of 8 bits it must be a multiple of 4 up to 128",
-        )?;
+        require_quads(&call, head_dim)?;
         let scales = tensor_bytes(&[kv_heads, context], 2);
         call.tensor("v_scales", ops.v_scales, scales, 2)?;
     }
@@ -167,31 +162,62 @@ pub unsafe fn kv_append_v8(
         let to = row * head_dim as usize + d as usize;
         let key = ptx::ld_global_v4_f32_if(there, k.wrapping_add(from), [0.0; 4]);
         let value = ptx::ld_global_v4_f32_if(there, v.wrapping_add(from), [0.0; 4]);
-        let [a, b, c, e] = value.map(f32::abs);
-        let greatest = warp::reduce_max_f32(a.max(b).max(c.max(e)));
-        let bits = ptx::f32_to_f16(greatest * (1.0 / 127.0));
-        let scale = ptx::f16_to_f32(bits);
-        let mut inverse = 0.0;
-        if scale > 0.0 {
-            inverse = 1.0 / scale;
-        }
-        // A scale that was rounded down leaves a little more than 127.
-        let level = |v: f32| {
-            let rounded = (v * inverse + ROUND) - ROUND;
-            rounded.clamp(-127.0, 127.0) as i32 as u32 & 0xff
-        };
         if there {
             let keys = k_cache.wrapping_add(to).cast();
             ptx::st_global_u32(keys, ptx::f32x2_to_f16x2(key[0], key[1]));
             ptx::st_global_u32(keys.wrapping_add(1), ptx::f32x2_to_f16x2(key[2], key[3]));
+        }
+        put_bytes(
+            value,
+            there,
+            v_cache.wrapping_add(to),
+            v_scales.wrapping_add(row),
+        );
+    }
+}
+
+/// Writes a head's values as bytes: the four of each lane that is there to `to`, their scale to
+/// `scale`. Zeros stand in for what is not there.
+///
+/// # Safety
+/// All lanes of a warp call it; lane 0 is there. `to` is a multiple of 4 bytes.
+#[inline(always)]
+pub(crate) unsafe fn put_bytes(value: [f32; 4], there: bool, to: *mut u8, scale: *mut u16) {
+    let [a, b, c, e] = value.map(f32::abs);
+    let greatest = warp::reduce_max_f32(a.max(b).max(c.max(e)));
+    let bits = ptx::f32_to_f16(greatest * (1.0 / 127.0));
+    let step = ptx::f16_to_f32(bits);
+    let mut inverse = 0.0;
+    if step > 0.0 {
+        inverse = 1.0 / step;
+    }
+    // A scale that was rounded down leaves a little more than 127.
+    let level = |v: f32| {
+        let rounded = (v * inverse + ROUND) - ROUND;
+        rounded.clamp(-127.0, 127.0) as i32 as u32 & 0xff
+    };
+    // SAFETY: the lane's four, and the head's scale, by one lane.
+    unsafe {
+        if there {
             let levels = value.map(level);
             let word = levels[0] | levels[1] << 8 | levels[2] << 16 | levels[3] << 24;
-            ptx::st_global_u32(v_cache.wrapping_add(to).cast(), word);
+            ptx::st_global_u32(to.cast(), word);
         }
-        if d == 0 {
-            ptx::st_global_u16(v_scales.wrapping_add(row), bits);
+        if warp::lane_id() == 0 {
+            ptx::st_global_u16(scale, bits);
         }
     }
+}
+
+/// What values of 8 bits want of a head width: a warp takes it four elements a lane.
+#[cfg(not(target_arch = "nvptx64"))]
+pub(crate) fn require_quads(call: &CallBuilder, head_dim: usize) -> Result<(), ShapeError> {
+    call.require(
+        head_dim.is_multiple_of(4) && head_dim <= 128,
+        "head_dim",
+        head_dim,
+        "with values of 8 bits it must be a multiple of 4 up to 128",
+    )
 }
 
 #[cfg(test)]

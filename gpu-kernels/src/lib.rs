@@ -18,6 +18,7 @@ mod arrive;
 pub mod attention;
 pub mod embed;
 pub mod kv_append;
+pub mod kv_values;
 pub mod linear;
 pub mod logits;
 mod product;
@@ -87,8 +88,11 @@ pub static ENTRIES: &[&cuda_std::emulator::Entry] = &[
     &kv_append::KV_APPEND_F16_ENTRY,
     &kv_append::KV_APPEND_V8_ENTRY,
     &rope_kv_append::ROPE_KV_APPEND_F16_ENTRY,
+    &rope_kv_append::ROPE_KV_APPEND_V8_ENTRY,
     &attention::block_a_head::ATTENTION_DECODE_F16_ENTRY,
     &rope_kv_append::tokens::ROPE_KV_APPEND_TOKENS_F16_ENTRY,
+    &rope_kv_append::tokens::ROPE_KV_APPEND_TOKENS_V8_ENTRY,
+    &kv_values::KV_VALUES_F16_ENTRY,
     &attention::prompt::ATTENTION_PROMPT_F16_D64_ENTRY,
     &attention::prompt::ATTENTION_PROMPT_F16_D96_ENTRY,
     &attention::prompt::ATTENTION_PROMPT_F16_D128_ENTRY,

@@ -172,6 +172,8 @@ pub enum Step {
         dst: Buffer,
         /// Multiplies the scores: `1 / sqrt(Dh)`.
         scale: f32,
+        /// The most tokens that are seen, the newest included; none for all.
+        window: Option<usize>,
     },
     /// `dst = silu(gate) * up`.
     SwiGlu {

@@ -347,8 +347,8 @@ fn metadata_out_of_range_is_refused_by_key() {
         ("llama.expert_count", Value::U32(8), "mixtures of experts"),
         (
             "llama.attention.sliding_window",
-            Value::U32(128),
-            "attention windows (128 tokens)",
+            Value::U32(0),
+            "a window of 0 tokens",
         ),
         ("llama.logit_scale", Value::F32(8.0), "8 is not supported"),
         ("llama.attention.causal", Value::Bool(false), "later tokens"),

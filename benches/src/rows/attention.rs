@@ -67,6 +67,7 @@ impl Attended {
             head_dim,
             context: self.tokens,
             scale: 1.0 / (head_dim as f32).sqrt(),
+            window: None,
         }
     }
 

@@ -130,6 +130,7 @@ fn attention_prompt(
                 head_dim,
                 context,
                 scale: 1.0 / (head_dim as f32).sqrt(),
+                window: None,
             };
             let operands = attention::prompt::Operands {
                 q: halves(memory, tokens * heads * head_dim)?,
@@ -179,6 +180,7 @@ fn rope_tokens([heads, kv_heads, head_dim]: [usize; 3], tokens: usize) -> Row {
                 turned: memory.reserve((2 * tokens * heads * head_dim) as u64)?,
                 k_cache: memory.reserve((2 * tokens * kv_heads * head_dim) as u64)?,
                 v_cache: memory.reserve((2 * tokens * kv_heads * head_dim) as u64)?,
+                v_scales: DeviceSlice::NONE,
                 state: ints(memory, &[0])?,
             };
             planned(rope_kv_append::tokens::plan(

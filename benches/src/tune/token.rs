@@ -191,7 +191,7 @@ impl<'a> Token<'a> {
         let device = self.gpu.info();
         let plan = plan::compile(
             self.model,
-            POSITION + TOKENS,
+            (POSITION + TOKENS).into(),
             &device,
             tuned,
             &mut self.memory,
@@ -365,7 +365,8 @@ mod tests {
         let model = synthetic::load("tiny-qwen2", 32, DType::Q4_0).expect("a model");
         let mut memory = Again::new(Kept::default());
         let mut compile = |tuned: &Tuned| {
-            let plan = plan::compile(&model, 32, &device, tuned, &mut memory).expect("a plan");
+            let plan =
+                plan::compile(&model, 32.into(), &device, tuned, &mut memory).expect("a plan");
             memory.given = Some(0);
             plan
         };

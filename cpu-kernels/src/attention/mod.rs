@@ -1,7 +1,7 @@
-//! Causal grouped-query attention over the f16 cache.
+//! Causal grouped-query attention over the f16 cache, values also of 8 bits.
 //!
 //! Query head `i` reads key/value head `i / (h / kv)`. The token at position `p` sees positions
-//! `0..=p`; keys and values of all tokens of the call are in the cache already.
+//! `0..=p`, of a window of `w` the last `w` of them; keys and values of all tokens of the call are in the cache already.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -12,6 +12,8 @@ mod neon;
 mod plain;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod rows;
+
+use std::ops::Range;
 
 use half::f16;
 use rayon::prelude::*;
@@ -34,9 +36,17 @@ pub struct AttentionShape {
     pub position: usize,
     /// Multiplies the scores: `1 / sqrt(dh)`.
     pub scale: f32,
+    /// The most positions that a token sees, its own included; none for all.
+    pub window: Option<usize>,
 }
 
 impl AttentionShape {
+    /// The positions that token `token` of the call sees.
+    fn seen(&self, token: usize) -> Range<usize> {
+        let end = self.position + token + 1;
+        end - end.min(self.window.unwrap_or(end))..end
+    }
+
     /// Tokens of a call whose query holds `q` elements.
     ///
     /// # Panics
@@ -118,11 +128,12 @@ fn attend(
     let (heads, dh) = (shape.heads, shape.head_dim);
     let heads_per_kv = heads / shape.kv_heads;
     for t in 0..tokens {
-        let seen = shape.position + t + 1;
+        let seen = shape.seen(t);
         for head in 0..heads {
             let q = &q[(t * heads + head) * dh..][..dh];
             let cache = head / heads_per_kv * shape.capacity * dh;
-            let scores: Vec<f64> = (0..seen)
+            let scores: Vec<f64> = seen
+                .clone()
                 .map(|p| {
                     let k = &k_cache[cache + p * dh..][..dh];
                     let dot: f64 = q.iter().zip(k).map(|(&q, k)| q as f64 * k.to_f64()).sum();
@@ -133,8 +144,10 @@ fn attend(
             let weights: Vec<f64> = scores.iter().map(|s| (s - greatest).exp()).collect();
             let total: f64 = weights.iter().sum();
             for j in 0..dh {
-                let sum: f64 = (0..seen)
-                    .map(|p| weights[p] * value(cache + p * dh + j))
+                let sum: f64 = seen
+                    .clone()
+                    .zip(&weights)
+                    .map(|(p, weight)| weight * value(cache + p * dh + j))
                     .sum();
                 out[(t * heads + head) * dh + j] = (sum / total) as f32;
             }
@@ -165,16 +178,27 @@ pub fn forward(
         || vec![0.0; per_kv * (shape.position + tokens)],
         |scores, (unit, (q, out))| {
             let (token, head) = (unit / shape.kv_heads, unit % shape.kv_heads);
-            part(isa, q, k_cache, v_cache, out, shape, token, head, scores);
+            let values = Values::F16(v_cache);
+            part(isa, q, k_cache, values, out, shape, token, head, scores);
         },
     );
+}
+
+/// The values of a cache.
+#[derive(Debug, Clone, Copy)]
+pub enum Values<'a> {
+    /// `(kv, s, dh)`.
+    F16(&'a [f16]),
+    /// `(kv, s, dh)` with a scale for each position and head, `(kv, s)`.
+    Int8(&'a [i8], &'a [f16]),
 }
 
 /// Cached values that are worth a task of their own.
 const VALUES_PER_TASK: usize = 64 * 1024;
 
 /// Attention of one token's query heads that read key/value head `kv_head`: `q` and `out` are `(h/kv, dh)`;
-/// `scores` is scratch memory for at least `position + token + 1` floats for each.
+/// `scores` is scratch memory for at least `position + token + 1` floats for each. Scales of values go to
+/// the weights.
 ///
 /// # Panics
 /// If a length does not fit `shape`.
@@ -186,7 +210,7 @@ pub fn part(
     isa: Isa,
     q: &[f32],
     k_cache: &[f16],
-    v_cache: &[f16],
+    v_cache: Values<'_>,
     out: &mut [f32],
     shape: &AttentionShape,
     token: usize,
@@ -198,45 +222,69 @@ pub fn part(
         q.len() == per_kv * dh && out.len() == q.len() && kv_head < shape.kv_heads,
         "attention: the queries of a key/value head"
     );
-    let seen = shape.position + token + 1;
-    let start = kv_head * shape.capacity * dh;
-    let (keys, values) = (
-        &k_cache[start..start + seen * dh],
-        &v_cache[start..start + seen * dh],
-    );
+    let seen = shape.seen(token);
+    let first = kv_head * shape.capacity + seen.start;
+    let seen = seen.len();
+    let rows = first * dh..(first + seen) * dh;
+    let keys = &k_cache[rows.clone()];
     let scores = &mut scores[..per_kv * seen];
-    let softmax = |scores: &mut [f32]| {
-        for scores in scores.chunks_exact_mut(seen) {
-            softmax(isa, scores, shape.scale);
-        }
-    };
     match isa.0 {
-        // SAFETY: an `Isa` only exists for a CPU that has its features; `keys` and `values` are `(seen, dh)`.
+        // SAFETY: an `Isa` only exists for a CPU that has its features; `keys` is `(seen, dh)`.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx2 => unsafe {
-            avx2::dot(q, keys, scores, dh);
-            softmax(scores);
-            avx2::blend(scores, values, out, dh);
-        },
+        Kind::Avx2 => unsafe { avx2::dot(q, keys, scores, dh) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512 | Kind::Avx512Vnni | Kind::Avx512Vbmi => unsafe {
             avx512::dot(q, keys, scores, dh);
-            softmax(scores);
-            avx512::blend(scores, values, out, dh);
         },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Kind::Neon | Kind::NeonDotprod | Kind::NeonI8mm => unsafe {
             neon::dot(q, keys, scores, dh);
-            softmax(scores);
-            neon::blend(scores, values, out, dh);
         },
         Kind::Scalar => {
             let rows = q.chunks_exact(dh).zip(scores.chunks_exact_mut(seen));
             rows.for_each(|(q, scores)| plain::dot(q, keys, scores));
-            softmax(scores);
-            let rows = scores.chunks_exact(seen).zip(out.chunks_exact_mut(dh));
+        }
+    }
+    for scores in scores.chunks_exact_mut(seen) {
+        softmax(isa, scores, shape.scale);
+    }
+    match v_cache {
+        Values::F16(values) => blend(isa, scores, &values[rows], out, dh),
+        Values::Int8(values, scales) => {
+            let (values, scales) = (&values[rows], &scales[first..first + seen]);
+            let heads = scores.chunks_exact_mut(seen);
+            for (weights, out) in heads.zip(out.chunks_exact_mut(dh)) {
+                for (weight, scale) in weights.iter_mut().zip(scales) {
+                    *weight *= scale.to_f32();
+                }
+                plain::blend_int8(weights, values, out);
+            }
+        }
+    }
+}
+
+/// `out = weights * values` for `weights` `(heads, seen)`, `values` `(seen, dh)`, `out` `(heads, dh)`.
+fn blend(isa: Isa, weights: &[f32], values: &[f16], out: &mut [f32], dh: usize) {
+    let seen = values.len() / dh;
+    assert_eq!(weights.len() * dh, out.len() * seen, "a weight a position");
+    match isa.0 {
+        // SAFETY: an `Isa` only exists for a CPU that has its features; the lengths fit each other.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => unsafe { avx2::blend(weights, values, out, dh) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 | Kind::Avx512Vnni | Kind::Avx512Vbmi => unsafe {
+            avx512::blend(weights, values, out, dh);
+        },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Kind::Neon | Kind::NeonDotprod | Kind::NeonI8mm => unsafe {
+            neon::blend(weights, values, out, dh);
+        },
+        Kind::Scalar => {
+            let rows = weights.chunks_exact(seen).zip(out.chunks_exact_mut(dh));
             rows.for_each(|(weights, out)| plain::blend(weights, values, out));
         }
     }

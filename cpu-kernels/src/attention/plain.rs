@@ -26,12 +26,28 @@ pub(super) fn dot(q: &[f32], keys: &[f16], out: &mut [f32]) {
 
 /// `out = Σ weights[p] * values[p]` for `values` `(p, dh)`.
 pub(super) fn blend(weights: &[f32], values: &[f16], out: &mut [f32]) {
+    blend_by(weights, values, out, |values, floats| {
+        values.convert_to_f32_slice(floats);
+    });
+}
+
+/// [`blend`] of bytes.
+pub(super) fn blend_int8(weights: &[f32], values: &[i8], out: &mut [f32]) {
+    blend_by(weights, values, out, |values, floats| {
+        for (float, value) in floats.iter_mut().zip(values) {
+            *float = f32::from(*value);
+        }
+    });
+}
+
+#[inline(always)]
+fn blend_by<V>(weights: &[f32], values: &[V], out: &mut [f32], convert: impl Fn(&[V], &mut [f32])) {
     out.fill(0.0);
     for (&weight, values) in weights.iter().zip(values.chunks_exact(out.len())) {
         for (values, out) in values.chunks(CHUNK).zip(out.chunks_mut(CHUNK)) {
             let mut floats = [0.0; CHUNK];
             let floats = &mut floats[..values.len()];
-            values.convert_to_f32_slice(floats);
+            convert(values, floats);
             for (out, v) in out.iter_mut().zip(floats) {
                 *out += weight * *v;
             }

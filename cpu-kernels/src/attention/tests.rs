@@ -12,6 +12,7 @@ fn shape(heads: usize, kv_heads: usize, head_dim: usize, capacity: usize) -> Att
         capacity,
         position: 0,
         scale,
+        window: None,
     }
 }
 
@@ -27,7 +28,7 @@ fn caches(random: &mut Random, shape: &AttentionShape) -> (Vec<f16>, Vec<f16>) {
     (cache(3.0), cache(1.0))
 }
 
-fn by_parts(isa: Isa, q: &[f32], k: &[f16], v: &[f16], shape: &AttentionShape) -> Vec<f32> {
+fn by_parts(isa: Isa, q: &[f32], k: &[f16], v: Values<'_>, shape: &AttentionShape) -> Vec<f32> {
     let per_kv = shape.heads / shape.kv_heads;
     let width = per_kv * shape.head_dim;
     let mut out = vec![f32::NAN; q.len()];
@@ -43,12 +44,13 @@ fn by_parts(isa: Isa, q: &[f32], k: &[f16], v: &[f16], shape: &AttentionShape) -
 #[test]
 fn every_variant_is_close_to_the_reference() {
     let mut random = Random::new(20);
-    for mut shape in [
-        shape(9, 3, 64, 70),
-        shape(4, 2, 20, 41),
-        shape(2, 2, 134, 33),
-        shape(14, 2, 80, 65),
+    for (mut shape, window) in [
+        (shape(9, 3, 64, 70), None),
+        (shape(4, 2, 20, 41), Some(8)),
+        (shape(2, 2, 134, 33), Some(1)),
+        (shape(14, 2, 80, 65), Some(64)),
     ] {
+        shape.window = window;
         let (k, v) = caches(&mut random, &shape);
         for (position, tokens) in [(0, 1), (0, 17), (5, 3), (shape.capacity - 1, 1), (13, 17)] {
             shape.position = position;
@@ -60,7 +62,17 @@ fn every_variant_is_close_to_the_reference() {
             assert_close(&out, &expected, 3e-6, "forward");
             for isa in Isa::available() {
                 let what = format!("{isa} {shape:?} t={tokens}");
-                assert_close(&by_parts(isa, &q, &k, &v, &shape), &expected, 3e-6, &what);
+                let out = by_parts(isa, &q, &k, Values::F16(&v), &shape);
+                assert_close(&out, &expected, 3e-6, &what);
+            }
+            let levels: Vec<i8> = v.iter().map(|v| (v.to_f32() * 127.0) as i8).collect();
+            let scales = random.floats(v.len() / shape.head_dim, 0.01);
+            let scales: Vec<f16> = scales.into_iter().map(f16::from_f32).collect();
+            reference_int8(&q, &k, &levels, &scales, &mut expected, &shape);
+            for isa in Isa::available() {
+                let what = format!("{isa} {shape:?} t={tokens}, values of 8 bits");
+                let out = by_parts(isa, &q, &k, Values::Int8(&levels, &scales), &shape);
+                assert_close(&out, &expected, 3e-6, &what);
             }
         }
     }
@@ -75,7 +87,7 @@ fn a_chunk_equals_token_by_token() {
     let q = random.floats(17 * width, 3.0);
     for isa in Isa::available() {
         shape.position = 11;
-        let chunk = by_parts(isa, &q, &k, &v, &shape);
+        let chunk = by_parts(isa, &q, &k, Values::F16(&v), &shape);
         for (i, (q, expected)) in q
             .chunks_exact(width)
             .zip(chunk.chunks_exact(width))
@@ -83,12 +95,37 @@ fn a_chunk_equals_token_by_token() {
         {
             shape.position = 11 + i;
             assert_eq!(
-                by_parts(isa, q, &k, &v, &shape),
+                by_parts(isa, q, &k, Values::F16(&v), &shape),
                 expected,
                 "{isa} token {i}"
             );
         }
     }
+}
+
+#[test]
+fn a_window_sees_its_last_positions_only() {
+    let mut random = Random::new(22);
+    let mut shape = shape(1, 1, 8, 20);
+    let (mut k, mut v) = caches(&mut random, &shape);
+    let q = random.floats(3 * 8, 3.0);
+    (shape.position, shape.window) = (10, Some(4));
+    let mut expected = vec![0.0; q.len()];
+    reference(&q, &k, &v, &mut expected, &shape);
+    // Tokens at 10, 11 and 12 see from 7 on.
+    for cache in [&mut k, &mut v] {
+        cache[..7 * 8].fill(f16::NAN);
+    }
+    let mut got = vec![0.0; q.len()];
+    reference(&q, &k, &v, &mut got, &shape);
+    assert_eq!(got, expected);
+    k[7 * 8..8 * 8].fill(f16::NAN);
+    reference(&q, &k, &v, &mut got, &shape);
+    assert!(
+        got[..8].iter().all(|v| v.is_nan()),
+        "the first sees position 7"
+    );
+    assert_eq!(got[8..], expected[8..]);
 }
 
 #[test]
@@ -107,7 +144,7 @@ fn large_scores_do_not_overflow() {
     assert_eq!(expected[0], 32.0);
     for isa in Isa::available() {
         assert_close(
-            &by_parts(isa, &[200.0; 16], &k, &v, &shape),
+            &by_parts(isa, &[200.0; 16], &k, Values::F16(&v), &shape),
             &expected,
             1e-6,
             isa.name(),

@@ -6,7 +6,7 @@
 #![allow(non_snake_case, reason = "the names are the driver's")]
 #![allow(clippy::too_many_arguments, reason = "the signatures are the driver's")]
 
-use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ushort, c_void};
+use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_ushort, c_void};
 
 use cust_raw::*;
 
@@ -133,16 +133,37 @@ forward! {
         state_out: *mut CUlinkState
     );
     cuLinkDestroy(state: CUlinkState);
+    cuMemAddressFree(ptr: CUdeviceptr, size: usize);
+    cuMemAddressReserve(
+        ptr: *mut CUdeviceptr, size: usize, alignment: usize, addr: CUdeviceptr, flags: c_ulonglong
+    );
     cuMemAdvise(dev_ptr: CUdeviceptr, count: usize, advice: CUmem_advise, device: CUdevice);
     cuMemAllocAsync(pointer: *mut CUdeviceptr, bytes: usize, stream: CUstream);
     cuMemAllocHost_v2(pointer: *mut *mut c_void, bytes: usize);
     cuMemAllocManaged(pointer: *mut CUdeviceptr, bytes: usize, flags: c_uint);
     cuMemAlloc_v2(pointer: *mut CUdeviceptr, bytes: usize);
+    cuMemCreate(
+        handle: *mut CUmemGenericAllocationHandle, size: usize, prop: *const CUmemAllocationProp,
+        flags: c_ulonglong
+    );
     cuMemFreeAsync(pointer: CUdeviceptr, stream: CUstream);
     cuMemFreeHost(pointer: *mut c_void);
     cuMemFree_v2(pointer: CUdeviceptr);
+    cuMemGetAllocationGranularity(
+        granularity: *mut usize, prop: *const CUmemAllocationProp,
+        option: CUmemAllocationGranularity_flags
+    );
     cuMemGetInfo_v2(free: *mut usize, total: *mut usize);
+    cuMemMap(
+        ptr: CUdeviceptr, size: usize, offset: usize, handle: CUmemGenericAllocationHandle,
+        flags: c_ulonglong
+    );
     cuMemPrefetchAsync(dev_ptr: CUdeviceptr, count: usize, dst_device: CUdevice, stream: CUstream);
+    cuMemRelease(handle: CUmemGenericAllocationHandle);
+    cuMemSetAccess(
+        ptr: CUdeviceptr, size: usize, desc: *const CUmemAccessDesc, count: usize
+    );
+    cuMemUnmap(ptr: CUdeviceptr, size: usize);
     cuMemcpy2D_v2(copy: *const CUDA_MEMCPY2D);
     cuMemcpyAtoH_v2(
         dst_host: *mut c_void, src_array: CUarray, src_offset: usize, byte_count: usize

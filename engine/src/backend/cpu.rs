@@ -4,6 +4,7 @@
 //! threads walk the phases together and take shares as they come. Threads are woken once a token, not
 //! once a matrix. Every buffer exists before the first token: a step allocates nothing.
 
+mod cache;
 mod forward;
 mod job;
 mod operands;
@@ -21,15 +22,14 @@ use cpu_kernels::isa::Isa;
 use cpu_kernels::team::{Phases, SharedSlice};
 use cpu_kernels::tuned::Tuned;
 use cpu_kernels::{read, sample};
-use half::f16;
-use half::slice::HalfBitsSliceExt;
 use models::recipe::{Buffer, Recipe};
 
+use self::cache::Cache;
 use self::job::{Job, Logits};
 use self::operands::{Operand, operands};
 use self::program::Program;
 use self::team::Team;
-use super::{Backend, BackendInfo, LoadedModel, Profile};
+use super::{Backend, BackendInfo, KvCache, LoadedModel, Profile};
 use crate::Error;
 use crate::sampler::{self, Sampling};
 
@@ -56,8 +56,7 @@ pub struct CpuBackend {
     sin: Vec<f32>,
     /// All activation buffers, each where the program says.
     activations: AlignedBuffer,
-    /// `(layers, 2, kv, s, dh)` as bits of f16: keys, then values of each layer.
-    cache: Vec<u16>,
+    cache: Cache,
     /// Scores of attention for each thread.
     scratch: AlignedBuffer,
     /// What the cache holds.
@@ -67,30 +66,31 @@ pub struct CpuBackend {
 }
 
 impl CpuBackend {
-    /// Compiles `model` for this CPU, with room for `context` tokens. Takes the instruction set that
+    /// Compiles `model` for this CPU, with a cache: its size and form, or tokens as f16. Takes the instruction set that
     /// `EDGELLM_CPU` names, else the fastest, and as many threads as `RAYON_NUM_THREADS` says, else
     /// as the CPU has cores.
     ///
     /// # Errors
-    /// [`Error::Input`] if the recipe and its weights do not fit each other, `context` is 0,
+    /// [`Error::Input`] if the recipe and its weights do not fit each other, the cache holds nothing,
     /// `EDGELLM_CPU` names an instruction set that this CPU lacks, or `EDGELLM_CPU_TERNARY` no form of
     /// ternary weights; [`Error::Machine`] if the cache
     /// does not fit in memory or threads cannot be started.
-    pub fn new(model: Arc<LoadedModel>, context: usize) -> Result<CpuBackend, Error> {
+    pub fn new(model: Arc<LoadedModel>, cache: impl Into<KvCache>) -> Result<CpuBackend, Error> {
         let (isa, why) = system::chosen()?;
         let threads = team::default_threads()?;
         let tuned = Tuned::load(&system::cpu_name(), isa, threads).map_err(Error::Input)?;
-        CpuBackend::with(model, context, isa, threads, &tuned, why)
+        CpuBackend::with(model, cache.into(), isa, threads, &tuned, why)
     }
 
     fn with(
         model: Arc<LoadedModel>,
-        context: usize,
+        cache: KvCache,
         isa: Isa,
         threads: usize,
         tuned: &Tuned,
         why: String,
     ) -> Result<CpuBackend, Error> {
+        let context = cache.tokens;
         if context == 0 {
             return Err(Error::input("a context of 0 tokens holds nothing"));
         }
@@ -98,17 +98,12 @@ impl CpuBackend {
         let team = Team::new(threads)?;
         let bytes_per_token = model.bytes_per_token(models::quant::Weight::bytes);
         let (recipe, weights) = operands(model, &program.forms);
-        let c = &recipe.config;
         // First: where it fits, the tables do.
-        let cache = [2, c.layers, c.kv_heads, c.head_dim]
-            .into_iter()
-            .try_fold(context, |elems, factor| elems.checked_mul(factor))
-            .and_then(zeroed)
-            .ok_or_else(|| {
-                Error::machine(format!(
-                    "no memory for a cache of {context} tokens: lower --context"
-                ))
-            })?;
+        let cache = Cache::new(&recipe.config, cache).ok_or_else(|| {
+            Error::machine(format!(
+                "no memory for a cache of {context} tokens: lower --context"
+            ))
+        })?;
         let (cos, sin) = recipe.rope_tables(context);
         let scratch = scores_elems(&recipe, context) * threads;
         let info = BackendInfo {
@@ -185,11 +180,12 @@ impl CpuBackend {
                 capacity: self.context,
                 position,
                 scale: 1.0,
+                window: None,
             },
             cos: &self.cos,
             sin: &self.sin,
             activations,
-            cache: SharedSlice::new(self.cache.reinterpret_cast_mut::<f16>()),
+            cache: self.cache.share(),
         };
         let scratch = SharedSlice::new(&mut self.scratch);
         self.phases.restart();
@@ -287,17 +283,10 @@ impl Backend for CpuBackend {
         Ok(Profile {
             read_bytes_per_second: read::bytes_per_second(self.team.threads())
                 .ok_or_else(|| Error::machine("no memory to measure its speed with"))?,
+            memory_bytes: None,
             kernels: Vec::new(),
         })
     }
-}
-
-/// `elems` zeros that the system hands out as they are first touched; `None` if it has not that
-/// much memory to give.
-fn zeroed(elems: usize) -> Option<Vec<u16>> {
-    // The vector below would end the process where this one only fails.
-    Vec::<u16>::new().try_reserve_exact(elems).ok()?;
-    Some(vec![0; elems])
 }
 
 /// Floats that attention scores of one thread take, those of the heads that read the same keys; a whole number of

@@ -5,7 +5,7 @@
 //! [norm] linear linear swiglu       one product of gate and up interleaved
 //! [norm] linear add                 one product that adds to what is there
 //! [norm] linear linear linear       one product of q, k and v that turns queries and keys and appends
-//!   rope(q) rope(k) kv-append(k, v)   keys and values, where tiles hold whole heads
+//!   rope(q) rope(k) kv-append(k, v)   keys and values, where tiles hold whole heads and values are halves
 //! rope(q) rope(k) kv-append(k, v)   one launch
 //! round  linear ...  [add]          levels, which f16 holds, one product of them, which f32 holds, and its scale
 //! ```
@@ -16,6 +16,8 @@
 use models::quant::Int4Shape;
 use models::quant::int4_tiled::{Order, TILE_ROWS};
 use models::recipe::{Buffer, Recipe, Step, WeightId};
+
+use super::KvForm;
 
 /// What becomes one kernel call.
 #[derive(Debug, Clone, PartialEq)]
@@ -120,18 +122,24 @@ pub struct Fused<'a> {
     pub half_gated: bool,
 }
 
-/// A recipe, and which of its weights are INT4.
+/// A recipe, the form of its cache, and which of its weights are INT4.
 #[derive(Clone, Copy)]
 struct Model<'a> {
     recipe: &'a Recipe,
+    kv: KvForm,
     int4: &'a dyn Fn(WeightId) -> Option<Int4Shape>,
 }
 
 /// Goes through the recipe and takes the longest pattern at each place. `int4` gives the shapes of the
-/// weights that are INT4.
-pub fn fuse<'a>(recipe: &'a Recipe, int4: &dyn Fn(WeightId) -> Option<Int4Shape>) -> Fused<'a> {
+/// weights that are INT4. A value of 8 bits needs the greatest of its head first, whose tiles are spread
+/// over blocks: a launch of its own appends it.
+pub fn fuse<'a>(
+    recipe: &'a Recipe,
+    kv: KvForm,
+    int4: &dyn Fn(WeightId) -> Option<Int4Shape>,
+) -> Fused<'a> {
     let steps = &recipe.steps;
-    let model = Model { recipe, int4 };
+    let model = Model { recipe, kv, int4 };
     let mut fused = Fused::default();
     let mut at = 0;
     while at < steps.len() {
@@ -261,6 +269,7 @@ fn product<'a>(
         return Some((make(&run, vec![dst], Then::Add), first + 2 - at));
     }
     if let [q, k, v] = &run[..]
+        && model.kv == KvForm::K16V16
         && let Some((
             Op::RopeKvAppend {
                 layer,

@@ -1,5 +1,6 @@
 //! The backend seam: a [`Backend`] compiles a model's recipe once, at load, and then moves tokens.
 
+mod cache;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -13,6 +14,7 @@ use models::recipe::Recipe;
 use crate::Error;
 use crate::sampler::Sampling;
 
+pub use cache::{KvCache, KvForm};
 pub use select::{Choice, Selected, select};
 pub use tier::Tier;
 
@@ -89,6 +91,9 @@ pub struct BackendInfo {
 pub struct Profile {
     /// Bytes a second that plain reading of this machine's memory reaches.
     pub read_bytes_per_second: f64,
+    /// Device memory that the model takes by now, weights, cache and buffers, without what the driver
+    /// keeps for itself; none where it is not a device's.
+    pub memory_bytes: Option<u64>,
     /// Kernels of a token, in order of first use; none where they were not asked for or cannot be
     /// told apart.
     pub kernels: Vec<KernelTime>,
@@ -125,8 +130,8 @@ fn logits_one_by_one(
     Ok(all)
 }
 
-/// Moves tokens through one model. The KV cache belongs to the backend; its capacity is the
-/// `context` given to the constructor.
+/// Moves tokens through one model. The KV cache belongs to the backend; its capacity and form are
+/// given to the constructor.
 pub trait Backend {
     /// What this backend is.
     fn info(&self) -> &BackendInfo;

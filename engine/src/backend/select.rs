@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Backend, LoadedModel, Tier};
+use super::{Backend, KvCache, LoadedModel, Tier};
 use crate::Error;
 
 /// What the caller asked for.
@@ -24,19 +24,20 @@ pub struct Selected {
     pub reason: String,
 }
 
-/// Builds the backend for `model` with a cache of `context` tokens. `tier` forces a PTX tier,
-/// which also means that only CUDA will do.
+/// Builds the backend for `model` with a cache: its size and form, or tokens as f16. `tier` forces a PTX
+/// tier, which also means that only CUDA will do.
 ///
 /// # Errors
-/// [`Error::Machine`] if the chosen backend cannot run here, [`Error::Input`] if `context` is zero
+/// [`Error::Machine`] if the chosen backend cannot run here, [`Error::Input`] if the cache holds nothing
 /// or a tier is asked of the CPU.
 pub fn select(
     choice: Choice,
     model: Arc<LoadedModel>,
-    context: usize,
+    cache: impl Into<KvCache>,
     tier: Option<Tier>,
 ) -> Result<Selected, Error> {
-    if context == 0 {
+    let cache = cache.into();
+    if cache.tokens == 0 {
         return Err(Error::Input(
             "the context must hold at least one token".into(),
         ));
@@ -48,20 +49,17 @@ pub fn select(
             ));
         }
         (Choice::Cpu, None) => "asked for".to_owned(),
-        (Choice::Auto, None) => match cuda(&model, context, None) {
+        (Choice::Auto, None) => match cuda(&model, cache, None) {
             Ok(backend) => return Ok(Selected::new(backend, None)),
             // Also where the model is what it cannot run: the CPU may.
             Err(error) => error.to_string(),
         },
         (Choice::Cuda, _) | (Choice::Auto, Some(_)) => {
-            return Ok(Selected::new(
-                cuda(&model, context, tier)?,
-                Some("asked for"),
-            ));
+            return Ok(Selected::new(cuda(&model, cache, tier)?, Some("asked for")));
         }
     };
-    check_cache_fits(&model, context)?;
-    let backend = super::cpu::CpuBackend::new(model, context)?;
+    check_cache_fits(&model, cache)?;
+    let backend = super::cpu::CpuBackend::new(model, cache)?;
     Ok(Selected::new(Box::new(backend), Some(&why)))
 }
 
@@ -80,31 +78,23 @@ impl Selected {
 #[cfg(feature = "cuda")]
 fn cuda(
     model: &LoadedModel,
-    context: usize,
+    cache: KvCache,
     tier: Option<Tier>,
 ) -> Result<Box<dyn Backend>, Error> {
-    Ok(Box::new(super::cuda::CudaBackend::new(
-        model, context, tier,
-    )?))
+    Ok(Box::new(super::cuda::CudaBackend::new(model, cache, tier)?))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(_: &LoadedModel, _: usize, _: Option<Tier>) -> Result<Box<dyn Backend>, Error> {
+fn cuda(_: &LoadedModel, _: KvCache, _: Option<Tier>) -> Result<Box<dyn Backend>, Error> {
     Err(Error::Machine("this binary was built without CUDA".into()))
 }
 
 /// Refuses a key/value cache that this machine's memory cannot hold, before it is allocated.
-fn check_cache_fits(model: &LoadedModel, context: usize) -> Result<(), Error> {
-    let config = &model.recipe.config;
-    let needed = [
-        2,
-        config.layers,
-        config.kv_heads,
-        config.head_dim,
-        size_of::<half::f16>(),
-    ]
-    .iter()
-    .try_fold(context, |bytes, factor| bytes.checked_mul(*factor));
+fn check_cache_fits(model: &LoadedModel, cache: KvCache) -> Result<(), Error> {
+    let context = cache.tokens;
+    let needed = cache
+        .bytes(&model.recipe.config)
+        .and_then(|bytes| usize::try_from(bytes).ok());
     let fits = needed.is_some_and(|bytes| {
         // The allocator knows limits that the system's figure does not show.
         available_memory_bytes().is_none_or(|available| bytes as u64 <= available)

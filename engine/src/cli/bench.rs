@@ -90,7 +90,7 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
     } = select(
         args.model.backend.into(),
         model,
-        context,
+        args.model.cache(context),
         args.model.tier.map(Into::into),
     )?;
     let load_seconds = start.elapsed().as_secs_f64();
@@ -164,6 +164,7 @@ pub fn execute(args: BenchArgs) -> Result<ExitCode, Failure> {
         read_gb_per_second: profile.read_bytes_per_second / 1e9,
         floor_tokens_per_second: floor,
         share_of_floor: decode_rate.map(|r| r.mean / floor),
+        memory_bytes: profile.memory_bytes,
         joules_per_token: energy.per_token(args.repeat * args.tokens),
         kernels: profile.kernels,
     };

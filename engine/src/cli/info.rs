@@ -7,15 +7,19 @@ use std::process::ExitCode;
 use clap::Args;
 use engine::Error;
 use engine::backend::cpu::System;
+use engine::backend::{KvCache, LoadedModel};
+use engine::synthetic;
 use engine::weights::ModelFile;
 use models::arch::Config;
 use models::file::Source;
+use models::file::gguf::{DType, Gguf};
+use models::quant::Weight;
 use models::recipe::{Buffer, Recipe, Step};
 use models::weights;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{Failure, model_path, positive, set_threads, stdout_failure};
+use super::{Failure, KvArg, model_path, positive, set_threads, stdout_failure};
 
 /// Show what a model file holds: architecture, sizes, bits a weight, memory on a device.
 ///
@@ -25,16 +29,24 @@ use super::{Failure, model_path, positive, set_threads, stdout_failure};
 pub struct InfoArgs {
     /// GGUF file, Hugging Face folder, file of `edgellm quantize`, or the name of a model in the
     /// catalogue.
-    #[arg(value_name = "FILE", required_unless_present = "system")]
+    #[arg(value_name = "FILE", required_unless_present_any = ["system", "synthetic"])]
     model: Option<PathBuf>,
 
+    /// Random weights of a known shape in the place of a file: see `edgellm synthesize`.
+    #[arg(long, value_name = "SHAPE", conflicts_with = "model")]
+    synthetic: Option<String>,
+
     /// Show this machine instead: what the CPU has and what each operation uses of it.
-    #[arg(long, conflicts_with_all = ["model", "context"])]
+    #[arg(long, conflicts_with_all = ["model", "synthetic", "context"])]
     system: bool,
 
     /// Tokens that the key/value cache shall hold. Without it, as many as the model was trained for.
     #[arg(long, value_name = "TOKENS", value_parser = positive)]
     context: Option<usize>,
+
+    /// How that cache holds numbers.
+    #[arg(long, value_enum, default_value_t = KvArg::K16V16)]
+    kv: KvArg,
 
     /// Print one JSON object.
     #[arg(long)]
@@ -46,6 +58,7 @@ Examples:
   edgellm info model.gguf
   edgellm info Qwen2.5-1.5B-Instruct --context 4096
   edgellm info qwen.edgellm --json
+  edgellm info --synthetic qwen2.5-1.5b --context 100000 --kv k16v8
   EDGELLM_CPU=avx2 edgellm info --system";
 
 /// Tensors of one use.
@@ -77,20 +90,33 @@ struct Report {
     context: usize,
     weight_bytes: u64,
     cache_bytes: u64,
+    /// Activations, those of many tokens at once too, tables, logits.
     buffer_bytes: u64,
+    /// All that the CUDA backend allocates once the context is full; the driver keeps some more for itself.
     device_bytes: u64,
 }
 
 /// Runs the command.
 pub fn execute(args: InfoArgs) -> Result<ExitCode, Failure> {
-    let Some(model) = args.model else {
+    if args.system {
         return system(args.json);
-    };
+    }
     set_threads(None);
-    let mapped = ModelFile::open(&model_path::resolve(Some(&model))?)?;
-    let file = mapped.parse()?;
-    let recipe = mapped.recipe(&file)?;
-    let report = inspect(file.source(), recipe, args.context)?;
+    let report = match &args.synthetic {
+        Some(name) => {
+            let context = args.context.unwrap_or(0);
+            let bytes = synthetic::file(name, context, DType::Q4_0)?;
+            let file = Gguf::parse(&bytes).map_err(Error::from)?;
+            let recipe = models::arch::recipe(&file).map_err(Error::from)?;
+            inspect(&file, recipe, args.context, args.kv)?
+        }
+        None => {
+            let mapped = ModelFile::open(&model_path::resolve(args.model.as_deref())?)?;
+            let file = mapped.parse()?;
+            let recipe = mapped.recipe(&file)?;
+            inspect(file.source(), recipe, args.context, args.kv)?
+        }
+    };
     let text = match args.json {
         true => serde_json::to_string(&report).map_err(Error::machine)? + "\n",
         false => show(&report),
@@ -131,7 +157,12 @@ fn system(json: bool) -> Result<ExitCode, Failure> {
     print(&text)
 }
 
-fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Result<Report, Error> {
+fn inspect(
+    source: &dyn Source,
+    recipe: Recipe,
+    context: Option<usize>,
+    kv: KvArg,
+) -> Result<Report, Error> {
     let context = match context {
         Some(asked) if asked > recipe.config.context => {
             return Err(Error::Input(format!(
@@ -142,14 +173,16 @@ fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Resul
         Some(asked) => asked,
         None => recipe.config.context,
     };
-    let sizes: Vec<(u64, u64)> = recipe
+    let (file_bytes, weights): (Vec<u64>, Vec<Weight>) = recipe
         .weights
         .par_iter()
         .map(|weight| {
             let file = weights::stored_bytes(source, weight)?;
-            Ok((file, weights::decode(source, weight)?.bytes()))
+            Ok((file, weights::decode(source, weight)?))
         })
-        .collect::<Result<_, models::Error>>()?;
+        .collect::<Result<Vec<_>, models::Error>>()?
+        .into_iter()
+        .unzip();
     let uses = uses(&recipe);
     let names = [
         "embedding",
@@ -163,6 +196,9 @@ fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Resul
             ..Kind::default()
         })
         .into();
+    let sizes = file_bytes
+        .into_iter()
+        .zip(weights.iter().map(Weight::bytes));
     for ((weight, (file, loaded)), kind) in recipe.weights.iter().zip(sizes).zip(uses) {
         let kind = &mut kinds[kind];
         kind.tensors += 1;
@@ -174,26 +210,40 @@ fn inspect(source: &dyn Source, recipe: Recipe, context: Option<usize>) -> Resul
     let config = &recipe.config;
     let sum = |of: fn(&Kind) -> u64| kinds.iter().map(of).sum::<u64>();
     let (all, weight_bytes) = (sum(|kind| kind.weights), sum(|kind| kind.loaded_bytes));
-    // Keys and values as halves; counts up to 2^31 each, so no product of the first three overflows.
-    let per_token = 2 * 2 * config.kv_heads as u64 * config.head_dim as u64 * config.layers as u64;
-    let cache_bytes = per_token.saturating_mul(context as u64);
-    let buffer_bytes = 4 * Buffer::ALL
-        .iter()
-        .map(|&buffer| recipe.elems(buffer) as u64)
-        .sum::<u64>();
+    let cache = KvCache {
+        tokens: context,
+        form: kv.into(),
+    };
+    let cache_bytes = cache.bytes(config).unwrap_or(u64::MAX);
+    let bits_per_weight = 8.0 * sum(|kind| kind.file_bytes) as f64 / all.max(1) as f64;
+    let model = LoadedModel { recipe, weights };
+    let besides = weight_bytes.saturating_add(cache_bytes);
+    let device_bytes = device_bytes(&model, cache).unwrap_or_else(|| {
+        let buffers = Buffer::ALL.iter().map(|b| model.recipe.elems(*b) as u64);
+        besides.saturating_add(4 * buffers.sum::<u64>())
+    });
     Ok(Report {
-        bits_per_weight: 8.0 * sum(|kind| kind.file_bytes) as f64 / all.max(1) as f64,
+        bits_per_weight,
         weights: all,
         kinds,
         context,
         weight_bytes,
         cache_bytes,
-        buffer_bytes,
-        device_bytes: weight_bytes
-            .saturating_add(cache_bytes)
-            .saturating_add(buffer_bytes),
-        config: recipe.config,
+        buffer_bytes: device_bytes.saturating_sub(besides),
+        device_bytes,
+        config: model.recipe.config,
     })
+}
+
+/// What the CUDA backend allocates; `None` for a model that its kernels do not run.
+#[cfg(feature = "cuda")]
+fn device_bytes(model: &LoadedModel, cache: KvCache) -> Option<u64> {
+    engine::backend::cuda::memory_bytes(model, cache).ok()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn device_bytes(_: &LoadedModel, _: KvCache) -> Option<u64> {
+    None
 }
 
 /// For each weight, its place among the kinds.

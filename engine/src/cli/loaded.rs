@@ -70,7 +70,7 @@ impl Loaded {
         select(
             Choice::from(args.backend),
             Arc::clone(&self.model),
-            context,
+            args.cache(context),
             args.tier.map(Into::into),
         )
     }

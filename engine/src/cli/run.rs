@@ -177,7 +177,7 @@ pub fn execute(args: RunArgs) -> Result<ExitCode, Failure> {
     let selected = select(
         args.model.backend.into(),
         Arc::new(model?),
-        context,
+        args.model.cache(context),
         args.model.tier.map(Into::into),
     )?;
     let Selected {

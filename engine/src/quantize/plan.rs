@@ -8,6 +8,7 @@ use models::recipe::{Recipe, Step, WeightKind};
 
 use super::{Bits, Head, Options};
 use crate::Error;
+use crate::backend::KvForm;
 use crate::backend::fuse::{self, Op};
 
 /// The form of every weight, in the recipe's order.
@@ -47,7 +48,7 @@ pub fn plan(recipe: &Recipe, options: &Options) -> Result<Vec<StoredWeight>, Err
 
 /// Which INT4 matrices share tiles: those that one kernel of a GPU takes together.
 pub fn packs(recipe: &Recipe, planned: &[StoredWeight]) -> Vec<Pack> {
-    let fused = fuse::fuse(recipe, &|id| planned.get(id)?.int4());
+    let fused = fuse::fuse(recipe, KvForm::default(), &|id| planned.get(id)?.int4());
     let mut packed = HashSet::new();
     let mut packs = Vec::new();
     for op in fused.ops {

@@ -43,6 +43,8 @@ CASES = {
     "qwen2-gptq-32": dict(arch="qwen2", dtype=torch.float16, gptq=dict(group=32, sym=False, v2=False)),
     "llama-gptq-128": dict(arch="llama", dtype=torch.float16, gptq=dict(group=128, sym=True, v2=False), config=PACKED),
     "llama-gptq-v2": dict(arch="llama", dtype=torch.float16, gptq=dict(group=32, sym=False, v2=True)),
+    "qwen2-window": dict(arch="qwen2", dtype=torch.float16, gptq=dict(group=32, sym=False, v2=False),
+                         use_sliding_window=True, sliding_window=7, max_window_layers=1),
 }
 NOT_SETTINGS = ("arch", "dtype", "seed", "shards", "old_config", "bitnet", "awq", "gptq", "config", "rope_theta")
 
@@ -283,6 +285,9 @@ def mistakes(case, model, ids, right):
         "rope_theta": model.config.rope_parameters["rope_theta"] * 1.1})
     if "rope_parameters" in case:
         found["no rope scaling"] = wrong(rope_parameters={"rope_type": "default", "rope_theta": LLAMA3["rope_theta"]})
+    if "sliding_window" in case:
+        found["window one longer"] = wrong(sliding_window=case["sliding_window"] + 1)
+        found["window in the other layer"] = wrong(layer_types=model.config.layer_types[::-1])
     if case["arch"] == "bitnet":
         found["silu gate"] = wrong(hidden_act="silu")
     for part in ("q_norm", "attn_sub_norm", "ffn_sub_norm", "q_proj.bias"):

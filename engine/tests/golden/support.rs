@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use engine::backend::{Backend, Choice, LoadedModel, Tier, select};
+use engine::backend::{Backend, Choice, KvCache, LoadedModel, Tier, select};
 use engine::chat::ChatTemplate;
 use engine::tokenizer::Tokenizer;
 use engine::weights::ModelFile;
@@ -93,12 +93,16 @@ fn cuda_runs(_: Tier) -> Result<(), String> {
 }
 
 /// A backend for `model` on `device`.
-pub fn backend(device: Device, model: &Arc<LoadedModel>, context: usize) -> Box<dyn Backend> {
+pub fn backend(
+    device: Device,
+    model: &Arc<LoadedModel>,
+    cache: impl Into<KvCache>,
+) -> Box<dyn Backend> {
     let (choice, tier) = match device {
         Device::Cpu => (Choice::Cpu, None),
         Device::Cuda(tier) => (Choice::Cuda, Some(tier)),
     };
-    let selected = select(choice, Arc::clone(model), context, tier).expect("backend");
+    let selected = select(choice, Arc::clone(model), cache, tier).expect("backend");
     let info = selected.backend.info();
     match device {
         Device::Cpu => assert_eq!(info.name, "cpu"),

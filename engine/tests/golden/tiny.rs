@@ -12,10 +12,10 @@ const MIN_COSINE: f64 = 0.9999;
 const MAX_RELATIVE: f64 = 0.01;
 
 #[derive(Deserialize)]
-struct Case {
-    name: String,
-    ids: Vec<u32>,
-    vocab: usize,
+pub struct Case {
+    pub name: String,
+    pub ids: Vec<u32>,
+    pub vocab: usize,
 }
 
 on_every_device!(logits_are_those_of_transformers);

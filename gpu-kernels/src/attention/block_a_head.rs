@@ -14,7 +14,7 @@
 //! written by neighbouring lanes: no bank conflicts.
 //!
 //! Wins nowhere: with few heads most multiprocessors have nothing to do. It is here for head
-//! widths that are even but no multiple of 8.
+//! widths that are even but no multiple of 8, and for windows, whose positions are few.
 
 use cuda_std::shared::Shared;
 use cuda_std::{kernel, shared, thread, warp};
@@ -47,10 +47,13 @@ pub fn plan(device: &DeviceInfo, shape: &Shape, ops: &Operands) -> Result<Call, 
         head_dim,
         context,
         scale,
+        window,
     } = shape;
+    call.require(window != Some(0), "window", 0, "it must be above 0")?;
     call.u32((heads / kv_heads) as u32);
     let head_dim = call.dim("head_dim", head_dim)?;
     call.dim("context", context)?;
+    call.u32(shape.window());
     call.f32(scale);
     let shared_bytes = Layout::new(head_dim).bytes();
     call.build(
@@ -251,6 +254,7 @@ pub unsafe fn attention_decode_f16(
     heads_per_kv: u32,
     head_dim: u32,
     context: u32,
+    window: u32,
     scale: f32,
 ) {
     let head = thread::block_idx_x();
@@ -260,7 +264,8 @@ pub unsafe fn attention_decode_f16(
     // SAFETY: a block a head, a multiple of kv heads; the caller promises the position; barriers
     // part the three uses of shared memory, which the plan sized.
     unsafe {
-        let keys = ptx::ld_global_u32(state) + 1;
+        let filled = ptx::ld_global_u32(state) + 1;
+        let keys = filled.min(window);
         let query = q.wrapping_add(head as usize * head_dim as usize);
         let mut d = tid;
         while d < head_dim {
@@ -270,7 +275,8 @@ pub unsafe fn attention_decode_f16(
         }
         thread::sync_threads();
 
-        let kv = (head / heads_per_kv) as usize * context as usize * head_dim as usize;
+        let row = (head / heads_per_kv) as usize * context as usize + (filled - keys) as usize;
+        let kv = row * head_dim as usize;
         let (k, v) = (k_cache.wrapping_add(kv), v_cache.wrapping_add(kv));
         match head_dim.div_ceil(64) {
             1 => warp_share::<1>(k, v, keys, head_dim, smem),
@@ -343,10 +349,12 @@ mod tests {
             head_dim: 64,
             context: 512,
             scale: 0.125,
+            window: None,
         };
         let call = plan(&DeviceInfo::T4, &shape, &ops).unwrap();
         assert_eq!(call.launch.grid, [9, 1, 1]);
-        assert_eq!(call.args[5..], [3, 64, 512, u64::from(0.125f32.to_bits())]);
+        let (all, scale) = (1 << 30, u64::from(0.125f32.to_bits()));
+        assert_eq!(call.args[5..], [3, 64, 512, all, scale]);
         let refused = |shape| plan(&DeviceInfo::T4, &shape, &ops).is_err();
         assert!(refused(Shape {
             kv_heads: 2,
@@ -354,6 +362,10 @@ mod tests {
         }));
         assert!(refused(Shape {
             kv_heads: 0,
+            ..shape
+        }));
+        assert!(refused(Shape {
+            window: Some(0),
             ..shape
         }));
         assert!(refused(Shape {

@@ -7,7 +7,7 @@
 //! | kernel | head widths | how |
 //! |---|---|---|
 //! | [`split`] | multiples of 8, to 128 for values of 8 bits | the context split over blocks, K and V read once for all heads of a kv head |
-//! | [`block_a_head`] | even | a block a query head |
+//! | [`block_a_head`] | even; also with a window | a block a query head |
 //!
 //! The position is read from device memory and the grid does not depend on it: a captured launch
 //! serves every position. Everything is added up in a fixed order: two runs give identical bits.
@@ -42,6 +42,18 @@ pub struct Shape {
     pub context: usize,
     /// Multiplies the scores: `1 / sqrt(Dh)`.
     pub scale: f32,
+    /// The most positions that a token sees, its own included; none for all.
+    pub window: Option<usize>,
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+impl Shape {
+    /// The window as kernels take it: 2^30 is more than any context there is memory for, and leaves room
+    /// above it.
+    fn window(&self) -> u32 {
+        const MOST: usize = 1 << 30;
+        self.window.unwrap_or(MOST).min(MOST) as u32
+    }
 }
 
 /// Buffers of the attention.
@@ -95,7 +107,7 @@ pub fn scratch_bytes(shape: &Shape, tuning: split::Tuning) -> u64 {
     }
 }
 
-/// The launch for this shape: [`split`] wherever it takes the head width, else [`block_a_head`].
+/// The launch for this shape: [`split`] wherever it takes it, else [`block_a_head`].
 ///
 /// # Errors
 /// Heads that kv heads do not divide, an odd or too wide head, a short or misaligned buffer.

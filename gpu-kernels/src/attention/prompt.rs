@@ -1,5 +1,6 @@
 //! Causal grouped-query attention of many tokens on the matrix units, on top of what the cache holds:
-//! `out[t, h] = softmax(scale q[t, h] K^T) V`, keys and values of the positions `0 ..= position + t`.
+//! `out[t, h] = softmax(scale q[t, h] K^T) V`, keys and values of the positions `0 ..= position + t`, or of
+//! a window the last ones of these.
 //!
 //! Shapes: q and out `(T, H, Dh)` f16, caches `(KV, S, Dh)` f16, the T tokens' keys and values
 //! included; head h reads kv head `h / (H/KV)`. The widths that entries are named after are those of
@@ -51,6 +52,8 @@ const CHUNK_ELEMS: u32 = 8;
 const CHUNK_BYTES: u32 = 16;
 /// Steps in shared memory: one is worked on, one on its way.
 const STAGES: u32 = 2;
+/// Below every score, and far enough from the end of the range to be multiplied.
+const LEAST: f32 = -1e30;
 
 /// Buffers of the attention.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -102,10 +105,12 @@ pub fn plan(
         head_dim,
         context,
         scale,
+        window,
     } = shape;
     let mut call = CallBuilder::new(entry(head_dim));
     call.waits();
     super::require_heads(&call, shape)?;
+    call.require(window != Some(0), "window", 0, "it must be above 0")?;
     call.require(
         takes(head_dim),
         "head_dim",
@@ -129,6 +134,7 @@ pub fn plan(
     let head_dim = call.dim("head_dim", head_dim)?;
     call.dim("context", context)?;
     let tokens = call.dim("tokens", tokens)?;
+    call.u32(shape.window());
     call.f32(scale * core::f32::consts::LOG2_E);
     let width = match head_dim {
         ..=64 => 64,
@@ -162,6 +168,8 @@ struct Args {
     head_dim: u32,
     context: u32,
     tokens: u32,
+    /// Positions that a token sees at most.
+    window: u32,
     /// Multiplies the scores, for powers of 2.
     scale: f32,
 }
@@ -245,12 +253,15 @@ unsafe fn attention<const D32: usize, const DT: usize, const KT: usize>(args: &A
     let query = tile * QUERIES + number * WARP_QUERIES + g;
     let end = args.position + args.tokens.min((tile + 1) * QUERIES);
     let steps = end.div_ceil(keys);
+    // What the block's first query sees comes last of what is seen first.
+    let first_step = (args.position + tile * QUERIES + 1).saturating_sub(args.window) / keys;
     let stage = 2 * keys * row_bytes(width);
 
     // SAFETY: the plan checked q, out and the caches for the tokens; a barrier stands between the
     // arrival of a step and its use, and between its use and the next copies to its place.
     unsafe {
-        bring(args, [width, keys], base, 0, 0, end);
+        let at = first_step % STAGES * stage;
+        bring(args, [width, keys], base, at, first_step * keys, end);
         ptx::cp_async_commit();
 
         // Operand A of the scores: of rows g and g + 8 columns 32 j + 8q .. + 8.
@@ -268,9 +279,10 @@ unsafe fn attention<const D32: usize, const DT: usize, const KT: usize>(args: &A
         });
 
         let mut sums = [[0.0f32; 4]; DT];
-        let mut maxima = [f32::NEG_INFINITY; 2];
+        // Finite, as a step may have no key that a query sees.
+        let mut maxima = [LEAST; 2];
         let mut weights = [0.0f32; 2];
-        let mut step = 0;
+        let mut step = first_step;
         while step < steps {
             ptx::cp_async_wait::<0>();
             thread::sync_threads();
@@ -300,19 +312,23 @@ unsafe fn attention<const D32: usize, const DT: usize, const KT: usize>(args: &A
                     scores[N % KT] = mma_k16(a, [b[2], b[3]], scores[N % KT]);
                 });
             });
-            // Keys that come after a query: only where the last of them meet the first of the warp.
-            if (step + 1) * keys > args.position + query - g + 1 {
+            // Keys that come after a query, or so far before it that it no longer sees them: only where
+            // some query of the warp misses a key of the step.
+            let first = args.position + query - g;
+            let ends = (step + 1) * keys > first + 1;
+            if ends || step * keys + args.window < first + WARP_QUERIES {
                 unroll!(N < (KT) => {
                     unroll!(I < 4 => {
                         let key = step * keys + N as u32 * 8 + 2 * q + I as u32 % 2;
-                        if key > args.position + query + I as u32 / 2 * 8 {
+                        // Below 0 for a later key, which is far above any window.
+                        let before = (args.position + query + I as u32 / 2 * 8).wrapping_sub(key);
+                        if before >= args.window {
                             scores[N % KT][I] = f32::NEG_INFINITY;
                         }
                     });
                 });
             }
 
-            // The first key is there for every query, so the maxima are finite from the first step on.
             unroll!(R < 2 => {
                 let mut max = maxima[R];
                 unroll!(N < (KT) => {
@@ -404,6 +420,7 @@ macro_rules! entries {
             head_dim: u32,
             context: u32,
             tokens: u32,
+            window: u32,
             scale: f32,
         ) {
             thread::max_block_threads::<THREADS>();
@@ -412,7 +429,8 @@ macro_rules! entries {
             // SAFETY: the plan checked it.
             let position = unsafe { ptx::ld_global_u32(state) };
             let args = Args {
-                q, k_cache, v_cache, out, position, group, head_dim, context, tokens, scale,
+                q, k_cache, v_cache, out, position, group, head_dim, context, tokens, window,
+                scale,
             };
             // SAFETY: launched as `plan` says.
             unsafe {

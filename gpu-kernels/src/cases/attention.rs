@@ -28,6 +28,13 @@ const BLOCK_A_HEAD: [Geometry; 8] = [
     (1, 1, 2, 3, 2),
 ];
 
+const WINDOWS: [(Geometry, usize); 4] = [
+    ((4, 2, 64, 301, 300), 37),
+    ((2, 1, 34, 40, 37), 1),
+    ((2, 2, 128, 300, 20), 21),
+    ((3, 1, 96, 700, 600), 512),
+];
+
 /// With the tuning of the device: one split up to 256 positions.
 const SPLIT: [Geometry; 22] = [
     (9, 3, 64, 301, 0),
@@ -101,7 +108,8 @@ const V8_LARGE: [Geometry; 3] = [
 /// How to launch.
 #[derive(Clone, Copy, PartialEq)]
 enum How {
-    BlockAHead,
+    /// With a window.
+    BlockAHead(Option<usize>),
     Split(Option<Tuning>),
     /// Values of 8 bits.
     V8,
@@ -109,8 +117,9 @@ enum How {
 
 pub fn cases() -> Vec<Case> {
     let mut cases: Vec<Case> = BLOCK_A_HEAD
-        .map(|geometry| case(geometry, How::BlockAHead))
+        .map(|geometry| case(geometry, How::BlockAHead(None)))
         .into();
+    cases.extend(WINDOWS.map(|(geometry, window)| case(geometry, How::BlockAHead(Some(window)))));
     cases.extend(SPLIT.map(|geometry| case(geometry, How::Split(None))));
     cases.extend(V8.map(|geometry| case(geometry, How::V8)));
     cases.extend(TUNED.map(|(geometry, tuning)| case(geometry, How::Split(Some(tuning)))));
@@ -122,7 +131,7 @@ pub fn large() -> Vec<Case> {
         .map(|geometry| case(geometry, How::Split(None)))
         .into();
     cases.extend(V8_LARGE.map(|geometry| case(geometry, How::V8)));
-    cases.push(case((9, 3, 64, 8192, 8000), How::BlockAHead));
+    cases.push(case((9, 3, 64, 8192, 8000), How::BlockAHead(None)));
     cases
 }
 
@@ -131,7 +140,12 @@ fn case(geometry: Geometry, how: How) -> Case {
     let mut shape =
         format!("H={heads} KV={kv_heads} Dh={head_dim} S={context} position={position}");
     let kernel = match how {
-        How::BlockAHead => "attention_decode_f16",
+        How::BlockAHead(window) => {
+            if let Some(window) = window {
+                shape.push_str(&format!(" window={window}"));
+            }
+            "attention_decode_f16"
+        }
         How::Split(tuning) => {
             if let Some(Tuning { splits, min_tiles }) = tuning {
                 shape.push_str(&format!(" splits={splits} min_tiles={min_tiles}"));
@@ -155,8 +169,14 @@ fn attention(
     let elems = kv_heads * context * head_dim;
     let mut k_cache = inputs.halves(elems, 1.0);
     let mut v_cache = inputs.halves(elems, 1.0);
+    let window = match how {
+        How::BlockAHead(window) => window,
+        _ => None,
+    };
+    let oldest = (position + 1).saturating_sub(window.unwrap_or(usize::MAX));
     for cache in [&mut k_cache, &mut v_cache] {
         for head in cache.chunks_exact_mut(context * head_dim) {
+            head[..oldest * head_dim].fill(f16::NAN);
             head[(position + 1) * head_dim..].fill(f16::NAN);
         }
     }
@@ -176,11 +196,12 @@ fn attention(
         head_dim,
         context,
         scale,
+        window,
     };
     let info = device.info();
     let got = same_twice(device, |device| {
         let tuning = match how {
-            How::BlockAHead => None,
+            How::BlockAHead(_) => None,
             How::Split(Some(tuning)) => Some(tuning),
             How::Split(None) | How::V8 => Some(Tuning::of(&info, &shape)),
         };
@@ -226,6 +247,7 @@ fn attention(
         capacity: context,
         position,
         scale,
+        window,
     };
     let mut want = vec![0.0; q.len()];
     if how == How::V8 {
@@ -236,7 +258,7 @@ fn attention(
         cpu_kernels::attention::reference(&q, &k_cache, &v_cache, &mut want, &reference);
     }
     let bound = match how {
-        How::BlockAHead => SOFTMAX,
+        How::BlockAHead(_) => SOFTMAX,
         How::Split(_) | How::V8 => MATRIX_SOFTMAX,
     };
     within(&got, &want, bound)

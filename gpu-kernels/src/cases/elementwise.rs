@@ -370,6 +370,7 @@ fn rope_kv_append(
             sin: device.put_f32(&sin)?,
             k_cache: device.put_f16(&k_cache)?,
             v_cache: device.put_f16(&v_cache)?,
+            v_scales: DeviceSlice::NONE,
             state: device.put_u32(&[position as u32])?,
         };
         let shape = rope_kv_append::Shape {

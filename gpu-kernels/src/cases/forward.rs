@@ -135,6 +135,7 @@ fn reference_layer(
         capacity: CONTEXT,
         position,
         scale: SCALE,
+        window: None,
     };
     let mut attended = vec![0.0; HEADS * HEAD_DIM];
     cpu_kernels::attention::reference(&q, k_cache, v_cache, &mut attended, &shape);
@@ -289,6 +290,7 @@ impl Builder<'_> {
             head_dim: HEAD_DIM,
             context: CONTEXT,
             scale: SCALE,
+            window: None,
         };
         let out = self.floats(HEADS * HEAD_DIM)?;
         let tuning = attention::split::Tuning::of(&info, &shape);

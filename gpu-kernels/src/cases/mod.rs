@@ -19,6 +19,7 @@ mod prompt;
 mod read;
 mod sample;
 mod top;
+mod values;
 
 use thiserror::Error;
 
@@ -143,6 +144,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(linear_mma::cases());
     cases.extend(gemm::cases());
     cases.extend(prompt::cases());
+    cases.extend(values::cases());
     cases.extend(linear_heads::cases());
     cases.extend(attention::cases());
     cases.extend(sample::cases());

@@ -37,6 +37,14 @@ const ATTENTION: [Geometry; 14] = [
     (2, 1, 104, 20, 0, 19),
 ];
 
+const WINDOWS: [(Geometry, usize); 5] = [
+    ((2, 1, 64, 300, 0, 290), 100),
+    ((3, 1, 64, 300, 150, 140), 16),
+    ((2, 2, 96, 200, 100, 90), 1),
+    ((2, 1, 128, 200, 0, 150), 64),
+    ((1, 1, 80, 260, 190, 65), 129),
+];
+
 const LARGE: [Geometry; 5] = [
     (12, 2, 128, 2100, 0, 2000),
     (14, 2, 64, 700, 0, 513),
@@ -56,15 +64,27 @@ const ROPE: [(Geometry, bool, bool); 6] = [
 ];
 
 pub fn cases() -> Vec<Case> {
-    let mut cases: Vec<Case> = ATTENTION.into_iter().map(attention_case).collect();
-    cases.extend(ROPE.map(|(geometry, norms, in_tiles)| {
+    let mut cases: Vec<Case> = ATTENTION
+        .map(|geometry| attention_case(geometry, None))
+        .into();
+    cases.extend(WINDOWS.map(|(geometry, window)| attention_case(geometry, Some(window))));
+    for (geometry, norms, in_tiles) in ROPE {
         let mut shape = name(geometry);
         shape.push_str(if norms { " norms" } else { "" });
         shape.push_str(if in_tiles { " tiles, bias" } else { "" });
-        Case::new("rope_kv_append_tokens_f16", shape, move |device| {
-            rope(device, geometry, norms, in_tiles)
-        })
-    }));
+        cases.push(Case::new(
+            "rope_kv_append_tokens_f16",
+            shape.clone(),
+            move |device| rope(device, geometry, norms, in_tiles, false),
+        ));
+        if geometry.2 % 4 == 0 && geometry.2 <= 128 {
+            cases.push(Case::new(
+                "rope_kv_append_tokens_v8",
+                shape,
+                move |device| rope(device, geometry, norms, in_tiles, true),
+            ));
+        }
+    }
     cases.extend(
         [(1, 576), (3, 160), (2, 4), (2, 5120)].map(|(tokens, width)| {
             let shape = format!("T={tokens} D={width}");
@@ -77,17 +97,21 @@ pub fn cases() -> Vec<Case> {
 }
 
 pub fn large() -> Vec<Case> {
-    LARGE.into_iter().map(attention_case).collect()
+    LARGE.map(|geometry| attention_case(geometry, None)).into()
 }
 
 fn name((heads, kv_heads, head_dim, context, position, tokens): Geometry) -> String {
     format!("T={tokens} H={heads} KV={kv_heads} Dh={head_dim} S={context} position={position}")
 }
 
-fn attention_case(geometry: Geometry) -> Case {
+fn attention_case(geometry: Geometry, window: Option<usize>) -> Case {
     let kernel = attention::prompt::entry(geometry.2);
-    Case::new(kernel, name(geometry), move |device| {
-        attend(device, geometry)
+    let mut shape = name(geometry);
+    if let Some(window) = window {
+        shape.push_str(&format!(" window={window}"));
+    }
+    Case::new(kernel, shape, move |device| {
+        attend(device, geometry, window)
     })
 }
 
@@ -98,6 +122,7 @@ fn to_floats(halves: Vec<f16>) -> Vec<f32> {
 fn attend(
     device: &mut dyn Device,
     (heads, kv_heads, head_dim, context, position, tokens): Geometry,
+    window: Option<usize>,
 ) -> Result<f64, CaseError> {
     let mut inputs = Inputs::new(31);
     let q = inputs.halves(tokens * heads * head_dim, 2.0);
@@ -117,6 +142,7 @@ fn attend(
             head_dim,
             context,
             scale,
+            window,
         };
         let ops = attention::prompt::Operands {
             q: device.put_f16(&q)?,
@@ -140,6 +166,7 @@ fn attend(
             capacity: context,
             position: position + token,
             scale,
+            window,
         };
         let q = &q[token * width..][..width];
         cpu_kernels::attention::reference(q, &k_cache, &v_cache, want, &reference);
@@ -153,6 +180,7 @@ fn rope(
     (heads, kv_heads, head_dim, context, position, tokens): Geometry,
     norms: bool,
     in_tiles: bool,
+    of_8_bits: bool,
 ) -> Result<f64, CaseError> {
     const GAP: usize = 3;
     let mut inputs = Inputs::new(32);
@@ -163,6 +191,8 @@ fn rope(
     let gains = norms.then(|| [0, 1].map(|_| inputs.floats(head_dim, 1.0)));
     let elems = kv_heads * context * head_dim;
     let (k_before, v_before) = (inputs.halves(elems, 1.0), inputs.halves(elems, 1.0));
+    let mut levels: Vec<i8> = (0..elems).map(|_| inputs.u64() as i8).collect();
+    let mut scales = inputs.halves(kv_heads * context, 1.0);
     let angles: Vec<f32> = (0..context * (head_dim / 2))
         .map(|_| 4.0 * inputs.unit())
         .collect();
@@ -200,7 +230,14 @@ fn rope(
             sin: device.put_f32(&sin)?,
             turned: device.uninit((tokens * widths[0]) as u64 * 2)?,
             k_cache: device.put_f16(&k_before)?,
-            v_cache: device.put_f16(&v_before)?,
+            v_cache: match of_8_bits {
+                true => device.put_i8(&levels)?,
+                false => device.put_f16(&v_before)?,
+            },
+            v_scales: match of_8_bits {
+                true => device.put_f16(&scales)?,
+                false => DeviceSlice::NONE,
+            },
             state: device.put_u32(&[position as u32])?,
         };
         let shape = rope_kv_append::Shape {
@@ -211,9 +248,14 @@ fn rope(
         };
         let info = device.info();
         device.run(&rope_kv_append::tokens::plan(&info, &shape, tokens, &ops)?)?;
-        let mut got = Vec::new();
-        for halves in [ops.turned, ops.k_cache, ops.v_cache] {
-            got.extend(to_floats(device.take_f16(halves)?));
+        let mut got = to_floats(device.take_f16(ops.turned)?);
+        got.extend(to_floats(device.take_f16(ops.k_cache)?));
+        if of_8_bits {
+            got.extend(to_floats(device.take_f16(ops.v_scales)?));
+            let levels = device.download(ops.v_cache)?;
+            got.extend(levels.into_iter().map(|byte| f32::from(byte as i8)));
+        } else {
+            got.extend(to_floats(device.take_f16(ops.v_cache)?));
         }
         Ok(got)
     })?;
@@ -245,12 +287,23 @@ fn rope(
     cpu_kernels::rope::reference(&mut q, heads, head_dim, &cos, &sin, position);
     cpu_kernels::rope::reference(&mut k, kv_heads, head_dim, &cos, &sin, position);
     let mut want = q;
-    for (values, mut cache) in [(k, k_before), (v, v_before)] {
+    let appended = |values: &[f32], mut cache: Vec<f16>| {
         let (cache_of, at) = (&mut cache, position);
-        cpu_kernels::kv_append::reference(&values, cache_of, kv_heads, context, head_dim, at);
-        want.extend(to_floats(cache));
+        cpu_kernels::kv_append::reference(values, cache_of, kv_heads, context, head_dim, at);
+        to_floats(cache)
+    };
+    want.extend(appended(&k, k_before));
+    if !of_8_bits {
+        want.extend(appended(&v, v_before));
+        return within(&got, &want, ROUNDED_TO_HALF);
     }
-    within(&got, &want, ROUNDED_TO_HALF)
+    let error = within(&got[..want.len()], &want, ROUNDED_TO_HALF)?;
+    let (caches, at) = ((&mut levels, &mut scales), position);
+    cpu_kernels::kv_append::reference_int8(&v, caches.0, caches.1, kv_heads, context, head_dim, at);
+    let exact = &got[want.len()..];
+    let mut want = to_floats(scales);
+    want.extend(levels.into_iter().map(f32::from));
+    Ok(error.max(within(exact, &want, 0.0)?))
 }
 
 fn norm(device: &mut dyn Device, tokens: usize, width: usize) -> Result<f64, CaseError> {

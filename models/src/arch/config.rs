@@ -42,6 +42,41 @@ pub struct Config {
     pub tied: bool,
     /// The input of every linear layer is rounded to 8 bits, a scale a token (BitNet).
     pub int8_activations: bool,
+    /// Where attention does not see all of a context.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<Window>,
+}
+
+/// Layers whose attention sees the last tokens only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    /// How many, the newest included; at least 1.
+    pub tokens: usize,
+    /// Which layers.
+    pub layers: WindowLayers,
+}
+
+/// Layers with a window.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WindowLayers {
+    /// This one and all after it.
+    From(usize),
+    /// Of each layer, whether it has one.
+    Listed(Vec<bool>),
+}
+
+impl Config {
+    /// The most tokens that attention sees in a layer, the newest included; none where it sees all of a
+    /// context.
+    pub fn window_of(&self, layer: usize) -> Option<usize> {
+        let window = self.window.as_ref()?;
+        let has_one = match &window.layers {
+            WindowLayers::From(first) => layer >= *first,
+            WindowLayers::Listed(layers) => layers.get(layer) == Some(&true),
+        };
+        (has_one && window.tokens < self.context).then_some(window.tokens)
+    }
 }
 
 /// A setting that every format has, under a key of its own.
@@ -152,6 +187,7 @@ pub(crate) fn read(keys: &dyn Keys, architecture: &str, vocab: usize) -> Result<
         norm_eps,
         tied: false,
         int8_activations: false,
+        window: None,
     })
 }
 

@@ -279,6 +279,7 @@ impl Builder<'_> {
                 query: Buffer::Query,
                 dst: Buffer::Attended,
                 scale: (1.0 / (head_dim as f64).sqrt()) as f32,
+                window: self.config.window_of(layer),
             },
         ]);
         // The queries were read: their buffer has the width that the sub-norm needs.

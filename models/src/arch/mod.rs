@@ -8,7 +8,7 @@ mod names;
 pub mod qwen2;
 pub mod qwen3;
 
-pub use config::{Config, Stretch};
+pub use config::{Config, Stretch, Window, WindowLayers};
 pub(crate) use config::{Field, Keys, MAX_DIMENSION, positive, read};
 pub use names::hugging_face_name;
 

@@ -5,10 +5,10 @@ use cpu_kernels::isa::Isa;
 use cpu_kernels::levels::{self, Levels};
 use cpu_kernels::linear::{self, Input, Packed, lookup};
 use cpu_kernels::team::{SharedSlice, split};
-use cpu_kernels::{add, embed, kv_append, relu2_glu, rmsnorm, rope, round_int8, swiglu};
-use half::f16;
+use cpu_kernels::{add, embed, relu2_glu, rmsnorm, rope, round_int8, swiglu};
 use models::recipe::{Buffer, Step, WeightId};
 
+use super::cache::SharedCache;
 use super::operands::Operand;
 use super::program::{Cut, Op, Program};
 
@@ -35,7 +35,7 @@ pub(super) struct Job<'a> {
     pub(super) cos: &'a [f32],
     pub(super) sin: &'a [f32],
     pub(super) activations: SharedSlice<'a, f32>,
-    pub(super) cache: SharedSlice<'a, f16>,
+    pub(super) cache: SharedCache<'a>,
 }
 
 impl Job<'_> {
@@ -51,13 +51,6 @@ impl Job<'_> {
         let buffer = self.buffer(buffer);
         // SAFETY: the caller excludes writers.
         unsafe { buffer.slice(0..buffer.len()) }
-    }
-
-    /// Keys (0) or values (1) of a layer.
-    fn layer_cache(&self, layer: usize, which: usize) -> SharedSlice<'_, f16> {
-        let elems = self.shape.kv_heads * self.context * self.shape.head_dim;
-        let start = (2 * layer + which) * elems;
-        self.cache.part(start..start + elems)
     }
 
     fn vector(&self, id: WeightId) -> &[f32] {
@@ -189,16 +182,14 @@ impl Job<'_> {
             }
             Step::KvAppend { layer, key, value } => {
                 let (dh, heads) = (self.shape.head_dim, self.shape.kv_heads);
-                for (which, buffer) in [key, value].into_iter().enumerate() {
-                    let (cache, buffer) = (self.layer_cache(layer, which), self.buffer(buffer));
-                    for unit in split(tokens * heads, 1, part, parts) {
-                        let (token, head) = (unit / heads, unit % heads);
-                        let place = (head * self.context + self.position + token) * dh;
-                        // SAFETY: a head of this share, and its own place in the cache.
-                        unsafe {
-                            let values = buffer.slice(unit * dh..(unit + 1) * dh);
-                            kv_append::part(values, cache.slice_mut(place..place + dh));
-                        }
+                let buffers = [key, value].map(|buffer| self.buffer(buffer));
+                for unit in split(tokens * heads, 1, part, parts) {
+                    let (token, head) = (unit / heads, unit % heads);
+                    let row = head * self.context + self.position + token;
+                    // SAFETY: a head of this share, and its own place in the cache.
+                    unsafe {
+                        let own = buffers.map(|buffer| buffer.slice(unit * dh..(unit + 1) * dh));
+                        self.cache.append(layer, row, own);
                     }
                 }
             }
@@ -207,16 +198,16 @@ impl Job<'_> {
                 query,
                 dst,
                 scale,
+                window,
             } => {
                 let (dh, heads) = (self.shape.head_dim, self.shape.heads);
                 let shape = AttentionShape {
                     scale,
+                    window,
                     ..self.shape
                 };
-                let (keys, values) = (self.layer_cache(layer, 0), self.layer_cache(layer, 1));
                 // SAFETY: the cache was complete before this phase.
-                let (keys, values) =
-                    unsafe { (keys.slice(0..keys.len()), values.slice(0..values.len())) };
+                let (keys, values) = unsafe { self.cache.layer(layer) };
                 let (query, dst) = (self.buffer(query), self.buffer(dst));
                 // The heads that read the same keys and values go together.
                 let per_kv = heads / self.shape.kv_heads;

@@ -3,11 +3,13 @@
 use cpu_kernels::attention;
 use cpu_kernels::linear::ternary::Form;
 use cpu_kernels::{add, embed, kv_append, linear, relu2_glu, rmsnorm, rope, round_int8, swiglu};
+use half::f16;
 use models::file::gguf::{DType, Gguf};
 use models::quant::Weight;
 use models::recipe::{Step, WeightId};
 use models::synthetic::{self, Options, Shape};
 
+use super::super::KvForm;
 use super::*;
 
 fn model(shape: &str, linear: DType, embedding: DType) -> Arc<LoadedModel> {
@@ -45,7 +47,8 @@ fn with_form(
     form: Form,
 ) -> CpuBackend {
     let tuned = Tuned::forced(form);
-    CpuBackend::with(model.clone(), context, isa, threads, &tuned, "test".into()).unwrap()
+    let why = "test".into();
+    CpuBackend::with(model.clone(), context.into(), isa, threads, &tuned, why).unwrap()
 }
 
 fn tokens(model: &LoadedModel, count: usize) -> Vec<u32> {
@@ -56,7 +59,7 @@ fn tokens(model: &LoadedModel, count: usize) -> Vec<u32> {
 }
 
 /// Logits of the last token by the references alone, all tokens at once.
-fn reference_logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
+fn reference_logits(model: &LoadedModel, tokens: &[u32], form: KvForm) -> Vec<f32> {
     let (recipe, c) = (&model.recipe, &model.recipe.config);
     let t = tokens.len();
     let (cos, sin) = recipe.rope_tables(t);
@@ -65,7 +68,8 @@ fn reference_logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
         .map(|&b| vec![f32::NAN; t * recipe.elems(b)])
         .collect();
     let cache = vec![f16::NAN; c.kv_heads * t * c.head_dim];
-    let mut caches = vec![(cache.clone(), cache); c.layers];
+    let bytes = (vec![0; cache.len()], vec![f16::NAN; c.kv_heads * t]);
+    let mut caches = vec![(cache.clone(), cache, bytes); c.layers];
     let vector = |id: WeightId| match &model.weights[id] {
         Weight::Vector(v) => v.as_slice(),
         _ => panic!("not a vector"),
@@ -119,17 +123,20 @@ fn reference_logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
                 rope::reference(x, heads, c.head_dim, &cos, &sin, 0);
             }
             Step::KvAppend { layer, key, value } => {
-                let (k, v) = &mut caches[layer];
+                let (k, v, (levels, scales)) = &mut caches[layer];
                 for (cache, buffer) in [(k, key), (v, value)] {
                     let x = &buffers[buffer as usize];
                     kv_append::reference(x, cache, c.kv_heads, t, c.head_dim, 0);
                 }
+                let v = &buffers[value as usize];
+                kv_append::reference_int8(v, levels, scales, c.kv_heads, t, c.head_dim, 0);
             }
             Step::Attention {
                 layer,
                 query,
                 dst,
                 scale,
+                window,
             } => {
                 let shape = AttentionShape {
                     heads: c.heads,
@@ -138,9 +145,15 @@ fn reference_logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
                     capacity: t,
                     position: 0,
                     scale,
+                    window,
                 };
-                let (q, (k, v)) = (buffers[query as usize].clone(), &caches[layer]);
-                attention::reference(&q, k, v, &mut buffers[dst as usize], &shape);
+                let (q, (k, v, (levels, scales))) =
+                    (buffers[query as usize].clone(), &caches[layer]);
+                let out = &mut buffers[dst as usize];
+                match form {
+                    KvForm::K16V16 => attention::reference(&q, k, v, out, &shape),
+                    KvForm::K16V8 => attention::reference_int8(&q, k, levels, scales, out, &shape),
+                }
             }
             Step::SwiGlu { gate, up, dst } => {
                 let (gate, up) = (buffers[gate as usize].clone(), buffers[up as usize].clone());
@@ -202,7 +215,7 @@ fn logits_are_those_of_the_references() {
     for (shape, linear, embedding) in MODELS {
         let model = model(shape, linear, embedding);
         let tokens = tokens(&model, CHUNK_TOKENS + 5);
-        let expected = reference_logits(&model, &tokens);
+        let expected = reference_logits(&model, &tokens, KvForm::K16V16);
         for isa in Isa::available() {
             for threads in [1, 2, 3] {
                 let mut backend = backend(&model, tokens.len(), isa, threads);
@@ -217,6 +230,27 @@ fn logits_are_those_of_the_references() {
                     "{what}"
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn values_of_8_bits_give_the_logits_of_the_references() {
+    for (shape, linear, embedding) in MODELS {
+        let model = model(shape, linear, embedding);
+        let tokens = tokens(&model, CHUNK_TOKENS + 5);
+        let expected = reference_logits(&model, &tokens, KvForm::K16V8);
+        for isa in Isa::available() {
+            let cache = KvCache {
+                tokens: tokens.len(),
+                form: KvForm::K16V8,
+            };
+            let (tuned, why) = (Tuned::forced(Form::Multiply), "test".to_owned());
+            let mut backend = CpuBackend::with(model.clone(), cache, isa, 2, &tuned, why).unwrap();
+            backend.prefill(&tokens).unwrap();
+            let what = format!("{shape} {linear:?} {isa}");
+            // A value that rounds to the level beside shows here.
+            assert_close(&backend.logits().unwrap(), &expected, 1e-3, &what);
         }
     }
 }
@@ -293,10 +327,10 @@ fn what_cannot_be_appended_is_an_input_error_and_changes_nothing() {
 #[test]
 fn a_context_that_fits_no_memory_is_an_error() {
     let model = model("tiny", DType::Q4_0, DType::Q8_0);
-    let new = |context| {
+    let new = |context: usize| {
         CpuBackend::with(
             model.clone(),
-            context,
+            context.into(),
             Isa::selected(),
             1,
             &Tuned::forced(Form::Multiply),
@@ -319,7 +353,8 @@ fn weights_that_do_not_fit_the_recipe_are_refused() {
             weights,
         });
         let tuned = Tuned::forced(Form::Multiply);
-        let error = CpuBackend::with(broken, 8, Isa::selected(), 1, &tuned, "test".into()).err();
+        let error =
+            CpuBackend::with(broken, 8.into(), Isa::selected(), 1, &tuned, "test".into()).err();
         let Some(Error::Input(message)) = error else {
             panic!("{error:?}")
         };
@@ -403,7 +438,7 @@ fn forms_of_ternary_weights_give_the_same_bits() {
     let model = tiny_bitnet();
     assert!(model.recipe.config.int8_activations);
     let tokens = tokens(&model, CHUNK_TOKENS + 9);
-    let expected = reference_logits(&model, &tokens);
+    let expected = reference_logits(&model, &tokens, KvForm::K16V16);
     for isa in Isa::available() {
         let mut of_isa: Option<Vec<f32>> = None;
         for form in Form::ALL {

@@ -1,6 +1,7 @@
 //! The GPU: its context, the kernels of the chosen tier, and its memory.
 
 use std::collections::BTreeMap;
+use std::iter;
 use std::sync::Arc;
 
 use cust::context::{Context, CurrentContext};
@@ -12,8 +13,9 @@ use cust::sys;
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
 use gpu_kernels::tuned::Tuned;
 
+use super::growing::Growing;
 use super::launch::Kernels;
-use super::plan::Memory;
+use super::plan::{Counter, Memory, bytes_of};
 use super::ptx::TIERS;
 use crate::Error;
 use crate::backend::Tier;
@@ -45,18 +47,27 @@ fn attribute(device: Device, attribute: DeviceAttribute) -> Result<u32, Error> {
     u32::try_from(value).map_err(|_| Error::machine(format!("CUDA gave {value} for {attribute:?}")))
 }
 
-/// Shared memory that a block can have if its launch asks for it.
-fn most_shared_bytes(device: Device) -> Result<u32, Error> {
-    // `cust` has no name for it.
-    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-    let mut bytes = 0;
-    // SAFETY: `bytes` is a valid place for the answer.
-    let asked = unsafe { sys::cuDeviceGetAttribute(&mut bytes, attribute, device.as_raw()) };
+/// An attribute that `cust` has no name for.
+fn raw_attribute(device: Device, attribute: sys::CUdevice_attribute) -> Result<u32, Error> {
+    let mut value = 0;
+    // SAFETY: `value` is a valid place for the answer.
+    let asked = unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device.as_raw()) };
     if asked != sys::CUresult::CUDA_SUCCESS {
         return Err(failed("asking the CUDA device", CudaError::UnknownError));
     }
-    u32::try_from(bytes)
-        .map_err(|_| Error::machine(format!("CUDA gave {bytes} bytes of shared memory")))
+    u32::try_from(value).map_err(|_| Error::machine(format!("CUDA gave {value} for {attribute:?}")))
+}
+
+/// Shared memory that a block can have if its launch asks for it.
+fn most_shared_bytes(device: Device) -> Result<u32, Error> {
+    use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as BYTES;
+    raw_attribute(device, BYTES)
+}
+
+/// Whether memory can be mapped to addresses that were reserved before.
+fn maps_memory(device: Device) -> Result<bool, Error> {
+    use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED as MAPS;
+    Ok(raw_attribute(device, MAPS)? != 0)
 }
 
 fn capability_of(device: Device) -> Result<u32, Error> {
@@ -78,6 +89,28 @@ pub fn capability() -> Result<u32, Error> {
     capability_of(first_device()?)
 }
 
+/// What plans know of a device with the kernels of `tier`.
+fn info_of(device: Device, tier: Tier) -> Result<DeviceInfo, Error> {
+    Ok(DeviceInfo {
+        multiprocessors: attribute(device, DeviceAttribute::MultiprocessorCount)?,
+        shared_bytes_per_block: most_shared_bytes(device)?,
+        // Plans choose among what the loaded PTX has, which may be less than the device can.
+        compute_capability: tier.capability(),
+        warpgroup_products: tier.has_warpgroup_products(),
+    })
+}
+
+/// What plans know of device 0 with the kernels that it would be given.
+///
+/// # Errors
+/// As [`Gpu::open`].
+pub(super) fn info() -> Result<DeviceInfo, Error> {
+    let device = first_device()?;
+    let built: Vec<Tier> = TIERS.iter().map(|(tier, _)| *tier).collect();
+    let tier = choose_tier(&built, capability_of(device)?, None, &name_of(device)?)?;
+    info_of(device, tier)
+}
+
 /// One device with its stream and the kernels of one tier.
 #[derive(Debug)]
 pub struct Gpu {
@@ -87,6 +120,7 @@ pub struct Gpu {
     name: String,
     info: DeviceInfo,
     tier: Tier,
+    maps_memory: bool,
     tuned: Tuned,
     context: Context,
 }
@@ -117,13 +151,7 @@ impl Gpu {
     pub fn with_kernels(tier: Tier, ptx: &str) -> Result<Arc<Gpu>, Error> {
         let device = first_device()?;
         let name = name_of(device)?;
-        let info = DeviceInfo {
-            multiprocessors: attribute(device, DeviceAttribute::MultiprocessorCount)?,
-            shared_bytes_per_block: most_shared_bytes(device)?,
-            // Plans choose among what the loaded PTX has, which may be less than the device can.
-            compute_capability: tier.capability(),
-            warpgroup_products: tier.has_warpgroup_products(),
-        };
+        let info = info_of(device, tier)?;
         let context = Context::new(device).map_err(|e| failed("creating a CUDA context", e))?;
         let stream = Stream::new(StreamFlags::DEFAULT, None)
             .map_err(|e| failed("creating a CUDA stream", e))?;
@@ -141,6 +169,7 @@ impl Gpu {
             name,
             info,
             tier,
+            maps_memory: maps_memory(device)?,
             context,
         }))
     }
@@ -263,6 +292,9 @@ pub struct DeviceMemory {
     gpu: Arc<Gpu>,
     /// By address.
     buffers: BTreeMap<u64, DeviceBuffer<u8>>,
+    growing: Vec<Growing>,
+    /// Rows of all that grows that there is memory for.
+    rows: usize,
 }
 
 impl DeviceMemory {
@@ -271,7 +303,26 @@ impl DeviceMemory {
         DeviceMemory {
             gpu: Arc::clone(gpu),
             buffers: BTreeMap::new(),
+            growing: Vec::new(),
+            rows: usize::MAX,
         }
+    }
+
+    /// Sees to it that there is memory for the first `rows` rows of what grows.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] if there is no memory left.
+    pub(super) fn make_room(&mut self, rows: usize) -> Result<(), Error> {
+        if rows <= self.rows {
+            return Ok(());
+        }
+        self.gpu.make_current()?;
+        let mut reach = usize::MAX;
+        for growing in &mut self.growing {
+            reach = reach.min(growing.grow(rows)?);
+        }
+        self.rows = reach;
+        Ok(())
     }
 
     /// The part of an allocation that `slice` names.
@@ -373,12 +424,47 @@ impl Memory for DeviceMemory {
             bytes,
         })
     }
+
+    /// In one range of addresses, so that buffers share the pages at their ends.
+    fn reserve_rows(
+        &mut self,
+        count: usize,
+        strips: usize,
+        rows: usize,
+        row_bytes: usize,
+    ) -> Result<Vec<DeviceSlice>, Error> {
+        let bytes = bytes_of(&[strips, rows, row_bytes])?;
+        if !self.gpu.maps_memory {
+            return iter::repeat_with(|| self.reserve(bytes))
+                .take(count)
+                .collect();
+        }
+        let stride = bytes.checked_next_multiple_of(Counter::ALIGN);
+        let stride = stride.filter(|stride| stride.checked_mul(count as u64).is_some());
+        let stride = stride.ok_or_else(|| Error::input("the cache does not fit 2^64 bytes"))?;
+        let buffers = (0..count as u64).map(|i| i * stride);
+        let strip_bytes = (rows * row_bytes) as u64;
+        let starts = buffers
+            .clone()
+            .flat_map(|start| (0..strips as u64).map(move |strip| start + strip * strip_bytes));
+        self.gpu.make_current()?;
+        let growing = Growing::reserve(starts.collect(), rows, row_bytes as u64)?;
+        let slices = buffers.map(|start| DeviceSlice {
+            address: growing.base() + start,
+            bytes,
+        });
+        let slices = slices.collect();
+        self.growing.push(growing);
+        self.rows = 0;
+        Ok(slices)
+    }
 }
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        // The buffers are freed next, in the current context.
+        // The buffers are freed next, in the current context, and what grows wants no work under way.
         let _ = self.gpu.make_current();
+        let _ = self.gpu.synchronize();
     }
 }
 

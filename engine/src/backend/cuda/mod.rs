@@ -14,9 +14,13 @@
 //! was chosen, steps are queued [`ahead::AHEAD`] tokens ahead of it: the device never waits for the
 //! host, and only token ids cross the bus. A caller that appends another token after all, or wants
 //! logits, has the position set back; what was computed too much is overwritten.
+//!
+//! The cache's addresses are those of its whole capacity; memory comes to them as positions are reached,
+//! where the driver can do that, and stays.
 
 mod ahead;
 pub mod device;
+mod growing;
 pub mod launch;
 pub mod plan;
 mod profile;
@@ -26,14 +30,15 @@ mod ptx;
 use std::sync::Arc;
 
 use cust::memory::bytemuck;
-use gpu_kernels::launch::DeviceSlice;
+use gpu_kernels::launch::{DeviceInfo, DeviceSlice};
+use gpu_kernels::tuned::Tuned;
 use models::recipe::Buffer;
 
 use self::ahead::{AHEAD, TokenReader};
 use self::device::{DeviceMemory, Gpu};
 use self::launch::Graph;
 use self::plan::{Counter, Plan};
-use super::{Backend, BackendInfo, LoadedModel, Profile, Tier};
+use super::{Backend, BackendInfo, KvCache, LoadedModel, Profile, Tier};
 use crate::Error;
 use crate::sampler::{self, Sampling};
 
@@ -57,6 +62,26 @@ pub fn available() -> Result<(), String> {
 
 pub use cuda_driver::EnergyMeter;
 
+/// Bytes of device memory that `model` takes with a full cache on the GPU of this machine, or where there
+/// is none on an H100: what a backend allocates, without what the driver keeps for itself.
+///
+/// # Errors
+/// [`Error::Input`] for a model that the kernels cannot run.
+pub fn memory_bytes(model: &LoadedModel, cache: KvCache) -> Result<u64, Error> {
+    let device = device::info().unwrap_or(H100);
+    let mut counter = Counter::default();
+    plan::compile(model, cache, &device, &Tuned::default(), &mut counter)?;
+    Ok(counter.taken_bytes())
+}
+
+/// What plans for an H100 are made for.
+const H100: DeviceInfo = DeviceInfo {
+    multiprocessors: 132,
+    shared_bytes_per_block: 227 * 1024,
+    compute_capability: 90,
+    warpgroup_products: true,
+};
+
 /// The graphs that end with one way of choosing.
 #[derive(Debug)]
 struct Choice {
@@ -77,6 +102,8 @@ pub struct CudaBackend {
     reader: TokenReader,
     memory: DeviceMemory,
     gpu: Arc<Gpu>,
+    /// Device memory that was free before the model came.
+    free_bytes: u64,
     plan: Plan,
     vocab: usize,
     context: usize,
@@ -103,32 +130,39 @@ pub struct CudaBackend {
 }
 
 impl CudaBackend {
-    /// Uploads `model` to device 0 with a cache of `context` tokens, and records its graphs.
+    /// Uploads `model` to device 0 with a cache, its size and form or tokens as f16, and records its graphs.
     /// `tier` forces the kernels of one tier.
     ///
     /// # Errors
     /// [`Error::Machine`] with the CUDA error's name: no driver, no device, not enough memory (says
     /// how much is needed), a tier that the device cannot run. [`Error::Input`] for a model that
     /// the kernels cannot run, a tier that was not built, or an empty context.
-    pub fn new(model: &LoadedModel, context: usize, tier: Option<Tier>) -> Result<Self, Error> {
+    pub fn new(
+        model: &LoadedModel,
+        cache: impl Into<KvCache>,
+        tier: Option<Tier>,
+    ) -> Result<Self, Error> {
+        let cache = cache.into();
+        let context = cache.tokens;
         let forced = tier.is_some();
         let gpu = Gpu::open(tier)?;
         let device = gpu.info();
         let mut needed = Counter::default();
-        plan::compile(model, context, &device, gpu.tuned(), &mut needed)?;
+        plan::compile(model, cache, &device, gpu.tuned(), &mut needed)?;
         let free = gpu.free_bytes()?;
-        if needed.bytes > free {
+        if needed.taken_bytes() > free {
             return Err(Error::machine(format!(
                 "CUDA_ERROR_OUT_OF_MEMORY: the model with a context of {context} tokens needs {} MiB \
                  of GPU memory, {} MiB are free",
-                needed.bytes.div_ceil(1 << 20),
+                needed.taken_bytes().div_ceil(1 << 20),
                 free >> 20
             )));
         }
         let mut memory = DeviceMemory::new(&gpu);
-        let plan = plan::compile(model, context, &device, gpu.tuned(), &mut memory)?;
+        let plan = plan::compile(model, cache, &device, gpu.tuned(), &mut memory)?;
         // One step outside of a graph, call by call: the driver loads each kernel now rather than
         // while it records, and a kernel that fails is named.
+        memory.make_room(1)?;
         for calls in [&plan.full, &plan.draw] {
             memory.write(plan.state, &0u32.to_le_bytes())?;
             for call in calls {
@@ -171,6 +205,7 @@ impl CudaBackend {
                 step: record(&drawn)?,
             },
             reader: TokenReader::new(&gpu)?,
+            free_bytes: free,
             memory,
             gpu,
             plan,
@@ -233,6 +268,7 @@ impl CudaBackend {
     /// Appends tokens that the device did not choose. No tail follows the last of them.
     fn append(&mut self, tokens: &[u32]) -> Result<(), Error> {
         let start = self.tokens.len();
+        self.memory.make_room(start + tokens.len())?;
         self.set_position(start)?;
         let slots = self.token_slots(start, tokens.len());
         self.memory.write(slots, bytemuck::cast_slice(tokens))?;
@@ -291,6 +327,7 @@ impl CudaBackend {
 
     /// Queues a step for a token that the device has chosen itself.
     fn step_ahead(&mut self) -> Result<(), Error> {
+        self.memory.make_room(self.position + 1)?;
         self.choice().step.launch()?;
         self.position += 1;
         self.note_choice()
@@ -409,6 +446,7 @@ impl Backend for CudaBackend {
         self.check_tokens(tokens)?;
         self.gpu.make_current()?;
         let start = self.tokens.len();
+        self.memory.make_room(start + tokens.len())?;
         let slots = self.token_slots(start, tokens.len());
         self.memory.write(slots, bytemuck::cast_slice(tokens))?;
         let mut logits = Vec::with_capacity(tokens.len() * self.vocab);
@@ -446,13 +484,16 @@ impl Backend for CudaBackend {
                 "the context is full: no token can be profiled",
             ));
         }
+        let memory_bytes = self.free_bytes.saturating_sub(self.gpu.free_bytes()?);
         let read_bytes_per_second = profile::read_bytes_per_second(&self.gpu)?;
         if !kernels {
             return Ok(Profile {
                 read_bytes_per_second,
+                memory_bytes: Some(memory_bytes),
                 kernels: Vec::new(),
             });
         }
+        self.memory.make_room(tokens + 1)?;
         self.choose_next(&Sampling::GREEDY)?;
         let kernels = profile::kernels(&self.gpu, &mut self.memory, &self.plan, tokens)?;
         // Whatever the device has chosen by now, it is not what was asked for.
@@ -462,6 +503,7 @@ impl Backend for CudaBackend {
         self.has_body = false;
         Ok(Profile {
             read_bytes_per_second,
+            memory_bytes: Some(memory_bytes),
             kernels,
         })
     }

@@ -32,8 +32,8 @@ use rayon::prelude::*;
 use self::place::{Placed, int4, pack};
 pub use self::prompt::Prompt;
 use crate::Error;
-use crate::backend::LoadedModel;
 use crate::backend::fuse::{self, Op};
+use crate::backend::{KvCache, KvForm, LoadedModel};
 use crate::sampler::Sampling;
 
 /// Products packed at a time, on all cores: what bounds the memory that the packed copies take.
@@ -67,6 +67,22 @@ pub trait Memory {
     /// [`Error::Machine`] if there is no room.
     fn reserve(&mut self, bytes: u64) -> Result<DeviceSlice, Error>;
 
+    /// `count` new buffers `(strips, rows, row_bytes)` that are written row by row, in all strips of all
+    /// of them together: memory may come as it is reached.
+    ///
+    /// # Errors
+    /// As [`Memory::reserve`].
+    fn reserve_rows(
+        &mut self,
+        count: usize,
+        strips: usize,
+        rows: usize,
+        row_bytes: usize,
+    ) -> Result<Vec<DeviceSlice>, Error> {
+        let bytes = bytes_of(&[strips, rows, row_bytes])?;
+        (0..count).map(|_| self.reserve(bytes)).collect()
+    }
+
     /// Whether it keeps what is uploaded, rather than only its size.
     fn keeps(&self) -> bool {
         true
@@ -78,11 +94,45 @@ pub trait Memory {
 pub struct Counter {
     /// Bytes of all buffers, each rounded up to [`Counter::ALIGN`].
     pub bytes: u64,
+    /// Of them, what the driver gives pieces of its own, and the rest.
+    pieces_bytes: u64,
+    small_bytes: u64,
 }
 
 impl Counter {
     /// What the driver aligns allocations to.
     pub const ALIGN: u64 = 256;
+    /// What the driver takes memory in: buffers of half of it or more by themselves, smaller ones
+    /// together.
+    const PIECE_BYTES: u64 = 2 << 20;
+
+    /// Bytes that the driver takes for the buffers.
+    pub fn taken_bytes(&self) -> u64 {
+        let small = self.small_bytes.next_multiple_of(Self::PIECE_BYTES);
+        self.pieces_bytes.saturating_add(small)
+    }
+
+    /// An address for `bytes` more.
+    fn add(&mut self, bytes: u64) -> Result<DeviceSlice, Error> {
+        // Never 0, which would be an absent operand.
+        let address = Self::ALIGN + self.bytes;
+        self.bytes = bytes
+            .checked_next_multiple_of(Self::ALIGN)
+            .and_then(|bytes| self.bytes.checked_add(bytes))
+            .filter(|bytes| *bytes <= u64::MAX - Self::PIECE_BYTES)
+            .ok_or_else(|| Error::input("the model and its context do not fit 2^64 bytes"))?;
+        Ok(DeviceSlice { address, bytes })
+    }
+
+    fn take(&mut self, bytes: u64) {
+        match bytes < Self::PIECE_BYTES / 2 {
+            true => self.small_bytes += bytes.next_multiple_of(Self::ALIGN),
+            false => {
+                let pieces = bytes.next_multiple_of(Self::PIECE_BYTES);
+                self.pieces_bytes = self.pieces_bytes.saturating_add(pieces);
+            }
+        }
+    }
 }
 
 impl Memory for Counter {
@@ -99,13 +149,26 @@ impl Memory for Counter {
     }
 
     fn reserve(&mut self, bytes: u64) -> Result<DeviceSlice, Error> {
-        // Never 0, which would be an absent operand.
-        let address = Self::ALIGN + self.bytes;
-        self.bytes = bytes
-            .checked_next_multiple_of(Self::ALIGN)
-            .and_then(|bytes| self.bytes.checked_add(bytes))
-            .ok_or_else(|| Error::input("the model and its context do not fit 2^64 bytes"))?;
-        Ok(DeviceSlice { address, bytes })
+        let slice = self.add(bytes)?;
+        self.take(bytes);
+        Ok(slice)
+    }
+
+    /// One range of memory, as a device maps it.
+    fn reserve_rows(
+        &mut self,
+        count: usize,
+        strips: usize,
+        rows: usize,
+        row_bytes: usize,
+    ) -> Result<Vec<DeviceSlice>, Error> {
+        let bytes = bytes_of(&[strips, rows, row_bytes])?;
+        let slices = (0..count)
+            .map(|_| self.add(bytes))
+            .collect::<Result<_, _>>()?;
+        // No overflow: each was added.
+        self.take(count as u64 * bytes);
+        Ok(slices)
     }
 
     fn keeps(&self) -> bool {
@@ -154,7 +217,7 @@ pub struct Plan {
     pub seen: DeviceSlice,
 }
 
-/// Compiles `model` for a cache of `context` tokens, with the launches of `tuned` where it has one.
+/// Compiles `model` for a cache, with the launches of `tuned` where it has one.
 /// Weights go to `memory` in the process.
 ///
 /// # Errors
@@ -162,20 +225,20 @@ pub struct Plan {
 /// [`Error::Machine`] from `memory`.
 pub fn compile(
     model: &LoadedModel,
-    context: usize,
+    cache: KvCache,
     device: &DeviceInfo,
     tuned: &Tuned,
     memory: &mut dyn Memory,
 ) -> Result<Plan, Error> {
-    if context == 0 {
+    if cache.tokens == 0 {
         return Err(Error::input("a context of 0 tokens holds nothing"));
     }
     let fuse::Fused {
         ops,
         neighbours,
         half_gated,
-    } = fuse::fuse(&model.recipe, &|id| int4(model, id));
-    let mut compiler = Compiler::new(model, context, device, tuned, &neighbours, memory)?;
+    } = fuse::fuse(&model.recipe, cache.form, &|id| int4(model, id));
+    let mut compiler = Compiler::new(model, cache, device, tuned, &neighbours, memory)?;
     compiler.half_gated = half_gated;
     let mut many = prompt::Builder::new(&mut compiler, &ops)?;
     let mut calls = Vec::with_capacity(ops.len());
@@ -308,16 +371,21 @@ fn unsupported(error: ShapeError) -> Error {
     Error::input(format!("the GPU kernels cannot run this model: {error}"))
 }
 
-/// Keys and values of one layer, `(KV, S, Dh)` f16 each.
+/// Keys and values of one layer.
 #[derive(Debug, Clone, Copy)]
 struct Cache {
+    /// `(KV, S, Dh)` f16.
     keys: DeviceSlice,
+    /// `(KV, S, Dh)` f16, or i8.
     values: DeviceSlice,
+    /// `(KV, S)` f16 where the values are i8, else none.
+    scales: DeviceSlice,
 }
 
 struct Compiler<'a> {
     model: &'a LoadedModel,
     context: usize,
+    form: KvForm,
     device: &'a DeviceInfo,
     tuned: &'a Tuned,
     memory: &'a mut dyn Memory,
@@ -342,7 +410,7 @@ struct Compiler<'a> {
 impl<'a> Compiler<'a> {
     fn new(
         model: &'a LoadedModel,
-        context: usize,
+        cache: KvCache,
         device: &'a DeviceInfo,
         tuned: &'a Tuned,
         neighbours: &[Vec<Buffer>],
@@ -350,24 +418,37 @@ impl<'a> Compiler<'a> {
     ) -> Result<Self, Error> {
         let config = &model.recipe.config;
         let buffers = place_buffers(model, neighbours, memory)?;
-        let cache_bytes = bytes_of(&[config.kv_heads, context, config.head_dim, 2])?;
-        let caches = (0..config.layers)
-            .map(|_| {
-                Ok(Cache {
-                    keys: memory.reserve(cache_bytes)?,
-                    values: memory.reserve(cache_bytes)?,
-                })
-            })
-            .collect::<Result<Vec<_>, Error>>()?;
-        let scratch_bytes = model.recipe.steps.iter().find_map(|step| match *step {
-            Step::Attention { scale, .. } => {
-                let shape = attention_shape(model, context, scale);
-                let chosen = attention::choose(device, tuned, &shape, false);
+        let context = cache.tokens;
+        let of_8_bits = cache.form == KvForm::K16V8;
+        let mut cached = |row_bytes: usize| {
+            memory.reserve_rows(config.layers, config.kv_heads, context, row_bytes)
+        };
+        let keys = cached(config.head_dim.saturating_mul(2))?;
+        let values = cached(
+            config
+                .head_dim
+                .saturating_mul(if of_8_bits { 1 } else { 2 }),
+        )?;
+        let scales = match of_8_bits {
+            true => cached(2)?,
+            false => vec![DeviceSlice::NONE; config.layers],
+        };
+        let caches = keys.into_iter().zip(values).zip(scales);
+        let caches = caches.map(|((keys, values), scales)| Cache {
+            keys,
+            values,
+            scales,
+        });
+        let caches = caches.collect();
+        let scratch_bytes = model.recipe.steps.iter().filter_map(|step| match *step {
+            Step::Attention { scale, window, .. } => {
+                let shape = attention_shape(model, context, scale, window);
+                let chosen = attention::choose(device, tuned, &shape, of_8_bits);
                 Some(attention::scratch_bytes(&shape, chosen.launch))
             }
             _ => None,
         });
-        let partials = match scratch_bytes {
+        let partials = match scratch_bytes.max() {
             Some(bytes) if bytes > 0 => memory.upload_made(bytes, &mut || {
                 attention::UNWRITTEN
                     .to_le_bytes()
@@ -387,6 +468,7 @@ impl<'a> Compiler<'a> {
         Ok(Self {
             model,
             context,
+            form: cache.form,
             device,
             tuned,
             half_gated: false,
@@ -445,7 +527,12 @@ fn place_buffers(
     Ok(placed)
 }
 
-fn attention_shape(model: &LoadedModel, context: usize, scale: f32) -> attention::Shape {
+fn attention_shape(
+    model: &LoadedModel,
+    context: usize,
+    scale: f32,
+    window: Option<usize>,
+) -> attention::Shape {
     let config = &model.recipe.config;
     attention::Shape {
         heads: config.heads,
@@ -453,11 +540,12 @@ fn attention_shape(model: &LoadedModel, context: usize, scale: f32) -> attention
         head_dim: config.head_dim,
         context,
         scale,
+        window,
     }
 }
 
 /// Bytes of a dense tensor; the last factor is the element size.
-fn bytes_of(dims: &[usize]) -> Result<u64, Error> {
+pub(super) fn bytes_of(dims: &[usize]) -> Result<u64, Error> {
     dims.iter()
         .try_fold(1u64, |bytes, dim| bytes.checked_mul(*dim as u64))
         .ok_or_else(|| Error::input(format!("a buffer of {dims:?} does not fit 2^64 bytes")))

@@ -86,6 +86,8 @@ pub struct Report<'a> {
     pub floor_tokens_per_second: f64,
     pub share_of_floor: Option<f64>,
     pub joules_per_token: Option<f64>,
+    /// Of the device, that the model takes at the end.
+    pub memory_bytes: Option<u64>,
     /// With `--trace`.
     #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "kernels")]
     pub kernels: Vec<KernelTime>,
@@ -174,6 +176,12 @@ impl Report<'_> {
         }
         if let Some(joules) = self.joules_per_token {
             lines.push(format!("energy   {joules:.3} J a token"));
+        }
+        if let Some(bytes) = self.memory_bytes {
+            lines.push(format!(
+                "memory   {:.1} MB of the device",
+                bytes as f64 / 1e6
+            ));
         }
         if !self.kernels.is_empty() {
             lines.push(trace::table(&self.kernels));

@@ -93,9 +93,15 @@ fn head_groups(shape: &Shape) -> usize {
         .saturating_mul(per_kv.div_ceil(HEADS as usize))
 }
 
-/// Whether the kernels here take the head width.
+fn sees_all(shape: &Shape) -> bool {
+    shape.window.is_none_or(|window| window >= shape.context)
+}
+
+/// Whether the kernels here take the head width, and see all that they are to see.
 pub fn takes(shape: &Shape) -> bool {
-    shape.head_dim.is_multiple_of(8) && (8..=attention::MAX_HEAD_DIM).contains(&shape.head_dim)
+    sees_all(shape)
+        && shape.head_dim.is_multiple_of(8)
+        && (8..=attention::MAX_HEAD_DIM).contains(&shape.head_dim)
 }
 
 /// The kernel for a head width: the narrowest that takes it.
@@ -134,11 +140,18 @@ pub fn plan(
         head_dim,
         context,
         scale,
+        window: _,
     } = shape;
     let of_8_bits = ops.v_scales != DeviceSlice::NONE;
     let name = if of_8_bits { kernel_v8 } else { kernel };
     let mut call = CallBuilder::new(name(head_dim));
     attention::require_heads(&call, shape)?;
+    call.require(
+        sees_all(shape),
+        "window",
+        shape.window.unwrap_or(0),
+        "it must hide nothing of the context here, so neither where values have 8 bits",
+    )?;
     call.require(
         takes(shape),
         "head_dim",
@@ -236,6 +249,7 @@ mod tests {
         head_dim: 128,
         context: 4096,
         scale: 0.088,
+        window: None,
     };
 
     const H200: DeviceInfo = DeviceInfo {
@@ -331,6 +345,14 @@ mod tests {
             )
             .is_err()
         );
+        let windowed = |window| {
+            let shape = Shape {
+                window: Some(window),
+                ..SHAPE
+            };
+            takes(&shape)
+        };
+        assert!(windowed(4096) && !windowed(4095));
         let of_8_bits = Operands {
             v_scales: operands().v_cache,
             ..operands()

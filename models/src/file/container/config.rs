@@ -2,7 +2,7 @@
 
 use super::CONFIG_KEY;
 use crate::Error;
-use crate::arch::{self, Config, Field, Keys, MAX_DIMENSION};
+use crate::arch::{self, Config, Field, Keys, MAX_DIMENSION, WindowLayers};
 use crate::error::shown;
 
 struct StoredKeys<'a>(&'a Config);
@@ -57,6 +57,17 @@ pub(super) fn checked(stored: Config) -> Result<Config, Error> {
         return Err(fail("vocab", reason));
     }
     let checked = arch::read(&StoredKeys(&stored), &stored.architecture, stored.vocab)?;
+    if let Some(window) = &stored.window {
+        if window.tokens == 0 {
+            return Err(fail("window.tokens", "0 tokens see nothing".to_owned()));
+        }
+        if let WindowLayers::Listed(layers) = &window.layers
+            && layers.len() != checked.layers
+        {
+            let reason = format!("{} for {} layers", layers.len(), checked.layers);
+            return Err(fail("window.layers", reason));
+        }
+    }
     if let Some(divisors) = &stored.rope_divisors {
         if divisors.len() != checked.head_dim / 2 {
             let reason = format!(

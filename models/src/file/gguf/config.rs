@@ -1,7 +1,7 @@
 //! The configuration in a GGUF file's metadata, under keys that begin with the architecture's name.
 
 use super::Gguf;
-use crate::arch::{self, Config, Field, Keys, MAX_DIMENSION, positive};
+use crate::arch::{self, Config, Field, Keys, MAX_DIMENSION, Window, WindowLayers, positive};
 use crate::error::shown;
 use crate::file::Source;
 use crate::recipe::{RowOrder, WeightKind, WeightRef};
@@ -33,6 +33,17 @@ pub(super) fn config(gguf: &Gguf<'_>) -> Result<Config, Error> {
     config.tied = gguf.tensor("output.weight").is_none();
     config.rope_divisors = rope_divisors(&keys, config.head_dim)?;
     config.int8_activations = architecture.name == arch::bitnet::NAME;
+    let window = "attention.sliding_window";
+    match keys.number(window)? {
+        Some(0) => return Err(keys.refuse(window, "a window of 0 tokens sees nothing".to_owned())),
+        Some(tokens) if tokens < config.context as u64 => {
+            config.window = Some(Window {
+                tokens: tokens as usize,
+                layers: WindowLayers::From(0),
+            });
+        }
+        _ => {}
+    }
     Ok(config)
 }
 
@@ -99,12 +110,6 @@ impl GgufKeys<'_, '_> {
         {
             let reason = "mixtures of experts are not supported".to_owned();
             return Err(self.refuse("expert_count", reason));
-        }
-        if let Some(window) = self.number("attention.sliding_window")?
-            && window < self.dimension(Field::Context)? as u64
-        {
-            let reason = format!("attention windows ({window} tokens) are not supported");
-            return Err(self.refuse("attention.sliding_window", reason));
         }
         for name in [
             "logit_scale",

@@ -5,10 +5,14 @@ use serde_json::{Map, Value};
 
 use super::{HuggingFace, Packing};
 use crate::Error;
-use crate::arch::{self, Config, Field, Keys, MAX_DIMENSION, Stretch, positive};
+use crate::arch::{
+    self, Config, Field, Keys, MAX_DIMENSION, Stretch, Window, WindowLayers, positive,
+};
 use crate::error::shown;
 use crate::file::Source;
 
+/// `max_window_layers` of Qwen's files that leave it out: layers before this one see everything.
+const QWEN_FULL_LAYERS: u64 = 28;
 /// Tensor of the embedding table.
 const TABLE: &str = "model.embed_tokens.weight";
 
@@ -21,7 +25,7 @@ pub(super) fn config(folder: &HuggingFace<'_>) -> Result<Config, Error> {
         .string("model_type")?
         .ok_or_else(|| missing("model_type"))?;
     let architecture = arch::find(model_type, |a| a.hugging_face)?;
-    keys.refuse_unsupported(model_type, architecture.family.gate.activation())?;
+    keys.refuse_unsupported(architecture.family.gate.activation())?;
     let mut config = arch::read(&keys, architecture.name, vocab(folder, &keys)?)?;
     if let Some(name) = keys.string("_name_or_path")?
         && !name.is_empty()
@@ -40,6 +44,7 @@ pub(super) fn config(folder: &HuggingFace<'_>) -> Result<Config, Error> {
     }
     config.rope_divisors = rope_divisors(&rope, &config)?;
     config.int8_activations = matches!(folder.packing, Some(Packing::BitNet { .. }));
+    config.window = keys.window(model_type, &config)?;
     Ok(config)
 }
 
@@ -170,30 +175,12 @@ impl<'a> JsonKeys<'a> {
     }
 
     /// Settings that change the result and that the recipe cannot express.
-    fn refuse_unsupported(&self, model_type: &str, activation: &str) -> Result<(), Error> {
+    fn refuse_unsupported(&self, activation: &str) -> Result<(), Error> {
         if let Some(act) = self.string("hidden_act")?
             && act != activation
         {
             let reason = format!("{} is not supported: {activation} is", shown(act));
             return Err(self.refuse("hidden_act", reason));
-        }
-        // Qwen's files name a window and say beside it that it is not used.
-        let window_used = match model_type {
-            "qwen2" | "qwen3" => self.bool("use_sliding_window")?.unwrap_or(false),
-            _ => true,
-        };
-        if let Some(window) = self.whole("sliding_window")?
-            && window_used
-            && window < self.dimension(Field::Context)? as u64
-        {
-            let reason = format!("attention windows ({window} tokens) are not supported");
-            return Err(self.refuse("sliding_window", reason));
-        }
-        if let Some(kinds) = self.typed("layer_types", "an array", Value::as_array)?
-            && let Some(kind) = kinds.iter().find(|k| k.as_str() != Some("full_attention"))
-        {
-            let reason = format!("{} is not supported", shown(&kind.to_string()));
-            return Err(self.refuse("layer_types", reason));
         }
         if let Some(part) = self.number("partial_rotary_factor")?
             && part != 1.0
@@ -202,6 +189,43 @@ impl<'a> JsonKeys<'a> {
             return Err(self.refuse("partial_rotary_factor", reason));
         }
         Ok(())
+    }
+
+    /// Attention's window, in the layers of `layer_types`, or without it from `max_window_layers` on.
+    fn window(&self, model_type: &str, config: &Config) -> Result<Option<Window>, Error> {
+        let is_qwen = matches!(model_type, "qwen2" | "qwen3");
+        // Qwen's files name a window and say beside it that it is not used.
+        let used = !is_qwen || self.bool("use_sliding_window")?.unwrap_or(false);
+        let kinds = self.strings("layer_types")?;
+        let known = ["full_attention", "sliding_attention"];
+        if let Some(kind) = kinds.iter().find(|kind| !known.contains(kind)) {
+            let reason = format!("{} is not supported", shown(kind));
+            return Err(self.refuse("layer_types", reason));
+        }
+        if !kinds.is_empty() && kinds.len() != config.layers {
+            let reason = format!("{} kinds for {} layers", kinds.len(), config.layers);
+            return Err(self.refuse("layer_types", reason));
+        }
+        let window = match self.whole("sliding_window")?.filter(|_| used) {
+            Some(window) => window,
+            None if kinds.contains(&known[1]) => return Err(missing("sliding_window")),
+            None => return Ok(None),
+        };
+        if window >= config.context as u64 {
+            return Ok(None);
+        }
+        if window == 0 || !is_qwen {
+            let reason = format!("attention windows ({window} tokens) are not supported here");
+            return Err(self.refuse("sliding_window", reason));
+        }
+        let first = self.whole("max_window_layers")?;
+        let first = first.unwrap_or(QWEN_FULL_LAYERS).min(MAX_DIMENSION);
+        let layers = match kinds.is_empty() {
+            true => WindowLayers::From(first as usize),
+            false => WindowLayers::Listed(kinds.iter().map(|kind| *kind == known[1]).collect()),
+        };
+        let tokens = window as usize;
+        Ok(Some(Window { tokens, layers }))
     }
 
     /// The rotary settings of either version; the file itself where it has none apart.

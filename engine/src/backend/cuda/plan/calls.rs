@@ -12,6 +12,7 @@ use models::recipe::{Buffer, Step, WeightId};
 use super::place::{Placed, PlacedProduct, pack};
 use super::{Cache, Compiler, attention_shape, unsupported};
 use crate::Error;
+use crate::backend::KvForm;
 use crate::backend::fuse::{Op, Product, Then};
 
 impl Compiler<'_> {
@@ -125,6 +126,7 @@ impl Compiler<'_> {
                 let Cache {
                     keys: k_cache,
                     values: v_cache,
+                    scales: v_scales,
                 } = self.cache(layer)?;
                 let shape = kv_append::Shape {
                     kv_heads: config.kv_heads,
@@ -137,7 +139,7 @@ impl Compiler<'_> {
                     v,
                     k_cache,
                     v_cache,
-                    v_scales: DeviceSlice::NONE,
+                    v_scales,
                     state,
                 };
                 kv_append::plan(device, &shape, &operands)
@@ -147,23 +149,26 @@ impl Compiler<'_> {
                 query,
                 dst,
                 scale,
+                window,
             } => {
                 let Cache {
                     keys: k_cache,
                     values: v_cache,
+                    scales: v_scales,
                 } = self.cache(layer)?;
-                let shape = attention_shape(self.model, context, scale);
+                let shape = attention_shape(self.model, context, scale, window);
                 let (q, out) = (self.buffer(query), self.buffer(dst));
                 let operands = attention::Operands {
                     q,
                     k_cache,
                     v_cache,
-                    v_scales: DeviceSlice::NONE,
+                    v_scales,
                     state,
                     out,
                     partials: self.partials,
                 };
-                let chosen = attention::choose(device, self.tuned, &shape, false);
+                let chosen =
+                    attention::choose(device, self.tuned, &shape, self.form == KvForm::K16V8);
                 attention::plan(device, &shape, &operands, chosen.launch)
             }
             Step::SwiGlu { gate, up, dst } => {
@@ -456,7 +461,7 @@ impl Compiler<'_> {
         let mins = tiles.mins != DeviceSlice::NONE;
         if let Then::RopeKvAppend { layer } = product.then {
             let config = &self.model.recipe.config;
-            let Cache { keys, values } = self.cache(layer)?;
+            let Cache { keys, values, .. } = self.cache(layer)?;
             let heads = gemv_int4_mma::Heads {
                 heads: config.heads,
                 kv_heads: config.kv_heads,
@@ -499,7 +504,11 @@ impl Compiler<'_> {
         heads: usize,
     ) -> Result<Call, Error> {
         let config = &self.model.recipe.config;
-        let Cache { keys, values } = self.cache(layer)?;
+        let Cache {
+            keys,
+            values,
+            scales,
+        } = self.cache(layer)?;
         let shape = rope_kv_append::Shape {
             heads,
             kv_heads: config.kv_heads,
@@ -514,6 +523,7 @@ impl Compiler<'_> {
             sin: self.sin,
             k_cache: keys,
             v_cache: values,
+            v_scales: scales,
             state: self.state,
         };
         rope_kv_append::plan(self.device, &shape, &operands).map_err(unsupported)

@@ -5,21 +5,22 @@
 //! ```
 //!
 //! The matrices are those of the one-token plan, the same bytes. Between the kernels the residual
-//! stream, queries, keys and values are f32, everything else f16. A recipe with a step that has no
-//! form for many tokens has no such plan: its prompts go one token at a time.
+//! stream, queries, keys and values are f32, everything else f16. Values of 8 bits become halves for
+//! the attention, a layer at a time, in one buffer. A recipe with a step that has no form for many
+//! tokens has no such plan: its prompts go one token at a time.
 
 use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice, ShapeError};
 use gpu_kernels::linear::gemm_int4;
 use gpu_kernels::linear::gemv_int4_mma::Epilogue;
 use gpu_kernels::rope_kv_append::tokens::Strided;
-use gpu_kernels::{attention, embed, rmsnorm, rope_kv_append};
+use gpu_kernels::{attention, embed, kv_values, rmsnorm, rope_kv_append};
 use models::recipe::{Buffer, Step};
 
 use super::place::{Placed, PlacedProduct};
 use super::{Cache, Compiler, attention_shape, bytes_of, unsupported};
 use crate::Error;
-use crate::backend::LoadedModel;
 use crate::backend::fuse::{Op, Product, Then};
+use crate::backend::{KvForm, LoadedModel};
 
 /// Most tokens at once: more make the products no faster and take more memory.
 const MOST_TOKENS: usize = 1024;
@@ -32,6 +33,7 @@ enum Many {
     Norm(rmsnorm::Shape, rmsnorm::Operands),
     Product(gemm_int4::Shape, gemm_int4::Operands),
     Rope(rope_kv_append::Shape, rope_kv_append::tokens::Operands),
+    Values(kv_values::Shape, kv_values::Operands),
     Attention(attention::Shape, attention::prompt::Operands),
 }
 
@@ -63,6 +65,10 @@ impl Many {
             Many::Rope(shape, ops) => {
                 let ops = rope_kv_append::tokens::Operands { state, ..*ops };
                 rope_kv_append::tokens::plan(device, shape, tokens, &ops)
+            }
+            Many::Values(shape, ops) => {
+                let ops = kv_values::Operands { state, ..*ops };
+                kv_values::plan(device, shape, tokens, &ops)
             }
             Many::Attention(shape, ops) => {
                 let ops = attention::prompt::Operands { state, ..*ops };
@@ -212,6 +218,8 @@ pub(super) struct Builder {
     /// The one written last at the end.
     results: Vec<Results>,
     scratch: DeviceSlice,
+    /// `(KV, S, Dh)` f16: a layer's values where the cache has bytes, else none.
+    values: DeviceSlice,
     /// Of the norms of heads in front of the next rope: epsilon, weights of queries and keys.
     head_norms: (f32, [DeviceSlice; 2]),
 }
@@ -234,6 +242,15 @@ impl Builder {
         let attended = reserve(Buffer::Attended, 2)?;
         let gated = reserve(Buffer::Gated, 2)?;
         let starts = bytes_of(&[compiler.context.div_ceil(tokens), size_of::<u32>()])?;
+        let values = match compiler.form {
+            KvForm::K16V16 => DeviceSlice::NONE,
+            KvForm::K16V8 => {
+                let config = &recipe.config;
+                let (heads, row_bytes) = (config.kv_heads, 2 * config.head_dim);
+                let context = compiler.context;
+                compiler.memory.reserve_rows(1, heads, context, row_bytes)?[0]
+            }
+        };
         let scratch = gemm_int4::most_scratch_bytes(compiler.device);
         Ok(Some(Builder {
             tokens,
@@ -245,6 +262,7 @@ impl Builder {
             attended,
             gated,
             results: Vec::new(),
+            values,
             scratch: compiler
                 .memory
                 .upload_made(scratch, &mut || vec![0; scratch as usize])?,
@@ -319,8 +337,33 @@ impl Builder {
                 ];
                 self.rope(compiler, layer, results, None)?;
             }
-            Op::Step(&Step::Attention { layer, scale, .. }) => {
-                let Cache { keys, values } = compiler.cache(layer)?;
+            Op::Step(&Step::Attention {
+                layer,
+                scale,
+                window,
+                ..
+            }) => {
+                let Cache {
+                    keys,
+                    mut values,
+                    scales,
+                } = compiler.cache(layer)?;
+                if self.values != DeviceSlice::NONE {
+                    let config = &compiler.model.recipe.config;
+                    let shape = kv_values::Shape {
+                        kv_heads: config.kv_heads,
+                        head_dim: config.head_dim,
+                        context,
+                    };
+                    let operands = kv_values::Operands {
+                        levels: values,
+                        scales,
+                        state: compiler.state,
+                        values: self.values,
+                    };
+                    self.calls.push(Many::Values(shape, operands));
+                    values = self.values;
+                }
                 let operands = attention::prompt::Operands {
                     q: self.turned,
                     k_cache: keys,
@@ -328,7 +371,7 @@ impl Builder {
                     state: compiler.state,
                     out: self.attended,
                 };
-                let shape = attention_shape(compiler.model, context, scale);
+                let shape = attention_shape(compiler.model, context, scale, window);
                 self.calls.push(Many::Attention(shape, operands));
             }
             Op::Step(_) | Op::Levels(_) | Op::Product(_) => {}
@@ -346,7 +389,11 @@ impl Builder {
         tiles_bias: Option<DeviceSlice>,
     ) -> Result<(), Error> {
         let config = &compiler.model.recipe.config;
-        let Cache { keys, values } = compiler.cache(layer)?;
+        let Cache {
+            keys,
+            values,
+            scales,
+        } = compiler.cache(layer)?;
         let shape = rope_kv_append::Shape {
             heads: config.heads,
             kv_heads: config.kv_heads,
@@ -369,6 +416,7 @@ impl Builder {
             turned: self.turned,
             k_cache: keys,
             v_cache: values,
+            v_scales: scales,
             state: compiler.state,
         };
         self.calls.push(Many::Rope(shape, operands));

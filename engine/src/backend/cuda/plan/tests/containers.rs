@@ -71,7 +71,7 @@ fn tiles_of_a_container_are_uploaded_from_the_file() {
         let model = container(name, group, form, head);
         let mut memory = Watcher::default();
         let tuned = Tuned::default();
-        compile(&model, 12, &DeviceInfo::T4, &tuned, &mut memory).expect("a plan");
+        compile(&model, 12.into(), &DeviceInfo::T4, &tuned, &mut memory).expect("a plan");
         let mut matrices = 0;
         let mut in_place = |part: &[u8]| {
             matrices += 1;

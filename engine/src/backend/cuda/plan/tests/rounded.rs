@@ -23,7 +23,7 @@ fn rounded_activations_agree_with_the_cpu() {
             .collect();
         let mut memory = Emulator::default();
         let (device, tuned) = (DeviceInfo::T4, Tuned::default());
-        let plan = compile(&model, ids.len(), &device, &tuned, &mut memory).expect("a plan");
+        let plan = compile(&model, ids.len().into(), &device, &tuned, &mut memory).expect("a plan");
         let mut cpu = CpuBackend::new(Arc::new(model), ids.len()).expect("a CPU backend");
         let mut tokens = ids.clone();
         tokens.push(0);
