@@ -1,18 +1,15 @@
 //! Loops whose index is a constant.
 
-/// Repeats `$body` for each `$i` from 0 to `$n - 1`, `$n` at most 32, with `$i` a constant in each
+/// Repeats `$body` for each `$i` from 0 to `$n - 1`, `$n` at most 16, with `$i` a constant in each
 /// copy. Register arrays stay in registers only where every index is known when the kernel is
 /// compiled; an array that is indexed by a loop variable lands in local memory.
 macro_rules! unroll {
     ($i:ident < 2 => $body:block) => { unroll!(@copies $i, $body, 0 1) };
     ($i:ident < 4 => $body:block) => { unroll!(@copies $i, $body, 0 1 2 3) };
     ($i:ident < 8 => $body:block) => { unroll!(@copies $i, $body, 0 1 2 3 4 5 6 7) };
-    ($i:ident < 16 => $body:block) => {
-        unroll!(@copies $i, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
-    };
     // A number that only the caller's generics tell.
     ($i:ident < $n:expr => $body:block) => {
-        unroll!(@copies $i, { if $i < $n $body }, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31)
+        unroll!(@copies $i, { if $i < $n $body }, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
     };
     // On the host there are no registers to keep, and copies would only take time to compile.
     (@copies $i:ident, $body:block, $($k:literal)*) => {{

@@ -54,8 +54,12 @@ impl Vector for Avx512 {
         let mut sums = [0.0; KEYS];
         // SAFETY: as above; four floats.
         unsafe {
-            let [a, b, c, d] = of
-                .map(|v| _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)));
+            // No closure: it would be compiled without these instructions, and called.
+            let mut halves = [_mm256_setzero_ps(); KEYS];
+            for (half, v) in halves.iter_mut().zip(of) {
+                *half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            }
+            let [a, b, c, d] = halves;
             let quads = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
             let (low, high) = (
                 _mm256_castps256_ps128(quads),

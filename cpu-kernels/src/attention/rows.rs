@@ -1,5 +1,8 @@
 //! Dot products and weighted sums over f16 rows, for the queries that read the same keys and values: a row is
 //! loaded and widened once for up to three of them.
+//!
+//! Loops stand where closures would be shorter: a closure does not have the instructions of the function around it,
+//! and what is not inlined into one is called with vectors in memory.
 
 use half::f16;
 
@@ -81,16 +84,22 @@ unsafe fn dot_of<V: Vector, const Q: usize>(q: &[f32], keys: &[f16], out: &mut [
             let mut sums = [[V::splat(0.0); KEYS]; Q];
             for column in (0..dh).step_by(V::LANES) {
                 let len = (dh - column).min(V::LANES);
-                let q: [V::Floats; Q] =
-                    std::array::from_fn(|i| V::load(q.as_ptr().add(i * dh + column), len));
+                let mut of_q = [V::splat(0.0); Q];
+                for (i, of_q) in of_q.iter_mut().enumerate() {
+                    *of_q = V::load(q.as_ptr().add(i * dh + column), len);
+                }
                 for key in 0..KEYS {
                     let k = V::load_f16(keys.as_ptr().add(rows[key] + column), len);
                     for i in 0..Q {
-                        sums[i][key] = V::mul_add(q[i], k, sums[i][key]);
+                        sums[i][key] = V::mul_add(of_q[i], k, sums[i][key]);
                     }
                 }
             }
-            sums.map(|sums| V::sums(sums))
+            let mut folded = [[0.0; KEYS]; Q];
+            for (folded, sums) in folded.iter_mut().zip(sums) {
+                *folded = V::sums(sums);
+            }
+            folded
         };
         let len = KEYS.min(count - first);
         for (out, sums) in out.chunks_exact_mut(count).zip(sums) {
@@ -143,8 +152,10 @@ unsafe fn blend_of<V: Vector, const Q: usize>(
             let mut sums = [[V::splat(0.0); Q]; REGISTERS];
             for p in 0..count {
                 let row = values.as_ptr().add(p * dh);
-                let weight: [V::Floats; Q] =
-                    std::array::from_fn(|i| V::splat(*weights.get_unchecked(i * count + p)));
+                let mut weight = [V::splat(0.0); Q];
+                for (i, weight) in weight.iter_mut().enumerate() {
+                    *weight = V::splat(*weights.get_unchecked(i * count + p));
+                }
                 for (register, sums) in sums.iter_mut().enumerate() {
                     let v = V::load_f16(row.wrapping_add(start(register)), len(register));
                     for (sum, weight) in sums.iter_mut().zip(weight) {

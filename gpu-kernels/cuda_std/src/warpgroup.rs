@@ -143,7 +143,6 @@ macro_rules! sums {
 sums! {
     32: m64n64k16, values_32;
     64: m64n128k16, values_64;
-    128: m64n256k16, values_128;
 }
 
 /// `wgmma.fence`: orders the registers of products that follow behind what wrote them before.

@@ -53,6 +53,7 @@ pub(super) struct Args {
     pub flags: u32,
     /// Tiles of y that have a block each, with [`warpgroup`](super::warpgroup) alone; each of the others
     /// has `parts` blocks, which share the tiles along K.
+    #[cfg_attr(target_arch = "nvptx64", allow(dead_code))]
     pub whole: u32,
     pub parts: u32,
 }
@@ -360,13 +361,12 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
 
     ptx::griddep_launch();
     ptx::griddep_wait();
-    let mut sums = [[[0.0f32; 4]; NT]];
+    let mut sums = [[0.0f32; 4]; NT];
     // SAFETY: the plan checked the buffers and gave the stages; a barrier stands between the arrival
     // of a stage and its use, and between its use and the next copies to its place.
     unsafe {
         let at = |token, eight| x_offset(token, eight);
-        let mut feed =
-            Feed::<BLOCK_THREADS, BLOCK_TILES, X_BYTES>::new(args, &work, thread, tokens, at);
+        let mut feed = Feed::<BLOCK_THREADS, X_BYTES>::new(args, &work, thread, tokens, at);
         let mut into = 0;
         let mut ahead = first;
         while at_least_sm_80() && ahead < first + UNDER_WAY + 1 {
@@ -397,7 +397,7 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
                 ptx::cp_async_wait::<0>();
                 thread::sync_threads();
             }
-            let sums = &mut sums[0];
+            let sums = &mut sums;
             let once = args.group_shift == TILE_COLS.trailing_zeros();
             match (once, has_mins) {
                 (true, false) => {
@@ -417,10 +417,10 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
             tile += 1;
         }
         let one_of = work.parts > 1;
-        if one_of && !add_up::<1, NT, BLOCK_THREADS>(args, &work, base, thread, &mut sums) {
+        if one_of && !add_up::<NT, BLOCK_THREADS>(args, &work, base, thread, &mut sums) {
             return;
         }
         let row_tile = work.row_block * BLOCK_TILES + place.tile;
-        store(args, row_tile, work.token_tile * tokens, lane, &mut sums[0]);
+        store(args, row_tile, work.token_tile * tokens, lane, &mut sums);
     }
 }

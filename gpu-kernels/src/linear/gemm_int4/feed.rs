@@ -6,10 +6,10 @@ use super::block::{Args, COPY_BYTES, Stage, TILE_COLS, TILE_WORDS, Work, scale_b
 use crate::ptx;
 use crate::unroll::unroll;
 
-/// What a thread of a block of `THREADS` copies to each stage of `TILES` row tiles, and how far it has come.
-/// Activations of a token are `ROW_BYTES` from those of the next.
+/// What a thread of a block of `THREADS` copies to each stage, and how far it has come. Activations of a
+/// token are `ROW_BYTES` from those of the next.
 #[derive(Clone, Copy)]
-pub(super) struct Feed<const THREADS: u32, const TILES: u32, const ROW_BYTES: u32> {
+pub(super) struct Feed<const THREADS: u32, const ROW_BYTES: u32> {
     /// 16 bytes of a tile of the matrix; those of other row tiles are `words_step` words apart.
     words: *const u32,
     words_step: usize,
@@ -30,7 +30,9 @@ pub(super) struct Feed<const THREADS: u32, const TILES: u32, const ROW_BYTES: u3
     tile: u32,
 }
 
-impl<const THREADS: u32, const TILES: u32, const ROW_BYTES: u32> Feed<THREADS, TILES, ROW_BYTES> {
+impl<const THREADS: u32, const ROW_BYTES: u32> Feed<THREADS, ROW_BYTES> {
+    /// Row tiles a block: a warp each.
+    const TILES: u32 = THREADS / 32;
     /// Row tiles that a block's threads copy 16 bytes each of at a time.
     const COPY_TILES: u32 = THREADS * 4 / TILE_WORDS;
     /// Tokens that a block's threads copy 16 bytes of at a time: eights, whose rows are exchanged alike.
@@ -47,7 +49,7 @@ impl<const THREADS: u32, const TILES: u32, const ROW_BYTES: u32> Feed<THREADS, T
         x_offset: impl Fn(u32, u32) -> u32,
     ) -> Self {
         let (tile, _) = work.depth(args);
-        let first_tile = work.row_block * TILES;
+        let first_tile = work.row_block * Self::TILES;
         let row_tile = first_tile + thread / (TILE_WORDS / 4);
         let at = |row_tile: u32| (row_tile * args.depth_tiles + tile) as usize;
         let within = (thread % (TILE_WORDS / 4) * 4) as usize;
@@ -97,9 +99,9 @@ impl<const THREADS: u32, const TILES: u32, const ROW_BYTES: u32> Feed<THREADS, T
         // SAFETY: what is outside of the matrix or of x is not read.
         unsafe {
             let mut words = self.words;
-            unroll!(I < 8 => {
+            unroll!(I < 2 => {
                 let skip = I as u32 * Self::COPY_TILES;
-                if skip < TILES {
+                if skip < Self::TILES {
                     if I > 0 {
                         words = words.wrapping_add(self.words_step);
                     }
@@ -113,7 +115,7 @@ impl<const THREADS: u32, const TILES: u32, const ROW_BYTES: u32> Feed<THREADS, T
             let first = thread / 16;
             let to = at + stage.x + self.x_at;
             let mut x = self.x;
-            unroll!(I < 16 => {
+            unroll!(I < 8 => {
                 let skip = I as u32 * Self::COPY_TOKENS;
                 // Known when the kernel is compiled, but for eight tokens.
                 if skip + Self::COPY_TOKENS <= tokens || first < tokens && I == 0 {
@@ -125,7 +127,7 @@ impl<const THREADS: u32, const TILES: u32, const ROW_BYTES: u32> Feed<THREADS, T
                 }
             });
 
-            if thread < TILES << (8 - args.group_shift) {
+            if thread < Self::TILES << (8 - args.group_shift) {
                 let scales = args.scales.wrapping_add(self.pair);
                 ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.scales, scales);
                 if !args.mins.is_null() {

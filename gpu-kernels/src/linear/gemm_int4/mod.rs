@@ -10,7 +10,7 @@
 //!                   the s-th part of the tiles along K
 //! a stage           128 columns: 8 tiles of 1 KiB, x of TILE tokens, scales and mins,
 //!                   brought by asynchronous copies while the stages before are worked on
-//! a warp            MT row tiles by NT times 8 tokens; lane 4g + q holds of each product
+//! a warp            a row tile by NT times 8 tokens; lane 4g + q holds of each product
 //!                   rows g, g + 8 and tokens 2q, 2q + 1
 //! ```
 //!
@@ -25,7 +25,11 @@
 //! | `linear_gemm_int4_t32` | 32 | up to 64 tokens: two tiles of 32 keep more multiprocessors busy than one of 64 |
 //! | `linear_gemm_int4_t64` | 64 | weights are made once for 64 tokens, and two blocks a multiprocessor hide each other's waits |
 //!
-//! Two warps side by side along the tokens, or 128 tokens a block, make the same weights twice or leave
+//! | `linear_gemm_int4_r128_t128` | 128 | `wgmma`, from 65 tokens on: where tiles of 256 rows are too few |
+//! | `linear_gemm_int4_r256_t128` | 128 | `wgmma`, x read half as often, four warpgroups hide each other's waits |
+//!
+//! The last two, and their forms with minima, `_min`, are those of [`warpgroup`] and of the tier `sm_90a`.
+//! By warps, two of them side by side along the tokens, or 128 tokens a block, make the same weights twice or leave
 //! room for one block: 5 to 30% slower (H100, 2026-11-24).
 //!
 //! Bytes moved: the matrix once a tile of tokens (from L2 but for the first), x once 128 rows.
@@ -164,19 +168,19 @@ by_warps! {
 
 /// By warpgroups: entries without and with minima, and their forms.
 macro_rules! by_warpgroups {
-    ($($name:ident, $with_mins:ident: $rows:literal x $eights:literal, $stages:literal, $mt:literal;)*) => {
+    ($($name:ident, $with_mins:ident: $rows:literal x $eights:literal, $stages:literal;)*) => {
         $(
             entry! {
                 #[doc = concat!(stringify!($rows), " rows by ", stringify!($eights), " times 8 tokens.")]
                 #[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
-                $name, args, 128 * ($rows / 64 / $mt),
-                warpgroup::gemm::<{ 128 * ($rows / 64 / $mt) }, { $rows / 16 }, $mt, { 4 * $eights }, $eights, $stages, false>(&args)
+                $name, args, 2 * $rows,
+                warpgroup::gemm::<{ 2 * $rows }, { 4 * $eights }, $eights, $stages, false>(&args)
             }
             entry! {
                 #[doc = concat!("[`", stringify!($name), "`] with minima or zeros.")]
                 #[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
-                $with_mins, args, 128 * ($rows / 64 / $mt),
-                warpgroup::gemm::<{ 128 * ($rows / 64 / $mt) }, { $rows / 16 }, $mt, { 4 * $eights }, $eights, $stages, true>(&args)
+                $with_mins, args, 2 * $rows,
+                warpgroup::gemm::<{ 2 * $rows }, { 4 * $eights }, $eights, $stages, true>(&args)
             }
         )*
 
@@ -184,7 +188,7 @@ macro_rules! by_warpgroups {
         const BY_WARPGROUPS: &[Form] = &[$(Form {
             rows: $rows,
             tokens: 8 * $eights,
-            threads: 128 * ($rows / 64 / $mt),
+            threads: 2 * $rows,
             stages: $stages,
             entries: [stringify!($name), stringify!($with_mins)],
             warpgroups: true,
@@ -193,6 +197,6 @@ macro_rules! by_warpgroups {
 }
 
 by_warpgroups! {
-    linear_gemm_int4_r128_t128, linear_gemm_int4_r128_t128_min: 128 x 16, 4, 1;
-    linear_gemm_int4_r256_t128, linear_gemm_int4_r256_t128_min: 256 x 16, 3, 1;
+    linear_gemm_int4_r128_t128, linear_gemm_int4_r128_t128_min: 128 x 16, 4;
+    linear_gemm_int4_r256_t128, linear_gemm_int4_r256_t128_min: 256 x 16, 3;
 }

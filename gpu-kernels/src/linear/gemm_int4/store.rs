@@ -15,41 +15,36 @@ use crate::{ptx, swiglu};
 /// # Safety
 /// All threads of the block call it, launched as the plan says; nobody reads the first word at `base`.
 #[inline(always)]
-pub(super) unsafe fn add_up<const MT: usize, const NT: usize, const THREADS: u32>(
+pub(super) unsafe fn add_up<const NT: usize, const THREADS: u32>(
     args: &Args,
     work: &Work,
     base: Shared,
     thread: u32,
-    sums: &mut [[[f32; 4]; NT]; MT],
+    sums: &mut [[f32; 4]; NT],
 ) -> bool {
     let step = 4 * THREADS as usize;
     let place = |part: u32| {
-        let block = (work.split_tile * work.parts + part) as usize * (MT * NT * step);
+        let block = (work.split_tile * work.parts + part) as usize * (NT * step);
         args.partials.wrapping_add(block + 4 * thread as usize)
     };
     // SAFETY: by the caller's promise; others' sums are read when all have left theirs.
     unsafe {
         let own = place(work.part);
-        unroll!(M < (MT) => {
-            unroll!(N < (NT) => {
-                let to = own.wrapping_add((M * NT + N) * step);
-                ptx::st_global_v4_f32(to, sums[M % MT][N % NT]);
-            });
+        unroll!(N < (NT) => {
+            ptx::st_global_v4_f32(own.wrapping_add(N * step), sums[N % NT]);
         });
         let arrived = args.arrived.wrapping_add(work.split_tile as usize);
         if !last_to_arrive(arrived, work.parts, base) {
             return false;
         }
-        *sums = [[[0.0; 4]; NT]; MT];
+        *sums = [[0.0; 4]; NT];
         let mut part = 0;
         while part < work.parts {
             let from = place(part).cast_const();
-            unroll!(M < (MT) => {
-                unroll!(N < (NT) => {
-                    let part = ptx::ld_global_v4_f32(from.wrapping_add((M * NT + N) * step));
-                    let sum = &mut sums[M % MT][N % NT];
-                    *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
-                });
+            unroll!(N < (NT) => {
+                let part = ptx::ld_global_v4_f32(from.wrapping_add(N * step));
+                let sum = &mut sums[N % NT];
+                *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
             });
             part += 1;
         }
@@ -141,7 +136,7 @@ pub(super) unsafe fn store<const NT: usize>(
     let outputs = if swiglu { TILE_ROWS / 2 } else { TILE_ROWS };
     let row = row_tile * outputs + lane / 4;
     // The loads of four products, then their stores: few registers, and few loads that wait for stores.
-    unroll!(C < 8 => {
+    unroll!(C < 4 => {
         if 4 * C < NT {
             if !swiglu {
                 unroll!(J < 4 => {

@@ -1,8 +1,8 @@
 //! The product by warpgroups: `wgmma`, which capability 9.0 alone has.
 //!
 //! ```text
-//! block             a tile of tokens, 64 or 128 rows of the matrix a warpgroup; as many tiles as
-//!                   multiprocessors have a block each, and what is left over is split along K
+//! block             a tile of tokens, 64 rows of the matrix a warpgroup; as many tiles as all
+//!                   multiprocessors can have take a block each, what is left over is split along K
 //! a stage           128 columns: the tiles, x in two halves of 64 columns, scales and mins
 //! a warp            a row tile and all tokens of the block: 16 rows of its warpgroup's 64
 //! ```
@@ -87,58 +87,48 @@ fn natural_order(words: [u32; 2], exchange: &Exchange) -> [u32; 2] {
     ]
 }
 
-/// Starts the products of a stage, a group for 16 columns. When it returns, the last may be under way.
+/// Starts the products of a stage, a group each. When it returns, the last may be under way.
 ///
 /// # Safety
 /// All threads of the warpgroup call it; the stage is there, fenced, and stays until a wait.
 #[inline(always)]
-unsafe fn multiply<const MT: usize, const SUMS: usize, const MINS: bool>(
+unsafe fn multiply<const SUMS: usize, const MINS: bool>(
     args: &Args,
     stage: &Stage,
     place: &Place,
     base: shared::Shared,
     at: u32,
-    sums: &mut [Sums<SUMS>; MT],
+    sums: &mut Sums<SUMS>,
 ) where
     Sums<SUMS>: Product<SUMS>,
 {
     let shift = args.group_shift;
-    let tiles = at + place.tile * TILE_BYTES + place.lane * 16;
-    let pairs = scale_bytes(shift);
-    let scales = at + stage.scales + place.tile * pairs + ((place.lane / 4) << (9 - shift));
+    let tile = at + place.tile * TILE_BYTES + place.lane * 16;
+    let pairs = place.tile * scale_bytes(shift) + ((place.lane / 4) << (9 - shift));
+    let scales = at + stage.scales + pairs;
     let mins = scales + (stage.mins - stage.scales);
     let x = at + stage.x;
     let half_bytes = 2 * SUMS as u32 * warpgroup::ROW_BYTES;
-    let mut words = [[0u32; 4]; MT];
-    let mut groups = [Group::SYMMETRIC; MT];
+    let mut words = [0u32; 4];
+    let mut group = Group::SYMMETRIC;
     // SAFETY: by the caller's promise.
     unsafe {
         unroll!(Q < 4 => {
             let quarter = Q as u32;
-            unroll!(M < (MT) => {
-                if Q % 2 == 0 {
-                    let tile = 4 * M as u32 * TILE_BYTES + quarter / 2 * (TILE_BYTES / 2);
-                    let [a, b, c, d] = ptx::ld_shared_v4_u32(base, tiles + tile);
-                    let [a, b] = natural_order([a, b], &place.exchange);
-                    let [c, d] = natural_order([c, d], &place.exchange);
-                    words[M % MT] = [a, b, c, d];
-                }
-                let offset = 4 * M as u32 * pairs + ((quarter * 32) >> shift << 2);
-                let group = &mut groups[M % MT];
-                *group = group.load::<MINS>(base, scales + offset, mins + offset, place.zeros);
-            });
+            if Q % 2 == 0 {
+                let [a, b, c, d] =
+                    ptx::ld_shared_v4_u32(base, tile + quarter / 2 * (TILE_BYTES / 2));
+                let [a, b] = natural_order([a, b], &place.exchange);
+                let [c, d] = natural_order([c, d], &place.exchange);
+                words = [a, b, c, d];
+            }
+            let offset = (quarter * 32) >> shift << 2;
+            group = group.load::<MINS>(base, scales + offset, mins + offset, place.zeros);
             unroll!(S < 2 => {
-                let mut a = [[0u32; 4]; MT];
-                unroll!(M < (MT) => {
-                    let word = words[M % MT][Q % 2 * 2 + S];
-                    a[M % MT] = weights(word, place.halves, &groups[M % MT]);
-                });
+                let a = weights(words[Q % 2 * 2 + S], place.halves, &group);
                 let b = Operand::new(base.offset_bytes(x + quarter / 2 * half_bytes));
-                let b = b.step(quarter % 2 * 2 + S as u32);
                 warpgroup::fence();
-                unroll!(M < (MT) => {
-                    sums[M % MT].multiply_add(a[M % MT], b);
-                });
+                sums.multiply_add(a, b.step(quarter % 2 * 2 + S as u32));
                 warpgroup::commit();
                 // The registers of the product before this one are free for the next.
                 warpgroup::wait::<1>();
@@ -151,23 +141,21 @@ unsafe fn multiply<const MT: usize, const SUMS: usize, const MINS: bool>(
 #[derive(Clone, Copy)]
 struct Place {
     lane: u32,
-    /// First row tile in the block, a fourth of a warpgroup's rows; the next are four on.
+    /// Row tile in the block: the warp's number.
     tile: u32,
     exchange: Exchange,
     halves: u32,
     zeros: u32,
 }
 
-/// The body of every entry: `THREADS / 128` warpgroups of `64 MT` rows, `2 SUMS` tokens, `NT` eights of them,
-/// a ring of `STAGES` stages of `TILES` row tiles; with `MINS` there are minima or zeros.
+/// The body of every entry: `THREADS / 128` warpgroups, `2 SUMS` tokens, `NT` eights of them, a ring of
+/// `STAGES` stages; with `MINS` there are minima or zeros.
 ///
 /// # Safety
 /// Launched as the plan says.
 #[inline(always)]
 pub(super) unsafe fn gemm<
     const THREADS: u32,
-    const TILES: u32,
-    const MT: usize,
     const SUMS: usize,
     const NT: usize,
     const STAGES: u32,
@@ -184,14 +172,14 @@ pub(super) unsafe fn gemm<
     let number = warp::shuffle_idx_u32(warp::FULL_MASK, thread / 32, 0);
     let place = Place {
         lane,
-        tile: number / 4 * 4 * MT as u32 + number % 4,
+        tile: number,
         exchange: Exchange::of(lane),
         // In a register, which it stays in where the compiler does not see that nothing is taken off.
         halves: HALVES_1024 - (number >> 5),
         zeros: args.zeros_mask(),
     };
     let base = shared::dynamic_shared_mem();
-    let stage = stage(TILES, tokens, args.group_shift, MINS);
+    let stage = stage(THREADS / 32, tokens, args.group_shift, MINS);
     let work = Work::in_order(args, tokens);
     let (first, end) = work.depth(args);
     let ring = STAGES * stage.bytes;
@@ -202,15 +190,14 @@ pub(super) unsafe fn gemm<
 
     ptx::griddep_launch();
     ptx::griddep_wait();
-    let mut sums: [Sums<SUMS>; MT] = core::array::from_fn(|_| Sums::zeros());
+    let mut sums = Sums::<SUMS>::zeros();
     // SAFETY: the plan checked the buffers and gave the stages. A barrier stands between the arrival of a
     // stage and its products; those of the stage before the last are over at the barrier, and what is
     // copied then takes its place.
     unsafe {
         let x_offset = |token, eight| x_offset(tokens, token, eight);
-        let mut feed = Feed::<THREADS, TILES, { warpgroup::ROW_BYTES }>::new(
-            args, &work, thread, tokens, x_offset,
-        );
+        let mut feed =
+            Feed::<THREADS, { warpgroup::ROW_BYTES }>::new(args, &work, thread, tokens, x_offset);
         let mut into = 0;
         let mut ahead = first;
         unroll!(I < 8 => {
@@ -240,22 +227,20 @@ pub(super) unsafe fn gemm<
             }
             ptx::cp_async_commit();
             (into, ahead) = (next(into), ahead + 1);
-            multiply::<MT, SUMS, MINS>(args, &stage, &place, base, at, &mut sums);
+            multiply::<SUMS, MINS>(args, &stage, &place, base, at, &mut sums);
             (at, tile) = (next(at), tile + 1);
             if tile >= end {
                 break;
             }
         }
         warpgroup::wait::<0>();
-        let mut sums = sums.map(|sums| by_product::<SUMS, NT>(sums.values()));
+        let mut sums = by_product::<SUMS, NT>(sums.values());
         let one_of = work.parts > 1;
-        if one_of && !add_up::<MT, NT, THREADS>(args, &work, base, thread, &mut sums) {
+        if one_of && !add_up::<NT, THREADS>(args, &work, base, thread, &mut sums) {
             return;
         }
-        unroll!(M < (MT) => {
-            let row_tile = work.row_block * TILES + place.tile + 4 * M as u32;
-            store(args, row_tile, work.token_tile * tokens, lane, &mut sums[M % MT]);
-        });
+        let row_tile = work.row_block * (THREADS / 32) + place.tile;
+        store(args, row_tile, work.token_tile * tokens, lane, &mut sums);
     }
 }
 
