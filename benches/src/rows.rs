@@ -112,8 +112,9 @@ pub fn all() -> Vec<Row> {
     rows.push(kv_append(3, 64, false));
     rows.push(kv_append(2, 128, false));
     rows.push(kv_append(2, 128, true));
-    rows.push(rope_kv_append_f16(9, 3, 64));
-    rows.push(rope_kv_append_f16(12, 2, 128));
+    rows.push(rope_kv_append(9, 3, 64, false));
+    rows.push(rope_kv_append(12, 2, 128, false));
+    rows.push(rope_kv_append(12, 2, 128, true));
     rows.push(swiglu_f32(1536));
     rows.push(swiglu_f32(8960));
     rows.push(advance());
@@ -376,17 +377,41 @@ fn rope_f32(heads: usize, head_dim: usize) -> Row {
     }
 }
 
-/// With values of 8 bits and their scales, or of halves.
+/// Room for the values of a cache and, where they are of 8 bits, for their scales: `heads` heads of all
+/// positions together, `elems` elements.
+fn value_cache(
+    memory: &mut dyn Operands,
+    elems: usize,
+    heads: usize,
+    of_8_bits: bool,
+) -> Result<[DeviceSlice; 2], Error> {
+    let elem_bytes = if of_8_bits { 1 } else { 2 };
+    let values = memory.reserve((elem_bytes * elems) as u64)?;
+    let scales = match of_8_bits {
+        true => memory.reserve(2 * heads as u64)?,
+        false => DeviceSlice::NONE,
+    };
+    Ok([values, scales])
+}
+
+/// Bytes of a head's new values, with their scale where they are of 8 bits.
+fn value_bytes(head_dim: usize, of_8_bits: bool) -> usize {
+    if of_8_bits {
+        head_dim + 2
+    } else {
+        2 * head_dim
+    }
+}
+
 fn kv_append(kv_heads: usize, head_dim: usize, of_8_bits: bool) -> Row {
     let elems = kv_heads * head_dim;
-    let (kernel, value_bytes, scale_bytes) = match of_8_bits {
-        true => ("kv_append_v8", elems, 2 * kv_heads),
-        false => ("kv_append_f16", 2 * elems, 0),
-    };
     Row {
-        kernel,
+        kernel: match of_8_bits {
+            true => "kv_append_v8",
+            false => "kv_append_f16",
+        },
         shape: format!("{kv_heads} x {head_dim}"),
-        bytes: (10 * elems + value_bytes + scale_bytes) as u64,
+        bytes: (10 * elems + kv_heads * value_bytes(head_dim, of_8_bits)) as u64,
         streams: false,
         make: Box::new(move |device, memory| {
             let shape = kv_append::Shape {
@@ -394,15 +419,13 @@ fn kv_append(kv_heads: usize, head_dim: usize, of_8_bits: bool) -> Row {
                 head_dim,
                 context: 1,
             };
+            let [v_cache, v_scales] = value_cache(memory, elems, kv_heads, of_8_bits)?;
             let operands = kv_append::Operands {
                 k: floats(memory, elems)?,
                 v: floats(memory, elems)?,
                 k_cache: memory.reserve(2 * elems as u64)?,
-                v_cache: memory.reserve(value_bytes as u64)?,
-                v_scales: match of_8_bits {
-                    true => memory.reserve(scale_bytes as u64)?,
-                    false => DeviceSlice::NONE,
-                },
+                v_cache,
+                v_scales,
                 state: ints(memory, &[0])?,
             };
             planned(kv_append::plan(device, &shape, &operands))
@@ -410,12 +433,16 @@ fn kv_append(kv_heads: usize, head_dim: usize, of_8_bits: bool) -> Row {
     }
 }
 
-fn rope_kv_append_f16(heads: usize, kv_heads: usize, head_dim: usize) -> Row {
+fn rope_kv_append(heads: usize, kv_heads: usize, head_dim: usize, of_8_bits: bool) -> Row {
     let (queries, elems) = (heads * head_dim, kv_heads * head_dim);
+    let values = kv_heads * value_bytes(head_dim, of_8_bits);
     Row {
-        kernel: "rope_kv_append_f16",
+        kernel: match of_8_bits {
+            true => "rope_kv_append_v8",
+            false => "rope_kv_append_f16",
+        },
         shape: format!("{heads}/{kv_heads} x {head_dim}"),
-        bytes: (8 * queries + 2 * (4 + 2) * elems + 4 * head_dim) as u64,
+        bytes: (8 * queries + 10 * elems + values + 4 * head_dim) as u64,
         streams: false,
         make: Box::new(move |device, memory| {
             let shape = rope_kv_append::Shape {
@@ -424,6 +451,7 @@ fn rope_kv_append_f16(heads: usize, kv_heads: usize, head_dim: usize) -> Row {
                 head_dim,
                 context: 1,
             };
+            let [v_cache, v_scales] = value_cache(memory, elems, kv_heads, of_8_bits)?;
             let operands = rope_kv_append::Operands {
                 q: floats(memory, queries)?,
                 k: floats(memory, elems)?,
@@ -431,8 +459,8 @@ fn rope_kv_append_f16(heads: usize, kv_heads: usize, head_dim: usize) -> Row {
                 cos: floats(memory, head_dim / 2)?,
                 sin: floats(memory, head_dim / 2)?,
                 k_cache: memory.reserve(2 * elems as u64)?,
-                v_cache: memory.reserve(2 * elems as u64)?,
-                v_scales: DeviceSlice::NONE,
+                v_cache,
+                v_scales,
                 state: ints(memory, &[0])?,
             };
             planned(rope_kv_append::plan(device, &shape, &operands))

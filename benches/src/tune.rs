@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use engine::Error;
 use engine::backend::cuda::device::Gpu;
-use gpu_kernels::attention::split;
+use gpu_kernels::attention::{self, split};
 use gpu_kernels::launch::{Call, DeviceInfo};
 use gpu_kernels::linear::gemv_int4_mma;
 use gpu_kernels::tuned::{self, Launches, Row, Timed};
@@ -30,6 +30,9 @@ const WORTH: f64 = 0.99;
 /// Positions that attention is tuned at. Its launch serves all of them: below, the time hardly depends
 /// on the launch, and above, the bytes decide.
 const TOKENS: usize = 4096;
+/// Positions that its launches leave no multiprocessor idle at: one for a cache of 4,096 would do so for the
+/// rest of a long one.
+const LONG: usize = 131_072;
 
 /// Plans the calls of all launches over one copy of the operands.
 type Make = Box<dyn Fn(&DeviceInfo, &mut dyn Operands) -> Result<Vec<Call>, Error>>;
@@ -82,7 +85,11 @@ impl Job {
     /// Attention split over the context.
     fn attention(device: &DeviceInfo, attended: Attended) -> Job {
         let shape = attended.shape();
-        let tunings = split::candidates(device, &shape);
+        let long = attention::Shape {
+            context: LONG,
+            ..shape
+        };
+        let tunings = split::candidates(device, &long);
         Job::new(
             attended.kernel(),
             split::name(&shape),
@@ -294,6 +301,13 @@ mod tests {
         assert!(jobs.len() > 20);
         for job in &jobs {
             assert!(job.launches.len() > 4, "{} {}", job.kernel, job.shape);
+        }
+        let splits = |job: &Job| job.launches.iter().map(|launch| launch[0].1).min();
+        let attention = jobs
+            .iter()
+            .filter(|job| job.kernel.starts_with("attention"));
+        for job in attention {
+            assert_eq!(splits(job), Some(job.launches[0][0].1), "{}", job.shape);
         }
         let other = Selection {
             kernel: "rmsnorm".into(),

@@ -3,9 +3,9 @@
 use gpu_kernels::launch::{DeviceInfo, DeviceSlice};
 use gpu_kernels::linear::gemm_int4;
 use gpu_kernels::rope_kv_append::tokens::Strided;
-use gpu_kernels::{attention, rmsnorm, rope_kv_append};
+use gpu_kernels::{attention, kv_values, rmsnorm, rope_kv_append};
 
-use super::{Row, floats, halves, ints, noise, planned};
+use super::{Row, floats, halves, ints, noise, planned, value_bytes, value_cache};
 
 /// Tokens of a product.
 const TOKENS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048];
@@ -34,7 +34,9 @@ pub(super) fn prompt_rows() -> Vec<Row> {
     ] {
         rows.push(attention_prompt(dims, tokens, position));
     }
-    rows.push(rope_tokens([12, 2, 128], 512));
+    rows.push(rope_tokens([12, 2, 128], 512, false));
+    rows.push(rope_tokens([12, 2, 128], 512, true));
+    rows.push(values_f16(2, 128, 4096));
     rows.push(norm_f16(512, 1536));
     rows
 }
@@ -144,12 +146,17 @@ fn attention_prompt(
     }
 }
 
-fn rope_tokens([heads, kv_heads, head_dim]: [usize; 3], tokens: usize) -> Row {
+fn rope_tokens([heads, kv_heads, head_dim]: [usize; 3], tokens: usize, of_8_bits: bool) -> Row {
     let stride = (heads + 2 * kv_heads) * head_dim;
+    let halves = 2 * (heads + kv_heads) * head_dim;
+    let a_token = 4 * stride + halves + kv_heads * value_bytes(head_dim, of_8_bits) + 4 * head_dim;
     Row {
-        kernel: "rope_kv_append_tokens_f16",
+        kernel: match of_8_bits {
+            true => "rope_kv_append_tokens_v8",
+            false => "rope_kv_append_tokens_f16",
+        },
         shape: format!("heads {heads}/{kv_heads} x {head_dim}, {tokens} tokens"),
-        bytes: (tokens * (6 * stride + 4 * head_dim)) as u64,
+        bytes: (tokens * a_token) as u64,
         streams: false,
         make: Box::new(move |device, memory| {
             let all = floats(memory, tokens * stride)?;
@@ -166,6 +173,8 @@ fn rope_tokens([heads, kv_heads, head_dim]: [usize; 3], tokens: usize) -> Row {
                 head_dim,
                 context: tokens,
             };
+            let (elems, heads_kept) = (tokens * kv_heads * head_dim, tokens * kv_heads);
+            let [v_cache, v_scales] = value_cache(memory, elems, heads_kept, of_8_bits)?;
             let operands = rope_kv_append::tokens::Operands {
                 q: part(0),
                 k: part(heads * head_dim),
@@ -178,14 +187,38 @@ fn rope_tokens([heads, kv_heads, head_dim]: [usize; 3], tokens: usize) -> Row {
                 cos: floats(memory, tokens * head_dim / 2)?,
                 sin: floats(memory, tokens * head_dim / 2)?,
                 turned: memory.reserve((2 * tokens * heads * head_dim) as u64)?,
-                k_cache: memory.reserve((2 * tokens * kv_heads * head_dim) as u64)?,
-                v_cache: memory.reserve((2 * tokens * kv_heads * head_dim) as u64)?,
-                v_scales: DeviceSlice::NONE,
+                k_cache: memory.reserve(2 * elems as u64)?,
+                v_cache,
+                v_scales,
                 state: ints(memory, &[0])?,
             };
             planned(rope_kv_append::tokens::plan(
                 device, &shape, tokens, &operands,
             ))
+        }),
+    }
+}
+
+fn values_f16(kv_heads: usize, head_dim: usize, tokens: usize) -> Row {
+    let elems = kv_heads * tokens * head_dim;
+    Row {
+        kernel: "kv_values_f16",
+        shape: format!("{kv_heads} x {head_dim}, {tokens} tokens"),
+        bytes: (3 * elems + 2 * kv_heads * tokens) as u64,
+        streams: false,
+        make: Box::new(move |device, memory| {
+            let shape = kv_values::Shape {
+                kv_heads,
+                head_dim,
+                context: tokens,
+            };
+            let operands = kv_values::Operands {
+                levels: noise(memory, elems)?,
+                scales: halves(memory, kv_heads * tokens)?,
+                state: ints(memory, &[0])?,
+                values: memory.reserve(2 * elems as u64)?,
+            };
+            planned(kv_values::plan(device, &shape, tokens, &operands))
         }),
     }
 }

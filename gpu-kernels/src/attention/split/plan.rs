@@ -63,7 +63,7 @@ impl Launches for Tuning {
 pub fn candidates(device: &DeviceInfo, shape: &Shape) -> Vec<Tuning> {
     let rule = Tuning::of(device, shape);
     let mut found = vec![rule];
-    for splits in [rule.splits / 2, rule.splits, rule.splits * 2] {
+    for splits in [rule.splits, rule.splits * 2] {
         for min_tiles in [1, 2, 4, 8] {
             let tuning = Tuning { splits, min_tiles };
             if (1..=MAX_SPLITS).contains(&splits) && !found.contains(&tuning) {
