@@ -208,11 +208,7 @@ fn rope(
     let mut inputs = Inputs::new(3);
     let x = inputs.floats(heads * head_dim, 1.0);
     let context = position + 2;
-    let angles: Vec<f32> = (0..context * (head_dim / 2))
-        .map(|_| 4.0 * inputs.unit())
-        .collect();
-    let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
-    let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+    let [cos, sin] = inputs.turns(context * (head_dim / 2));
     let got = same_twice(device, |device| {
         let ops = rope::Operands {
             x: device.put_f32(&x)?,
@@ -356,11 +352,7 @@ fn rope_kv_append(
     );
     let elems = kv_heads * context * head_dim;
     let (mut k_cache, mut v_cache) = (inputs.halves(elems, 1.0), inputs.halves(elems, 1.0));
-    let angles: Vec<f32> = (0..context * (head_dim / 2))
-        .map(|_| 4.0 * inputs.unit())
-        .collect();
-    let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
-    let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+    let [cos, sin] = inputs.turns(context * (head_dim / 2));
     let got = same_twice(device, |device| {
         let ops = rope_kv_append::Operands {
             q: device.put_f32(&q)?,

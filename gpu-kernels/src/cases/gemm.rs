@@ -1,9 +1,10 @@
 //! The INT4 products of many tokens: formats, tiles of tokens, parts of K, what comes after.
 
-use half::f16;
 use models::quant::{Int4Matrix, Int4Tiled};
 
-use super::{Buffers, Case, CaseError, Device, Inputs, compared, rows_of, same_twice, within_of};
+use super::{
+    Buffers, Case, CaseError, Device, Inputs, compared, rows_of, same_twice, to_floats, within_of,
+};
 use crate::launch::DeviceSlice;
 use crate::linear::gemm_int4::{Operands, Shape, Tiling, entry, plan};
 use crate::linear::gemv_int4_mma::Epilogue;
@@ -261,16 +262,12 @@ fn run(device: &mut dyn Device, product: Product) -> Result<f64, CaseError> {
         let call = plan(&device.info(), &product.shape, &ops, Some(product.tiling))?;
         device.run(&call)?;
         if half_y {
-            let halves = device.take_f16(ops.y)?;
-            return Ok(halves.into_iter().map(f16::to_f32).collect());
+            return Ok(to_floats(device.take_f16(ops.y)?));
         }
         Ok(device.take_f32(ops.y)?)
     })?;
     let compared = compared(tokens);
-    let x: Vec<f32> = rows_of(&halves, cols, &compared)
-        .into_iter()
-        .map(f16::to_f32)
-        .collect();
+    let x = to_floats(rows_of(&halves, cols, &compared));
     let mut want = rows_of(&before, rows, &compared);
     reference(product, &w, bias.as_deref(), &x, &mut want);
     let got = rows_of(&got, rows, &compared);

@@ -33,6 +33,12 @@ impl Inputs {
             .collect()
     }
 
+    /// Cosines and sines of `count` angles, up to 4 either way.
+    pub fn turns(&mut self, count: usize) -> [Vec<f32>; 2] {
+        let angles: Vec<f32> = (0..count).map(|_| 4.0 * self.unit()).collect();
+        [f32::cos, f32::sin].map(|of| angles.iter().map(|a| of(*a)).collect())
+    }
+
     pub fn halves(&mut self, count: usize, scale: f32) -> Vec<f16> {
         self.floats(count, scale)
             .into_iter()

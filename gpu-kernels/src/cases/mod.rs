@@ -21,6 +21,7 @@ mod sample;
 mod top;
 mod values;
 
+use half::f16;
 use thiserror::Error;
 
 pub use self::emulator::EmulatorDevice;
@@ -198,6 +199,10 @@ fn compared(tokens: usize) -> Vec<usize> {
 fn rows_of<T: Copy>(values: &[T], width: usize, tokens: &[usize]) -> Vec<T> {
     let rows = tokens.iter().map(|token| &values[token * width..][..width]);
     rows.flatten().copied().collect()
+}
+
+fn to_floats(halves: Vec<f16>) -> Vec<f32> {
+    halves.into_iter().map(f16::to_f32).collect()
 }
 
 /// The relative error of `got` against `want`, if it is within `bound`. NaN is never within.

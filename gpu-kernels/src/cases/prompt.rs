@@ -5,7 +5,8 @@ use cpu_kernels::attention::AttentionShape;
 use half::f16;
 
 use super::{
-    Buffers, Case, CaseError, Device, DeviceError, Inputs, compared, rows_of, same_twice, within,
+    Buffers, Case, CaseError, Device, DeviceError, Inputs, compared, rows_of, same_twice,
+    to_floats, within,
 };
 use crate::launch::DeviceSlice;
 use crate::rope_kv_append::tokens::Strided;
@@ -115,10 +116,6 @@ fn attention_case(geometry: Geometry, window: Option<usize>) -> Case {
     })
 }
 
-fn to_floats(halves: Vec<f16>) -> Vec<f32> {
-    halves.into_iter().map(f16::to_f32).collect()
-}
-
 fn attend(
     device: &mut dyn Device,
     (heads, kv_heads, head_dim, context, position, tokens): Geometry,
@@ -193,11 +190,7 @@ fn rope(
     let (k_before, v_before) = (inputs.halves(elems, 1.0), inputs.halves(elems, 1.0));
     let mut levels: Vec<i8> = (0..elems).map(|_| inputs.u64() as i8).collect();
     let mut scales = inputs.halves(kv_heads * context, 1.0);
-    let angles: Vec<f32> = (0..context * (head_dim / 2))
-        .map(|_| 4.0 * inputs.unit())
-        .collect();
-    let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
-    let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+    let [cos, sin] = inputs.turns(context * (head_dim / 2));
     let got = same_twice(device, |device| {
         let all = device.put_f32(&product)?;
         let part = |first: usize| Strided {

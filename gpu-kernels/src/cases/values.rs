@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, within};
+use super::{Buffers, Case, CaseError, Device, Inputs, same_twice, to_floats, within};
 use crate::{kv_values, rope_kv_append};
 
 /// A key is rounded to a half after a turn that is good to a few units of single precision.
@@ -52,10 +52,6 @@ fn levels(inputs: &mut Inputs, elems: usize) -> Vec<i8> {
     (0..elems).map(|_| inputs.u64() as i8).collect()
 }
 
-fn to_floats(halves: Vec<f16>) -> Vec<f32> {
-    halves.into_iter().map(f16::to_f32).collect()
-}
-
 /// Queries and both whole caches are compared.
 fn append(
     device: &mut dyn Device,
@@ -78,11 +74,7 @@ fn append(
         levels(&mut inputs, elems),
         inputs.halves(kv_heads * context, 1.0),
     );
-    let angles: Vec<f32> = (0..context * (head_dim / 2))
-        .map(|_| 4.0 * inputs.unit())
-        .collect();
-    let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
-    let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+    let [cos, sin] = inputs.turns(context * (head_dim / 2));
     let got = same_twice(device, |device| {
         let ops = rope_kv_append::Operands {
             q: device.put_f32(&q)?,
