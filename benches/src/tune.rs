@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use engine::Error;
 use engine::backend::cuda::device::Gpu;
-use gpu_kernels::attention::{self, split};
+use gpu_kernels::attention::split;
 use gpu_kernels::launch::{Call, DeviceInfo};
 use gpu_kernels::linear::gemv_int4_mma;
 use gpu_kernels::tuned::{self, Launches, Row, Timed};
@@ -27,9 +27,8 @@ const FINALISTS: usize = 6;
 /// By how much a launch has to beat the rule's: differences below come and go between runs.
 const WORTH: f64 = 0.99;
 
-/// Positions that attention is tuned at. Its launch serves all of them: below, the time hardly depends
-/// on the launch, and above, the bytes decide.
-const TOKENS: usize = 4096;
+/// Positions that attention is tuned at: its launch serves all of them, so each counts as much.
+const TOKENS: [usize; 4] = [512, 4096, 16_384, 65_536];
 /// Positions that its launches leave no multiprocessor idle at: one for a cache of 4,096 would do so for the
 /// rest of a long one.
 const LONG: usize = 131_072;
@@ -42,9 +41,15 @@ struct Job {
     kernel: &'static str,
     /// Shape, as the table names it.
     shape: String,
-    bytes: u64,
     /// Names and numbers of each launch, the rule's first.
     launches: Vec<Vec<(String, u32)>>,
+    /// What a launch serves: its time is the geometric mean of these.
+    cases: Vec<Case>,
+}
+
+/// Operands of all launches.
+struct Case {
+    bytes: u64,
     make: Make,
 }
 
@@ -53,50 +58,44 @@ impl Job {
     fn new<L: Launches>(
         kernel: &'static str,
         shape: String,
-        bytes: u64,
         launches: &[L],
-        make: Make,
+        cases: Vec<Case>,
     ) -> Job {
         Job {
             kernel,
             shape,
-            bytes,
             launches: launches.iter().map(L::named).collect(),
-            make,
+            cases,
         }
     }
 
     /// The INT4 product on the matrix units.
     fn tiled(device: &DeviceInfo, product: Tiled) -> Job {
         let tilings = gemv_int4_mma::candidates(device, &product.shape);
-        Job::new(
-            product.kernel(),
-            product.shape.name(product.norm),
-            rows::gemv_int4_mma(&product).bytes,
-            &tilings.clone(),
-            Box::new(move |device, memory| {
+        let launches = tilings.clone();
+        let case = Case {
+            bytes: rows::gemv_int4_mma(&product).bytes,
+            make: Box::new(move |device, memory| {
                 rows::gemv_int4_mma_in(&product, &tilings, device, memory)
             }),
-        )
-    }
-}
-
-impl Job {
-    /// Attention split over the context.
-    fn attention(device: &DeviceInfo, attended: Attended) -> Job {
-        let shape = attended.shape();
-        let long = attention::Shape {
-            context: LONG,
-            ..shape
         };
-        let tunings = split::candidates(device, &long);
-        Job::new(
-            attended.kernel(),
-            split::name(&shape),
-            attended.bytes(),
-            &tunings.clone(),
-            Box::new(move |device, memory| attended.calls(&tunings, device, memory)),
-        )
+        let name = product.shape.name(product.norm);
+        Job::new(product.kernel(), name, &launches, vec![case])
+    }
+
+    /// Attention split over the context.
+    fn attention(device: &DeviceInfo, long: Attended) -> Job {
+        let tunings = split::candidates(device, &long.shape());
+        let cases = TOKENS.map(|tokens| {
+            let attended = Attended { tokens, ..long };
+            let tunings = tunings.clone();
+            Case {
+                bytes: attended.bytes(),
+                make: Box::new(move |device, memory| attended.calls(&tunings, device, memory)),
+            }
+        });
+        let name = split::name(&long.shape());
+        Job::new(long.kernel(), name, &tunings, cases.into())
     }
 }
 
@@ -127,7 +126,7 @@ fn jobs(device: &DeviceInfo, selection: &Selection) -> Result<Vec<Job>, Error> {
     let attended = dims.iter().flat_map(|model| {
         [false, true].map(|of_8_bits| Attended {
             dims: [model.heads, model.kv_heads, model.head_dim],
-            tokens: TOKENS,
+            tokens: LONG,
             of_8_bits,
         })
     });
@@ -208,16 +207,27 @@ fn write(path: &Path, text: &str) -> Result<(), Error> {
 fn fastest(gpu: &Arc<Gpu>, ptx: &str, job: &Job) -> Result<Row, Error> {
     let revision = tuned::revision(ptx, job.kernel)
         .ok_or_else(|| Error::machine(format!("{} is not in the PTX", job.kernel)))?;
-    let (read, _) = time::kernel(gpu, &rows::read(job.bytes, true))?;
-    let forms = Forms::new(gpu, job.bytes, &job.make)?;
+    let reads = job.cases.iter().map(|case| {
+        let (read, _) = time::kernel(gpu, &rows::read(case.bytes, true))?;
+        Ok(read.median_us)
+    });
+    let read_us = mean(reads)?;
+    let cases = job.cases.iter();
+    let cases = cases
+        .map(|case| Forms::new(gpu, case.bytes, &case.make))
+        .collect::<Result<Vec<_>, Error>>()?;
+    let time = |form, samples| {
+        let times = cases.iter().map(|forms| forms.time(form, samples));
+        mean(times.map(|timing| Ok(timing?.median_us)))
+    };
     let mut first = (0..job.launches.len())
-        .map(|form| Ok((forms.time(form, FIRST_SAMPLES)?.median_us, form)))
+        .map(|form| Ok((time(form, FIRST_SAMPLES)?, form)))
         .collect::<Result<Vec<_>, Error>>()?;
     first.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let rule_us = forms.time(0, time::SAMPLES)?.median_us;
+    let rule_us = time(0, time::SAMPLES)?;
     let mut best = (rule_us, 0);
     for &(_, form) in first.iter().take(FINALISTS).filter(|(_, form)| *form != 0) {
-        let us = forms.time(form, time::SAMPLES)?.median_us;
+        let us = time(form, time::SAMPLES)?;
         if us < best.0 && us < WORTH * rule_us {
             best = (us, form);
         }
@@ -227,11 +237,11 @@ fn fastest(gpu: &Arc<Gpu>, ptx: &str, job: &Job) -> Result<Row, Error> {
         "{} {}: read {:.2} us; rule {rule_us:.2} us, {:.2} x read ({}); best of {} {us:.2} us, {:.2} x read ({})",
         job.kernel,
         job.shape,
-        read.median_us,
-        rule_us / read.median_us,
+        read_us,
+        rule_us / read_us,
         shown(&job.launches[0]),
         job.launches.len(),
-        us / read.median_us,
+        us / read_us,
         shown(&job.launches[form]),
     );
     Ok(Row {
@@ -245,6 +255,13 @@ fn fastest(gpu: &Arc<Gpu>, ptx: &str, job: &Job) -> Result<Row, Error> {
         us,
         rule_us,
     })
+}
+
+/// The geometric mean.
+fn mean(times: impl ExactSizeIterator<Item = Result<f64, Error>>) -> Result<f64, Error> {
+    let count = times.len() as f64;
+    let logarithms = times.map(|us| Ok(us?.ln()));
+    Ok((logarithms.sum::<Result<f64, Error>>()? / count).exp())
 }
 
 /// `split 2, teams 6, blocks 132`.
