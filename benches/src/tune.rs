@@ -11,7 +11,7 @@ use engine::Error;
 use engine::backend::cuda::device::Gpu;
 use gpu_kernels::attention::split;
 use gpu_kernels::launch::{Call, DeviceInfo};
-use gpu_kernels::linear::gemv_int4_mma;
+use gpu_kernels::linear::{gemm_int4, gemv_int4_mma};
 use gpu_kernels::tuned::{self, Launches, Row, Timed};
 
 use crate::models;
@@ -83,6 +83,20 @@ impl Job {
         Job::new(product.kernel(), name, &launches, vec![case])
     }
 
+    /// A product of many tokens.
+    fn many(device: &DeviceInfo, shape: gemm_int4::Shape, mins: bool) -> Job {
+        let tilings = gemm_int4::candidates(device, &shape);
+        let launches = tilings.clone();
+        let case = Case {
+            bytes: rows::prompt::product_bytes(&shape, mins),
+            make: Box::new(move |device, memory| {
+                rows::prompt::products_in(&shape, mins, &tilings, device, memory)
+            }),
+        };
+        let name = gemm_int4::name(&shape, mins);
+        Job::new(gemm_int4::FAMILY, name, &launches, vec![case])
+    }
+
     /// Attention split over the context.
     fn attention(device: &DeviceInfo, long: Attended) -> Job {
         let tunings = split::candidates(device, &long.shape());
@@ -115,8 +129,11 @@ fn jobs(device: &DeviceInfo, selection: &Selection) -> Result<Vec<Job>, Error> {
         (None, None) => SEVEN.into_iter().map(bare).collect(),
     };
     let mut dims = Vec::new();
+    let mut many: Vec<gemm_int4::Shape> = Vec::new();
     for name in named {
         let found = models::named(name)?;
+        let fused = found.iter().flat_map(models::Model::products);
+        many.extend(fused.flat_map(|product| of_many_tokens(&product, group)));
         if !token::is_made(name) {
             let fused = found.iter().flat_map(models::Model::products);
             products.extend(fused.map(|product| Tiled::of(&product, group, mins)));
@@ -134,14 +151,28 @@ fn jobs(device: &DeviceInfo, selection: &Selection) -> Result<Vec<Job>, Error> {
         .into_iter()
         .map(|product| Job::tiled(device, product));
     let attended = attended.map(|attended| Job::attention(device, attended));
+    let many = many.into_iter().map(|shape| Job::many(device, shape, mins));
     let mut jobs: Vec<Job> = Vec::new();
-    for job in products.chain(attended) {
+    for job in products.chain(attended).chain(many) {
         let known = |other: &Job| other.kernel == job.kernel && other.shape == job.shape;
-        if selection.takes(job.kernel) && !jobs.iter().any(known) {
+        let choice = job.launches.len() > 1;
+        if choice && selection.takes(job.kernel) && !jobs.iter().any(known) {
             jobs.push(job);
         }
     }
     Ok(jobs)
+}
+
+/// The product for each number of tokens that has a tiling of its own.
+fn of_many_tokens(product: &models::Product, group: usize) -> [gemm_int4::Shape; 8] {
+    gemm_int4::TOKENS.map(|tokens| gemm_int4::Shape {
+        rows: product.rows,
+        cols: product.cols,
+        group,
+        tokens,
+        epilogue: product.epilogue,
+        half_y: product.half_y,
+    })
 }
 
 /// The models that a selection means.
@@ -151,7 +182,7 @@ fn of_models(selection: &Selection) -> Vec<&str> {
         (None, Some(_)) => Vec::new(),
         _ => {
             let mut names = models::names();
-            names.retain(|name| *name != models::ALL);
+            names.retain(|name| *name != models::ALL && !models::is_tiny(name));
             names
         }
     }
@@ -277,8 +308,30 @@ mod tests {
     fn shapes(selection: &Selection) -> Vec<String> {
         let jobs = jobs(&DeviceInfo::T4, selection).expect("jobs");
         jobs.iter()
+            .filter(|job| job.kernel != gemm_int4::FAMILY)
             .map(|job| format!("{} {}", job.kernel, job.shape))
             .collect()
+    }
+
+    #[test]
+    fn products_of_many_tokens_are_those_of_the_layers() {
+        let selection = Selection {
+            kernel: "linear_gemm".into(),
+            model: Some("qwen2.5-1.5b".into()),
+            group: 32,
+            ..Selection::default()
+        };
+        let jobs = jobs(&DeviceInfo::H100, &selection).expect("jobs");
+        let shapes: Vec<&str> = jobs.iter().map(|job| &*job.shape).collect();
+        for shape in [
+            "2048x1536 group 32, 8 tokens",
+            "1536x1536 add group 32, 64 tokens",
+            "8960x1536 swiglu group 32, 1024 tokens",
+            "1536x8960 add group 32, 512 tokens",
+        ] {
+            assert!(shapes.contains(&shape), "{shape}: {shapes:?}");
+        }
+        assert!(shapes.len() <= 4 * gemm_int4::TOKENS.len());
     }
 
     #[test]
@@ -317,7 +370,12 @@ mod tests {
         let jobs = jobs(&DeviceInfo::T4, &selection).expect("jobs");
         assert!(jobs.len() > 20);
         for job in &jobs {
-            assert!(job.launches.len() > 4, "{} {}", job.kernel, job.shape);
+            let least = if job.kernel == gemm_int4::FAMILY {
+                2
+            } else {
+                5
+            };
+            assert!(job.launches.len() >= least, "{} {}", job.kernel, job.shape);
         }
         let splits = |job: &Job| job.launches.iter().map(|launch| launch[0].1).min();
         let attention = jobs
