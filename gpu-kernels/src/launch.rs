@@ -89,6 +89,9 @@ pub struct Call {
     /// index, so this needs nothing of it; an emulator that runs them in another order has to run
     /// them side by side.
     pub blocks_wait: bool,
+    /// Whether blocks wait for some that follow them, too: each for a few next to it, which a GPU has
+    /// started or starts as soon as blocks before them end. An emulator has to run all of them side by side.
+    pub blocks_meet: bool,
     /// The launch may start before the one before it has ended (programmatic dependent launch): the
     /// kernel waits by itself.
     pub dependent: bool,
@@ -147,6 +150,7 @@ pub struct CallBuilder {
     kernel: &'static str,
     args: Vec<u64>,
     blocks_wait: bool,
+    blocks_meet: bool,
     waits: bool,
 }
 
@@ -157,6 +161,7 @@ impl CallBuilder {
             kernel,
             args: Vec::with_capacity(12),
             blocks_wait: false,
+            blocks_meet: false,
             waits: false,
         }
     }
@@ -255,6 +260,11 @@ impl CallBuilder {
         self.blocks_wait = true;
     }
 
+    /// Blocks of the call wait for each other, each for a few of the next lower and higher indices.
+    pub fn blocks_meet(&mut self) {
+        self.blocks_meet = true;
+    }
+
     /// The finished call, if the device can launch it.
     pub fn build(self, device: &DeviceInfo, launch: Launch) -> Result<Call, ShapeError> {
         let threads: u32 = launch.block.iter().product();
@@ -283,6 +293,7 @@ impl CallBuilder {
             launch,
             args: self.args,
             blocks_wait: self.blocks_wait,
+            blocks_meet: self.blocks_meet,
             dependent: self.waits && device.compute_capability >= 90,
         })
     }

@@ -15,15 +15,11 @@ pub(super) fn prompt_rows() -> Vec<Row> {
     let mut rows = Vec::new();
     for (n, k) in [(4096, 4096), (14_336, 4096), (8960, 1536), (1536, 8960)] {
         for tokens in TOKENS {
-            let shape = gemm_int4::Shape::plain(n, k, 128, tokens);
-            rows.extend(products(&shape, false));
+            rows.extend(products(&to_halves(n, k, 128, tokens), false));
         }
     }
     for (tokens, mins) in [(8, false), (128, true), (512, false), (512, true)] {
-        rows.extend(products(
-            &gemm_int4::Shape::plain(8960, 1536, 32, tokens),
-            mins,
-        ));
+        rows.extend(products(&to_halves(8960, 1536, 32, tokens), mins));
     }
     for (dims, tokens, position) in [
         ([12, 2, 128], 512, 0),
@@ -40,6 +36,14 @@ pub(super) fn prompt_rows() -> Vec<Row> {
     rows.push(values_f16(2, 128, 4096));
     rows.push(norm_f16(512, 1536));
     rows
+}
+
+/// With y in halves, as those have it that the product is compared with.
+fn to_halves(rows: usize, cols: usize, group: usize, tokens: usize) -> gemm_int4::Shape {
+    gemm_int4::Shape {
+        half_y: true,
+        ..gemm_int4::Shape::plain(rows, cols, group, tokens)
+    }
 }
 
 /// A product by warps, and one by warpgroups where that is the rule.
@@ -146,7 +150,8 @@ pub fn product_bytes(shape: &gemm_int4::Shape, mins: bool) -> u64 {
         rows, cols, tokens, ..
     } = shape;
     let values = shape.tiles() * 16 * 128 / shape.group * if mins { 2 } else { 1 };
-    (shape.tiles() * 1024 + 2 * values + tokens * (2 * cols + 4 * rows)) as u64
+    let y_elem = if shape.half_y { 2 } else { 4 };
+    (shape.tiles() * 1024 + 2 * values + tokens * (2 * cols + y_elem * rows)) as u64
 }
 
 fn attention_prompt(

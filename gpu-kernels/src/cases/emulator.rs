@@ -67,7 +67,7 @@ impl Device for EmulatorDevice {
             grid: call.launch.grid,
             block: call.launch.block,
             shared_bytes: call.launch.shared_bytes,
-            cooperative: call.blocks_wait && self.seed.is_some(),
+            cooperative: call.blocks_meet || call.blocks_wait && self.seed.is_some(),
             seed: self.seed,
         };
         emulator::set_compute_capability(self.info.compute_capability);

@@ -41,9 +41,9 @@ impl Product {
         }
     }
 
-    /// By warpgroups, blocks of this many rows and 128 tokens.
-    fn by_warpgroups(shape: Shape, mins: bool, rows: u32, parts: u32) -> Product {
-        let mut product = Product::new(shape, mins, 128, parts);
+    /// By warpgroups, blocks of this many rows and tokens.
+    fn by_warpgroups(shape: Shape, mins: bool, [rows, tokens]: [u32; 2], parts: u32) -> Product {
+        let mut product = Product::new(shape, mins, tokens, parts);
         product.tiling.rows = rows;
         product
     }
@@ -140,8 +140,8 @@ pub fn cases() -> Vec<Case> {
             .then(Epilogue::SwiGlu)
             .to_halves(),
     ]);
-    for rows in [128, 256] {
-        let product = |shape, mins, parts| Product::by_warpgroups(shape, mins, rows, parts);
+    for tile in [[128, 128], [256, 128]] {
+        let product = |shape, mins, parts| Product::by_warpgroups(shape, mins, tile, parts);
         products.extend([
             product(of(41, 160, 32, 3), false, 1).with_bias(),
             product(of(300, 160, 128, 130), false, 1).then(Epilogue::Add),
@@ -171,13 +171,13 @@ pub fn large() -> Vec<Case> {
         Product::by_warpgroups(shape, false, tile, parts)
     };
     [
-        by_warpgroups(4096, 4096, 128, 128, 4),
-        by_warpgroups(1536, 8960, 200, 256, 10),
-        by_warpgroups(8960, 1536, 513, 256, 1)
+        by_warpgroups(4096, 4096, 128, [128, 128], 4),
+        by_warpgroups(1536, 8960, 200, [256, 128], 10),
+        by_warpgroups(8960, 1536, 513, [256, 128], 1)
             .then(Epilogue::SwiGlu)
             .to_halves(),
-        by_warpgroups(2048, 1536, 1000, 128, 2).with_bias(),
-        by_warpgroups(1536, 1536, 300, 128, 1).then(Epilogue::Add),
+        by_warpgroups(2048, 1536, 1000, [128, 128], 2).with_bias(),
+        by_warpgroups(1536, 1536, 300, [128, 128], 1).then(Epilogue::Add),
         of(1536, 8960, 8, 8, 11),
         of(2048, 1536, 16, 16, 6).with_bias(),
         of(8960, 1536, 30, 32, 1).then(Epilogue::SwiGlu).to_halves(),

@@ -360,18 +360,26 @@ pub(super) unsafe fn gemm<const NT: usize, const UNDER_WAY: u32>(args: &Args) {
     };
 
     ptx::griddep_launch();
-    ptx::griddep_wait();
     let mut sums = [[0.0f32; 4]; NT];
     // SAFETY: the plan checked the buffers and gave the stages; a barrier stands between the arrival
     // of a stage and its use, and between its use and the next copies to its place.
     unsafe {
         let at = |token, eight| x_offset(token, eight);
         let mut feed = Feed::<BLOCK_THREADS, X_BYTES>::new(args, &work, thread, tokens, at);
+        // What no launch writes is asked for while others may still run.
         let mut into = 0;
         let mut ahead = first;
+        while at_least_sm_80() && ahead < (first + UNDER_WAY + 1).min(end) {
+            feed.bring_weights(args, &stage, thread, base, into);
+            into += stage.bytes;
+            ahead += 1;
+        }
+        ptx::griddep_wait();
+        into = 0;
+        ahead = first;
         while at_least_sm_80() && ahead < first + UNDER_WAY + 1 {
             if ahead < end {
-                feed.bring(args, &stage, tokens, thread, base, into);
+                feed.bring_x(args, &stage, tokens, thread, base, into);
             }
             // Also an empty group counts.
             ptx::cp_async_commit();

@@ -26,7 +26,7 @@ pub(super) struct Feed<const THREADS: u32, const ROW_BYTES: u32> {
     pair: usize,
     pair_step: usize,
     pairs_there: bool,
-    /// Tile along K.
+    /// Tile along K of the activations that come next.
     tile: u32,
 }
 
@@ -95,8 +95,28 @@ impl<const THREADS: u32, const ROW_BYTES: u32> Feed<THREADS, ROW_BYTES> {
         base: Shared,
         at: u32,
     ) {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            self.bring_weights(args, stage, thread, base, at);
+            self.bring_x(args, stage, tokens, thread, base, at);
+        }
+    }
+
+    /// Starts the copies of the next stage's tiles of the matrix, scales and minima, which no launch writes.
+    ///
+    /// # Safety
+    /// As [`Feed::bring`].
+    #[inline(always)]
+    pub unsafe fn bring_weights(
+        &mut self,
+        args: &Args,
+        stage: &Stage,
+        thread: u32,
+        base: Shared,
+        at: u32,
+    ) {
         let own = at + thread * COPY_BYTES;
-        // SAFETY: what is outside of the matrix or of x is not read.
+        // SAFETY: what is outside of the matrix is not read.
         unsafe {
             let mut words = self.words;
             unroll!(I < 2 => {
@@ -110,11 +130,39 @@ impl<const THREADS: u32, const ROW_BYTES: u32> Feed<THREADS, ROW_BYTES> {
                     ptx::cp_async_16_or_zero(there, base, to, words);
                 }
             });
+            if thread < Self::TILES << (8 - args.group_shift) {
+                let scales = args.scales.wrapping_add(self.pair);
+                ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.scales, scales);
+                if !args.mins.is_null() {
+                    let mins = args.mins.wrapping_add(self.pair);
+                    ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.mins, mins);
+                }
+            }
+        }
+        self.words = self.words.wrapping_add(TILE_WORDS as usize);
+        self.pair += self.pair_step;
+    }
 
-            let in_row = self.tile * TILE_COLS + self.eight * 8 < args.cols;
-            let first = thread / 16;
-            let to = at + stage.x + self.x_at;
-            let mut x = self.x;
+    /// Starts the copies of the next stage's activations.
+    ///
+    /// # Safety
+    /// As [`Feed::bring`].
+    #[inline(always)]
+    pub unsafe fn bring_x(
+        &mut self,
+        args: &Args,
+        stage: &Stage,
+        tokens: u32,
+        thread: u32,
+        base: Shared,
+        at: u32,
+    ) {
+        let in_row = self.tile * TILE_COLS + self.eight * 8 < args.cols;
+        let first = thread / 16;
+        let to = at + stage.x + self.x_at;
+        let mut x = self.x;
+        // SAFETY: what is outside of x is not read.
+        unsafe {
             unroll!(I < 8 => {
                 let skip = I as u32 * Self::COPY_TOKENS;
                 // Known when the kernel is compiled, but for eight tokens.
@@ -126,19 +174,8 @@ impl<const THREADS: u32, const ROW_BYTES: u32> Feed<THREADS, ROW_BYTES> {
                     ptx::cp_async_16_or_zero(there, base, to + skip * ROW_BYTES, x);
                 }
             });
-
-            if thread < Self::TILES << (8 - args.group_shift) {
-                let scales = args.scales.wrapping_add(self.pair);
-                ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.scales, scales);
-                if !args.mins.is_null() {
-                    let mins = args.mins.wrapping_add(self.pair);
-                    ptx::cp_async_16_or_zero(self.pairs_there, base, own + stage.mins, mins);
-                }
-            }
         }
-        self.words = self.words.wrapping_add(TILE_WORDS as usize);
         self.x = self.x.wrapping_add((TILE_COLS / 2) as usize);
-        self.pair += self.pair_step;
         self.tile += 1;
     }
 }

@@ -26,7 +26,10 @@
 //! | `linear_gemm_int4_t64` | 64 | weights are made once for 64 tokens, and two blocks a multiprocessor hide each other's waits |
 //!
 //! | `linear_gemm_int4_r128_t128` | 128 | `wgmma`, from 65 tokens on: where tiles of 256 rows are too few |
-//! | `linear_gemm_int4_r256_t128` | 128 | `wgmma`, x read half as often, four warpgroups hide each other's waits |
+//! | `linear_gemm_int4_r256_t128` | 128 | `wgmma`, x read half as often |
+//!
+//! By warpgroups, 256 tokens a block, or 256 rows by two warpgroups, or by 64 tokens: 3 to 40% slower, as x is
+//! read from L2 at 5.5 TB/s at most (H100, 2026-11-24).
 //!
 //! The last two, and their forms with minima, `_min`, are those of [`warpgroup`] and of the tier `sm_90a`.
 //! By warps, two of them side by side along the tokens, or 128 tokens a block, make the same weights twice or leave
@@ -37,13 +40,16 @@
 //! bytes exchanged: the eight lanes that a 16-byte load serves at once, four columns of two tokens,
 //! hit different banks. Everything else is read in the order of the lanes: no conflicts.
 //!
-//! Where blocks are too few for the multiprocessors, K is split: each block leaves its sums, the
-//! last one of a tile adds them up in the order of the parts. Two runs give identical bits.
+//! Where blocks are too few for the multiprocessors, K is split: each block leaves its sums, and by warps the
+//! last one of a tile adds them up, by warpgroups each block a share, in the order of the parts. Two runs give
+//! identical bits.
 //!
 //! x has to be finite; weights have to stay below 65504.
 
 mod block;
 mod feed;
+#[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
+mod gather;
 #[cfg(not(target_arch = "nvptx64"))]
 mod plan;
 mod store;
@@ -75,6 +81,9 @@ const TWO_BLOCKS_THREADS: u32 = if cfg!(all(target_arch = "nvptx64", not(target_
 } else {
     2 * BLOCK_THREADS
 };
+
+/// Most parts of K: what is added up grows with them.
+const MAX_PARTS: u32 = 12;
 
 /// y is added to instead of written.
 const FLAG_ACCUMULATE: u32 = 1;
@@ -170,21 +179,22 @@ by_warps! {
     linear_gemm_int4_t64: 8;
 }
 
-/// By warpgroups: entries without and with minima, and their forms.
+/// By warpgroups: entries without and with minima, and their forms. Rows by eights of tokens, stages of the
+/// ring, products of a group.
 macro_rules! by_warpgroups {
-    ($($name:ident, $with_mins:ident: $rows:literal x $eights:literal, $stages:literal;)*) => {
+    ($($name:ident, $with_mins:ident: $rows:literal x $eights:literal, $stages:literal, $products:literal;)*) => {
         $(
             entry! {
                 #[doc = concat!(stringify!($rows), " rows by ", stringify!($eights), " times 8 tokens.")]
                 #[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
                 $name, args, 2 * $rows,
-                warpgroup::gemm::<{ 2 * $rows }, { 4 * $eights }, $eights, $stages, false>(&args)
+                warpgroup::gemm::<{ 2 * $rows }, { 4 * $eights }, $stages, $products, false>(&args)
             }
             entry! {
                 #[doc = concat!("[`", stringify!($name), "`] with minima or zeros.")]
                 #[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
                 $with_mins, args, 2 * $rows,
-                warpgroup::gemm::<{ 2 * $rows }, { 4 * $eights }, $eights, $stages, true>(&args)
+                warpgroup::gemm::<{ 2 * $rows }, { 4 * $eights }, $stages, $products, true>(&args)
             }
         )*
 
@@ -201,6 +211,6 @@ macro_rules! by_warpgroups {
 }
 
 by_warpgroups! {
-    linear_gemm_int4_r128_t128, linear_gemm_int4_r128_t128_min: 128 x 16, 4;
-    linear_gemm_int4_r256_t128, linear_gemm_int4_r256_t128_min: 256 x 16, 3;
+    linear_gemm_int4_r128_t128, linear_gemm_int4_r128_t128_min: 128 x 16, 4, 4;
+    linear_gemm_int4_r256_t128, linear_gemm_int4_r256_t128_min: 256 x 16, 3, 2;
 }

@@ -3,7 +3,8 @@
 use super::super::gemv_int4_mma::Epilogue;
 use super::block::{Stage, TILE_COLS, TILE_ROWS};
 use super::{
-    BY_WARPGROUPS, BY_WARPS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS, Form, warpgroup,
+    BY_WARPGROUPS, BY_WARPS, FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, FLAG_ZEROS, Form,
+    MAX_PARTS, warpgroup,
 };
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
 use crate::tuned::Launches;
@@ -12,8 +13,6 @@ use crate::tuned::Launches;
 const MAX_SPLIT_TILES: usize = 1024;
 /// Bytes of the counters, before the partial sums.
 const COUNTER_BYTES: u64 = 4 * MAX_SPLIT_TILES as u64;
-/// Most parts of K: what the last block adds up grows with them.
-const MAX_PARTS: u32 = 12;
 
 /// Dimensions of the product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -243,13 +242,13 @@ impl Form {
         let (whole, split) = tiling.whole_and_split(device, shape);
         let waves = |blocks: u64| blocks.div_ceil(multiprocessors);
         if self.warpgroups {
-            // Tenths of a microsecond on an H100 (2026-11-24): a stage, the start and the end of a block,
+            // Hundredths of a microsecond on an H100 (2026-11-24): a stage, the start and the end of a block,
             // and the sums of its parts.
-            let [stage, ends, sums, part] = match self.rows {
-                128 => [11, 35, 50, 3],
-                _ => [18, 44, 70, 5],
+            let [stage, ends, sums] = match self.rows {
+                128 => [93, 300, 220],
+                _ => [158, 450, 400],
             };
-            let shared = stage * depth.div_ceil(parts) + ends + sums + part * parts;
+            let shared = stage * depth.div_ceil(parts) + ends + sums;
             let blocks = waves(split as u64 * parts);
             return waves(whole as u64) * (stage * depth + ends) + blocks * shared;
         }
@@ -384,6 +383,9 @@ pub fn plan(
         "there must be a tile along K for each, and at most 12",
     )?;
     let (whole, split) = tiling.whole_and_split(device, shape);
+    if form.warpgroups && split > 0 {
+        call.blocks_meet();
+    }
     call.require(
         split <= MAX_SPLIT_TILES,
         "tiles",

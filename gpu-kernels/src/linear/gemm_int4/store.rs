@@ -3,10 +3,23 @@
 use cuda_std::shared::Shared;
 
 use super::block::{Args, TILE_ROWS, Work};
-use super::{FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU};
+use super::{FLAG_ACCUMULATE, FLAG_HALF_Y, FLAG_SWIGLU, MAX_PARTS};
 use crate::arrive::last_to_arrive;
 use crate::unroll::unroll;
 use crate::{ptx, swiglu};
+
+/// Parts whose sums a thread loads at a time, of so many products: as many as there are registers for.
+const fn batch(products: usize) -> usize {
+    match products {
+        1 => BATCH,
+        2 => 6,
+        3 | 4 => 4,
+        _ => 2,
+    }
+}
+
+/// The most of them.
+const BATCH: usize = MAX_PARTS as usize;
 
 /// Leaves the sums of a thread of `THREADS` of a block that does a part of its tile's work: four of each
 /// product, next to those of the other threads. Whether the block is the last of its tile: it gets the sums
@@ -40,13 +53,24 @@ pub(super) unsafe fn add_up<const NT: usize, const THREADS: u32>(
         *sums = [[0.0; 4]; NT];
         let mut part = 0;
         while part < work.parts {
-            let from = place(part).cast_const();
-            unroll!(N < (NT) => {
-                let part = ptx::ld_global_v4_f32(from.wrapping_add(N * step));
-                let sum = &mut sums[N % NT];
-                *sum = [sum[0] + part[0], sum[1] + part[1], sum[2] + part[2], sum[3] + part[3]];
+            // Sums of some parts are on their way at a time.
+            let mut loaded = [[[0.0f32; 4]; NT]; BATCH];
+            unroll!(P < (batch(NT)) => {
+                let there = part + (P as u32) < work.parts;
+                let from = place(part + P as u32).cast_const();
+                unroll!(N < (NT) => {
+                    let from = from.wrapping_add(N * step);
+                    loaded[P % BATCH][N % NT] = ptx::ld_global_v4_f32_if(there, from, [0.0; 4]);
+                });
             });
-            part += 1;
+            unroll!(P < (batch(NT)) => {
+                unroll!(N < (NT) => {
+                    unroll!(I < 4 => {
+                        sums[N % NT][I] += loaded[P % BATCH][N % NT][I];
+                    });
+                });
+            });
+            part += batch(NT) as u32;
         }
     }
     true
@@ -54,7 +78,7 @@ pub(super) unsafe fn add_up<const NT: usize, const THREADS: u32>(
 
 /// Where an element of y lies.
 #[derive(Clone, Copy)]
-struct Output {
+pub(super) struct Output {
     /// Whether it is one.
     there: bool,
     row: u32,
@@ -65,7 +89,11 @@ impl Output {
     /// Element I (a row and a token of two each) of a lane's part of a product.
     #[inline(always)]
     fn of(args: &Args, [row, token]: [u32; 2], i: usize) -> Output {
-        let (row, token) = (row + i as u32 / 2 * 8, token + i as u32 % 2);
+        Output::new(args, row + i as u32 / 2 * 8, token + i as u32 % 2)
+    }
+
+    #[inline(always)]
+    pub fn new(args: &Args, row: u32, token: u32) -> Output {
         Output {
             there: row < args.rows && token < args.tokens,
             row,
@@ -91,18 +119,28 @@ impl Output {
                 let bias = args.bias.wrapping_add(self.row as usize);
                 sum += ptx::ld_global_f32_if(self.there, bias, 0.0);
             }
-            if args.flags & FLAG_ACCUMULATE != 0 {
-                let y = args.y.wrapping_add(self.index(args)).cast_const();
-                sum += ptx::ld_global_f32_if(self.there, y, 0.0);
-            }
+            sum + self.before(args)
         }
-        sum
+    }
+
+    /// What y was, if it is added to.
+    ///
+    /// # Safety
+    /// Launched as the plan says.
+    #[inline(always)]
+    pub unsafe fn before(&self, args: &Args) -> f32 {
+        if args.flags & FLAG_ACCUMULATE == 0 {
+            return 0.0;
+        }
+        let y = args.y.wrapping_add(self.index(args)).cast_const();
+        // SAFETY: the load is made only where the element is there.
+        unsafe { ptx::ld_global_f32_if(self.there, y, 0.0) }
     }
 
     /// # Safety
     /// Launched as the plan says.
     #[inline(always)]
-    unsafe fn store(&self, args: &Args, value: f32) {
+    pub unsafe fn store(&self, args: &Args, value: f32) {
         if self.there {
             let at = self.index(args);
             // SAFETY: the element is there.

@@ -11,7 +11,9 @@
 //! product takes eight columns of x where they are, so weights have to be in the natural order of
 //! columns, and a lane has those of a quarter of 32: lanes of a row exchange them as nibbles
 //! ([`natural_order`], a shuffle a product). Then they become halves as in
-//! [`block`](super::block), while the product before runs.
+//! [`block`](super::block), for a group of products at a time while the group before runs: two sets of
+//! registers take turns. What is to be multiplied next is asked for when a group is under way, too, so the
+//! barrier between stages leaves no unit idle.
 
 use cuda_std::warpgroup::{self, Operand, Product, Sums};
 use cuda_std::{shared, thread, warp};
@@ -19,7 +21,7 @@ use cuda_std::{shared, thread, warp};
 use super::super::gemv_int4_mma::tile::HALVES_1024;
 use super::block::{Args, Group, Stage, TILE_BYTES, Work, scale_bytes, weights};
 use super::feed::Feed;
-use super::store::{add_up, store};
+use super::gather::finish;
 use crate::ptx;
 use crate::unroll::unroll;
 
@@ -87,56 +89,6 @@ fn natural_order(words: [u32; 2], exchange: &Exchange) -> [u32; 2] {
     ]
 }
 
-/// Starts the products of a stage, a group each. When it returns, the last may be under way.
-///
-/// # Safety
-/// All threads of the warpgroup call it; the stage is there, fenced, and stays until a wait.
-#[inline(always)]
-unsafe fn multiply<const SUMS: usize, const MINS: bool>(
-    args: &Args,
-    stage: &Stage,
-    place: &Place,
-    base: shared::Shared,
-    at: u32,
-    sums: &mut Sums<SUMS>,
-) where
-    Sums<SUMS>: Product<SUMS>,
-{
-    let shift = args.group_shift;
-    let tile = at + place.tile * TILE_BYTES + place.lane * 16;
-    let pairs = place.tile * scale_bytes(shift) + ((place.lane / 4) << (9 - shift));
-    let scales = at + stage.scales + pairs;
-    let mins = scales + (stage.mins - stage.scales);
-    let x = at + stage.x;
-    let half_bytes = 2 * SUMS as u32 * warpgroup::ROW_BYTES;
-    let mut words = [0u32; 4];
-    let mut group = Group::SYMMETRIC;
-    // SAFETY: by the caller's promise.
-    unsafe {
-        unroll!(Q < 4 => {
-            let quarter = Q as u32;
-            if Q % 2 == 0 {
-                let [a, b, c, d] =
-                    ptx::ld_shared_v4_u32(base, tile + quarter / 2 * (TILE_BYTES / 2));
-                let [a, b] = natural_order([a, b], &place.exchange);
-                let [c, d] = natural_order([c, d], &place.exchange);
-                words = [a, b, c, d];
-            }
-            let offset = (quarter * 32) >> shift << 2;
-            group = group.load::<MINS>(base, scales + offset, mins + offset, place.zeros);
-            unroll!(S < 2 => {
-                let a = weights(words[Q % 2 * 2 + S], place.halves, &group);
-                let b = Operand::new(base.offset_bytes(x + quarter / 2 * half_bytes));
-                warpgroup::fence();
-                sums.multiply_add(a, b.step(quarter % 2 * 2 + S as u32));
-                warpgroup::commit();
-                // The registers of the product before this one are free for the next.
-                warpgroup::wait::<1>();
-            });
-        });
-    }
-}
-
 /// Where a warp stands, and what is the same for all its stages.
 #[derive(Clone, Copy)]
 struct Place {
@@ -146,10 +98,78 @@ struct Place {
     exchange: Exchange,
     halves: u32,
     zeros: u32,
+    group_shift: u32,
 }
 
-/// The body of every entry: `THREADS / 128` warpgroups, `2 SUMS` tokens, `NT` eights of them, a ring of
-/// `STAGES` stages; with `MINS` there are minima or zeros.
+/// What a lane needs of a row tile for the weights of `P` products.
+#[derive(Clone, Copy)]
+struct Packed<const P: usize> {
+    words: [u32; P],
+    /// Of each 32 columns; where there are 32, the second is the first.
+    groups: [Group; 2],
+}
+
+impl<const P: usize> Packed<P> {
+    /// Of the products from `P part` on of the stage at `at`.
+    ///
+    /// # Safety
+    /// The stage is there.
+    #[inline(always)]
+    unsafe fn load<const MINS: bool>(
+        stage: &Stage,
+        place: &Place,
+        base: shared::Shared,
+        at: u32,
+        part: u32,
+    ) -> Packed<P> {
+        let shift = place.group_shift;
+        let quarter = part * P as u32 / 2;
+        let from = at + place.tile * TILE_BYTES + place.lane * 16 + quarter / 2 * (TILE_BYTES / 2);
+        let pairs = place.tile * scale_bytes(shift) + ((place.lane / 4) << (9 - shift));
+        let scales = at + stage.scales + pairs;
+        let mins = scales + (stage.mins - stage.scales);
+        let mut words = [0u32; P];
+        let mut groups = [Group::SYMMETRIC; 2];
+        // SAFETY: by the caller's promise.
+        unsafe {
+            if P == 4 {
+                let loaded = ptx::ld_shared_v4_u32(base, from);
+                unroll!(I < 4 => { words[I % P] = loaded[I]; });
+            } else {
+                let loaded = ptx::ld_shared_v2_u32(base, from + quarter % 2 * 8);
+                unroll!(I < 2 => { words[I % P] = loaded[I]; });
+            }
+            unroll!(I < 2 => {
+                if 2 * I < P {
+                    let offset = ((quarter + I as u32) * 32) >> shift << 2;
+                    groups[I] = Group::SYMMETRIC
+                        .load::<MINS>(base, scales + offset, mins + offset, place.zeros);
+                }
+            });
+        }
+        Packed { words, groups }
+    }
+
+    /// Operand A of the products. All lanes of the warp call it.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "nvptx64"), track_caller)]
+    fn weights(&self, place: &Place) -> [[u32; 4]; P] {
+        let mut a = [[0; 4]; P];
+        unroll!(I < 2 => {
+            if 2 * I < P {
+                let words = [self.words[2 * I % P], self.words[(2 * I + 1) % P]];
+                let words = natural_order(words, &place.exchange);
+                unroll!(S < 2 => {
+                    a[(2 * I + S) % P] = weights(words[S], place.halves, &self.groups[I]);
+                });
+            }
+        });
+        a
+    }
+}
+
+/// The body of every entry: `THREADS / 128` warpgroups, `2 SUMS` tokens, a ring of `STAGES` stages, groups of
+/// `P` products, 2 or 4; with `MINS` there are minima or zeros.
 ///
 /// # Safety
 /// Launched as the plan says.
@@ -157,8 +177,8 @@ struct Place {
 pub(super) unsafe fn gemm<
     const THREADS: u32,
     const SUMS: usize,
-    const NT: usize,
     const STAGES: u32,
+    const P: usize,
     const MINS: bool,
 >(
     args: &Args,
@@ -177,6 +197,7 @@ pub(super) unsafe fn gemm<
         // In a register, which it stays in where the compiler does not see that nothing is taken off.
         halves: HALVES_1024 - (number >> 5),
         zeros: args.zeros_mask(),
+        group_shift: args.group_shift,
     };
     let base = shared::dynamic_shared_mem();
     let stage = stage(THREADS / 32, tokens, args.group_shift, MINS);
@@ -187,39 +208,74 @@ pub(super) unsafe fn gemm<
         let next = at + stage.bytes;
         if next == ring { 0 } else { next }
     };
+    let half_bytes = tokens * warpgroup::ROW_BYTES;
 
-    ptx::griddep_launch();
-    ptx::griddep_wait();
-    let mut sums = Sums::<SUMS>::zeros();
-    // SAFETY: the plan checked the buffers and gave the stages. A barrier stands between the arrival of a
-    // stage and its products; those of the stage before the last are over at the barrier, and what is
-    // copied then takes its place.
+    let mut sums = Sums::zeros();
+    // SAFETY: the plan checked the buffers and gave the stages; a barrier stands between the arrival of a
+    // stage and its products; those of the stage before are over at the barrier, and what is copied then
+    // takes its place.
     unsafe {
         let x_offset = |token, eight| x_offset(tokens, token, eight);
         let mut feed =
             Feed::<THREADS, { warpgroup::ROW_BYTES }>::new(args, &work, thread, tokens, x_offset);
-        let mut into = 0;
-        let mut ahead = first;
-        unroll!(I < 8 => {
-            if I as u32 + 2 < STAGES {
-                if ahead < end {
-                    feed.bring(args, &stage, tokens, thread, base, into);
+        ptx::griddep_launch();
+        // What no launch writes is asked for while others may still run.
+        unroll!(I < 4 => {
+            let into = I as u32 * stage.bytes;
+            if I as u32 + 1 < STAGES && first + (I as u32) < end {
+                feed.bring_weights(args, &stage, thread, base, into);
+            }
+        });
+        ptx::griddep_wait();
+        unroll!(I < 4 => {
+            let into = I as u32 * stage.bytes;
+            if I as u32 + 1 < STAGES {
+                if first + (I as u32) < end {
+                    feed.bring_x(args, &stage, tokens, thread, base, into);
                 }
                 // Also an empty group counts.
                 ptx::cp_async_commit();
-                (into, ahead) = (into + stage.bytes, ahead + 1);
             }
         });
+        let (mut into, mut ahead) = ((STAGES - 1) * stage.bytes, first + STAGES - 1);
+        wait_for_all_but(STAGES - 2);
+        warpgroup::fence_shared();
+        thread::sync_threads();
         let mut at = 0;
         let mut tile = first;
+        let mut a = [[[0; 4]; P]; 2];
+        a[0] = Packed::<P>::load::<MINS>(&stage, &place, base, at, 0).weights(&place);
         // Every part has a tile. A loop that might not run at all would define the sums beside it, in the
         // middle of what is under way, and the assembler would wait after each product.
         loop {
-            match STAGES {
-                3 => ptx::cp_async_wait::<0>(),
-                4 => ptx::cp_async_wait::<1>(),
-                _ => ptx::cp_async_wait::<2>(),
+            // While a group of products runs, the weights of the next are made.
+            unroll!(I < 4 => {
+                if I < 8 / P {
+                    let product = (I * P) as u32;
+                    let b = at + stage.x + product / 4 * half_bytes;
+                    let b = Operand::new(base.offset_bytes(b));
+                    warpgroup::fence();
+                    unroll!(S < 4 => {
+                        if S < P {
+                            let b = b.step(product % 4 + S as u32);
+                            sums.multiply_add(a[I % 2][S % P], b);
+                        }
+                    });
+                    warpgroup::commit();
+                    if I + 1 < 8 / P {
+                        let next = Packed::<P>::load::<MINS>(&stage, &place, base, at, I as u32 + 1);
+                        // The registers of the group before this one are free for the next.
+                        warpgroup::wait::<1>();
+                        a[(I + 1) % 2] = next.weights(&place);
+                    }
+                }
+            });
+            tile += 1;
+            if tile >= end {
+                break;
             }
+            at = next(at);
+            wait_for_all_but(STAGES - 3);
             warpgroup::fence_shared();
             thread::sync_threads();
             if ahead < end {
@@ -227,33 +283,25 @@ pub(super) unsafe fn gemm<
             }
             ptx::cp_async_commit();
             (into, ahead) = (next(into), ahead + 1);
-            multiply::<SUMS, MINS>(args, &stage, &place, base, at, &mut sums);
-            (at, tile) = (next(at), tile + 1);
-            if tile >= end {
-                break;
-            }
+            let packed = Packed::<P>::load::<MINS>(&stage, &place, base, at, 0);
+            warpgroup::wait::<1>();
+            a[0] = packed.weights(&place);
         }
         warpgroup::wait::<0>();
-        let mut sums = by_product::<SUMS, NT>(sums.values());
-        let one_of = work.parts > 1;
-        if one_of && !add_up::<NT, THREADS>(args, &work, base, thread, &mut sums) {
-            return;
-        }
-        let row_tile = work.row_block * (THREADS / 32) + place.tile;
-        store(args, row_tile, work.token_tile * tokens, lane, &mut sums);
+        // Others may be reading the stages that y takes the place of.
+        thread::sync_threads();
+        finish::<THREADS, SUMS>(args, &work, base, thread, &sums.values());
     }
 }
 
-/// A thread's sums, four of each eight tokens.
+/// Waits until at most so many stages are under way: 0, 1 or 2.
 #[inline(always)]
-fn by_product<const SUMS: usize, const NT: usize>(sums: [f32; SUMS]) -> [[f32; 4]; NT] {
-    let mut tiles = [[0.0; 4]; NT];
-    unroll!(N < (NT) => {
-        unroll!(I < 4 => {
-            tiles[N % NT][I] = sums[(4 * N + I) % SUMS];
-        });
-    });
-    tiles
+fn wait_for_all_but(stages: u32) {
+    match stages {
+        0 => ptx::cp_async_wait::<0>(),
+        1 => ptx::cp_async_wait::<1>(),
+        _ => ptx::cp_async_wait::<2>(),
+    }
 }
 
 #[cfg(test)]
