@@ -267,8 +267,7 @@ pub fn compile(
                     scale,
                     window,
                 }) => {
-                    let (call, chosen) =
-                        compiler.attention(layer, [query, dst], scale, window)?;
+                    let (call, chosen) = compiler.attention(layer, [query, dst], scale, window)?;
                     launch = chosen;
                     call
                 }

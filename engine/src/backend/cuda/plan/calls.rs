@@ -504,8 +504,8 @@ impl Compiler<'_> {
         };
         let of_8_bits = self.form == KvForm::K16V8;
         let chosen = attention::choose(self.device, self.tuned, &shape, of_8_bits);
-        let call = attention::plan(self.device, &shape, &operands, chosen.launch)
-            .map_err(unsupported)?;
+        let call =
+            attention::plan(self.device, &shape, &operands, chosen.launch).map_err(unsupported)?;
         let launch = match attention::split::takes(&shape) {
             true => format!("{}: {chosen}", attention::split::name(&shape)),
             false => String::new(),
