@@ -96,6 +96,11 @@ fn known() -> Vec<(&'static str, Model)> {
     small.chain(LARGE).collect()
 }
 
+/// Whether the model is too small to say anything of speed.
+pub fn is_tiny(name: &str) -> bool {
+    name.starts_with("tiny")
+}
+
 /// Names that `--model` takes.
 pub fn names() -> Vec<&'static str> {
     let known = known().into_iter().map(|(name, _)| name);

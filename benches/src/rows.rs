@@ -27,7 +27,7 @@ pub mod attention;
 mod choice;
 mod float;
 mod heads;
-mod prompt;
+pub mod prompt;
 mod tiled;
 
 /// Allocates a kernel's operands and plans the call.

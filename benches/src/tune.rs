@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use engine::Error;
 use engine::backend::cuda::device::Gpu;
-use gpu_kernels::attention::{self, split};
+use gpu_kernels::attention::split;
 use gpu_kernels::launch::{Call, DeviceInfo};
-use gpu_kernels::linear::gemv_int4_mma;
+use gpu_kernels::linear::{gemm_int4, gemv_int4_mma};
 use gpu_kernels::tuned::{self, Launches, Row, Timed};
 
 use crate::models;
@@ -27,9 +27,8 @@ const FINALISTS: usize = 6;
 /// By how much a launch has to beat the rule's: differences below come and go between runs.
 const WORTH: f64 = 0.99;
 
-/// Positions that attention is tuned at. Its launch serves all of them: below, the time hardly depends
-/// on the launch, and above, the bytes decide.
-const TOKENS: usize = 4096;
+/// Positions that attention is tuned at: its launch serves all of them, so each counts as much.
+const TOKENS: [usize; 4] = [512, 4096, 16_384, 65_536];
 /// Positions that its launches leave no multiprocessor idle at: one for a cache of 4,096 would do so for the
 /// rest of a long one.
 const LONG: usize = 131_072;
@@ -42,9 +41,15 @@ struct Job {
     kernel: &'static str,
     /// Shape, as the table names it.
     shape: String,
-    bytes: u64,
     /// Names and numbers of each launch, the rule's first.
     launches: Vec<Vec<(String, u32)>>,
+    /// What a launch serves: its time is the geometric mean of these.
+    cases: Vec<Case>,
+}
+
+/// Operands of all launches.
+struct Case {
+    bytes: u64,
     make: Make,
 }
 
@@ -53,50 +58,58 @@ impl Job {
     fn new<L: Launches>(
         kernel: &'static str,
         shape: String,
-        bytes: u64,
         launches: &[L],
-        make: Make,
+        cases: Vec<Case>,
     ) -> Job {
         Job {
             kernel,
             shape,
-            bytes,
             launches: launches.iter().map(L::named).collect(),
-            make,
+            cases,
         }
     }
 
     /// The INT4 product on the matrix units.
     fn tiled(device: &DeviceInfo, product: Tiled) -> Job {
         let tilings = gemv_int4_mma::candidates(device, &product.shape);
-        Job::new(
-            product.kernel(),
-            product.shape.name(product.norm),
-            rows::gemv_int4_mma(&product).bytes,
-            &tilings.clone(),
-            Box::new(move |device, memory| {
+        let launches = tilings.clone();
+        let case = Case {
+            bytes: rows::gemv_int4_mma(&product).bytes,
+            make: Box::new(move |device, memory| {
                 rows::gemv_int4_mma_in(&product, &tilings, device, memory)
             }),
-        )
-    }
-}
-
-impl Job {
-    /// Attention split over the context.
-    fn attention(device: &DeviceInfo, attended: Attended) -> Job {
-        let shape = attended.shape();
-        let long = attention::Shape {
-            context: LONG,
-            ..shape
         };
-        let tunings = split::candidates(device, &long);
-        Job::new(
-            attended.kernel(),
-            split::name(&shape),
-            attended.bytes(),
-            &tunings.clone(),
-            Box::new(move |device, memory| attended.calls(&tunings, device, memory)),
-        )
+        let name = product.shape.name(product.norm);
+        Job::new(product.kernel(), name, &launches, vec![case])
+    }
+
+    /// A product of many tokens.
+    fn many(device: &DeviceInfo, shape: gemm_int4::Shape, mins: bool) -> Job {
+        let tilings = gemm_int4::candidates(device, &shape);
+        let launches = tilings.clone();
+        let case = Case {
+            bytes: rows::prompt::product_bytes(&shape, mins),
+            make: Box::new(move |device, memory| {
+                rows::prompt::products_in(&shape, mins, &tilings, device, memory)
+            }),
+        };
+        let name = gemm_int4::name(&shape, mins);
+        Job::new(gemm_int4::FAMILY, name, &launches, vec![case])
+    }
+
+    /// Attention split over the context.
+    fn attention(device: &DeviceInfo, long: Attended) -> Job {
+        let tunings = split::candidates(device, &long.shape());
+        let cases = TOKENS.map(|tokens| {
+            let attended = Attended { tokens, ..long };
+            let tunings = tunings.clone();
+            Case {
+                bytes: attended.bytes(),
+                make: Box::new(move |device, memory| attended.calls(&tunings, device, memory)),
+            }
+        });
+        let name = split::name(&long.shape());
+        Job::new(long.kernel(), name, &tunings, cases.into())
     }
 }
 
@@ -116,8 +129,11 @@ fn jobs(device: &DeviceInfo, selection: &Selection) -> Result<Vec<Job>, Error> {
         (None, None) => SEVEN.into_iter().map(bare).collect(),
     };
     let mut dims = Vec::new();
+    let mut many: Vec<gemm_int4::Shape> = Vec::new();
     for name in named {
         let found = models::named(name)?;
+        let fused = found.iter().flat_map(models::Model::products);
+        many.extend(fused.flat_map(|product| of_many_tokens(&product, group)));
         if !token::is_made(name) {
             let fused = found.iter().flat_map(models::Model::products);
             products.extend(fused.map(|product| Tiled::of(&product, group, mins)));
@@ -127,7 +143,7 @@ fn jobs(device: &DeviceInfo, selection: &Selection) -> Result<Vec<Job>, Error> {
     let attended = dims.iter().flat_map(|model| {
         [false, true].map(|of_8_bits| Attended {
             dims: [model.heads, model.kv_heads, model.head_dim],
-            tokens: TOKENS,
+            tokens: LONG,
             of_8_bits,
         })
     });
@@ -135,14 +151,28 @@ fn jobs(device: &DeviceInfo, selection: &Selection) -> Result<Vec<Job>, Error> {
         .into_iter()
         .map(|product| Job::tiled(device, product));
     let attended = attended.map(|attended| Job::attention(device, attended));
+    let many = many.into_iter().map(|shape| Job::many(device, shape, mins));
     let mut jobs: Vec<Job> = Vec::new();
-    for job in products.chain(attended) {
+    for job in products.chain(attended).chain(many) {
         let known = |other: &Job| other.kernel == job.kernel && other.shape == job.shape;
-        if selection.takes(job.kernel) && !jobs.iter().any(known) {
+        let choice = job.launches.len() > 1;
+        if choice && selection.takes(job.kernel) && !jobs.iter().any(known) {
             jobs.push(job);
         }
     }
     Ok(jobs)
+}
+
+/// The product for each number of tokens that has a tiling of its own.
+fn of_many_tokens(product: &models::Product, group: usize) -> [gemm_int4::Shape; 8] {
+    gemm_int4::TOKENS.map(|tokens| gemm_int4::Shape {
+        rows: product.rows,
+        cols: product.cols,
+        group,
+        tokens,
+        epilogue: product.epilogue,
+        half_y: product.half_y,
+    })
 }
 
 /// The models that a selection means.
@@ -152,7 +182,7 @@ fn of_models(selection: &Selection) -> Vec<&str> {
         (None, Some(_)) => Vec::new(),
         _ => {
             let mut names = models::names();
-            names.retain(|name| *name != models::ALL);
+            names.retain(|name| *name != models::ALL && !models::is_tiny(name));
             names
         }
     }
@@ -208,16 +238,27 @@ fn write(path: &Path, text: &str) -> Result<(), Error> {
 fn fastest(gpu: &Arc<Gpu>, ptx: &str, job: &Job) -> Result<Row, Error> {
     let revision = tuned::revision(ptx, job.kernel)
         .ok_or_else(|| Error::machine(format!("{} is not in the PTX", job.kernel)))?;
-    let (read, _) = time::kernel(gpu, &rows::read(job.bytes, true))?;
-    let forms = Forms::new(gpu, job.bytes, &job.make)?;
+    let reads = job.cases.iter().map(|case| {
+        let (read, _) = time::kernel(gpu, &rows::read(case.bytes, true))?;
+        Ok(read.median_us)
+    });
+    let read_us = mean(reads)?;
+    let cases = job.cases.iter();
+    let cases = cases
+        .map(|case| Forms::new(gpu, case.bytes, &case.make))
+        .collect::<Result<Vec<_>, Error>>()?;
+    let time = |form, samples| {
+        let times = cases.iter().map(|forms| forms.time(form, samples));
+        mean(times.map(|timing| Ok(timing?.median_us)))
+    };
     let mut first = (0..job.launches.len())
-        .map(|form| Ok((forms.time(form, FIRST_SAMPLES)?.median_us, form)))
+        .map(|form| Ok((time(form, FIRST_SAMPLES)?, form)))
         .collect::<Result<Vec<_>, Error>>()?;
     first.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let rule_us = forms.time(0, time::SAMPLES)?.median_us;
+    let rule_us = time(0, time::SAMPLES)?;
     let mut best = (rule_us, 0);
     for &(_, form) in first.iter().take(FINALISTS).filter(|(_, form)| *form != 0) {
-        let us = forms.time(form, time::SAMPLES)?.median_us;
+        let us = time(form, time::SAMPLES)?;
         if us < best.0 && us < WORTH * rule_us {
             best = (us, form);
         }
@@ -227,11 +268,11 @@ fn fastest(gpu: &Arc<Gpu>, ptx: &str, job: &Job) -> Result<Row, Error> {
         "{} {}: read {:.2} us; rule {rule_us:.2} us, {:.2} x read ({}); best of {} {us:.2} us, {:.2} x read ({})",
         job.kernel,
         job.shape,
-        read.median_us,
-        rule_us / read.median_us,
+        read_us,
+        rule_us / read_us,
         shown(&job.launches[0]),
         job.launches.len(),
-        us / read.median_us,
+        us / read_us,
         shown(&job.launches[form]),
     );
     Ok(Row {
@@ -247,6 +288,13 @@ fn fastest(gpu: &Arc<Gpu>, ptx: &str, job: &Job) -> Result<Row, Error> {
     })
 }
 
+/// The geometric mean.
+fn mean(times: impl ExactSizeIterator<Item = Result<f64, Error>>) -> Result<f64, Error> {
+    let count = times.len() as f64;
+    let logarithms = times.map(|us| Ok(us?.ln()));
+    Ok((logarithms.sum::<Result<f64, Error>>()? / count).exp())
+}
+
 /// `split 2, teams 6, blocks 132`.
 fn shown(launch: &[(String, u32)]) -> String {
     let numbers = launch.iter().map(|(name, n)| format!("{name} {n}"));
@@ -260,8 +308,30 @@ mod tests {
     fn shapes(selection: &Selection) -> Vec<String> {
         let jobs = jobs(&DeviceInfo::T4, selection).expect("jobs");
         jobs.iter()
+            .filter(|job| job.kernel != gemm_int4::FAMILY)
             .map(|job| format!("{} {}", job.kernel, job.shape))
             .collect()
+    }
+
+    #[test]
+    fn products_of_many_tokens_are_those_of_the_layers() {
+        let selection = Selection {
+            kernel: "linear_gemm".into(),
+            model: Some("qwen2.5-1.5b".into()),
+            group: 32,
+            ..Selection::default()
+        };
+        let jobs = jobs(&DeviceInfo::H100, &selection).expect("jobs");
+        let shapes: Vec<&str> = jobs.iter().map(|job| &*job.shape).collect();
+        for shape in [
+            "2048x1536 group 32, 8 tokens",
+            "1536x1536 add group 32, 64 tokens",
+            "8960x1536 swiglu group 32, 1024 tokens",
+            "1536x8960 add group 32, 512 tokens",
+        ] {
+            assert!(shapes.contains(&shape), "{shape}: {shapes:?}");
+        }
+        assert!(shapes.len() <= 4 * gemm_int4::TOKENS.len());
     }
 
     #[test]
@@ -300,7 +370,12 @@ mod tests {
         let jobs = jobs(&DeviceInfo::T4, &selection).expect("jobs");
         assert!(jobs.len() > 20);
         for job in &jobs {
-            assert!(job.launches.len() > 4, "{} {}", job.kernel, job.shape);
+            let least = if job.kernel == gemm_int4::FAMILY {
+                2
+            } else {
+                5
+            };
+            assert!(job.launches.len() >= least, "{} {}", job.kernel, job.shape);
         }
         let splits = |job: &Job| job.launches.iter().map(|launch| launch[0].1).min();
         let attention = jobs

@@ -209,13 +209,24 @@ pub fn text(rows: &[Row]) -> String {
     text
 }
 
-/// Which version of `kernel` a PTX holds: a hash of its code. Comments, source lines and the
-/// numbers that labels get from the kernels before it are left out. `None` if it is not there.
+/// Which version of `kernel` a PTX holds: a hash of its code, or with a `*` at its end of all kernels whose
+/// names begin so. Comments, source lines and the numbers that labels get from the kernels before it are left
+/// out. `None` if it is not there.
 pub fn revision(ptx: &str, kernel: &str) -> Option<u32> {
-    let start = ptx.find(&format!(".entry {kernel}("))?;
-    let code = &ptx[start..];
-    let code = &code[..code.find("\n}")?];
-    let mut hash = FNV_OFFSET;
+    let start = match kernel.strip_suffix('*') {
+        Some(beginning) => format!(".entry {beginning}"),
+        None => format!(".entry {kernel}("),
+    };
+    let mut hash = None;
+    for (at, _) in ptx.match_indices(&start) {
+        let code = &ptx[at..];
+        let code = &code[..code.find("\n}")?];
+        hash = Some(hash_code(hash.unwrap_or(FNV_OFFSET), code));
+    }
+    hash.map(|hash| (hash ^ (hash >> 32)) as u32)
+}
+
+fn hash_code(mut hash: u64, code: &str) -> u64 {
     for line in code.lines() {
         let line = line.split("//").next().unwrap_or_default().trim();
         if line.is_empty() || line.starts_with(".loc") {
@@ -231,7 +242,7 @@ pub fn revision(ptx: &str, kernel: &str) -> Option<u32> {
         }
         hash = fnv(hash, b"\n");
     }
-    Some((hash ^ (hash >> 32)) as u32)
+    hash
 }
 
 /// FNV-1a, 64 bits (Fowler, Noll, Vo; RFC 9923).
@@ -288,6 +299,13 @@ impl Tuned {
         tuned
     }
 
+    /// The launch of the table for a shape, if it has one that holds.
+    pub fn found<L: Launches>(&self, kernel: &str, shape: &str) -> Option<L> {
+        let mut rows = self.rows.iter();
+        rows.find(|row| row.kernel == kernel && row.shape == shape)
+            .and_then(Row::of)
+    }
+
     /// The launch for a shape: that of the table, or else what `rule` gives.
     pub fn choose<L: Launches>(
         &self,
@@ -295,18 +313,15 @@ impl Tuned {
         shape: &str,
         rule: impl FnOnce() -> L,
     ) -> Chosen<L> {
-        let row = self
-            .rows
-            .iter()
-            .find(|row| row.kernel == kernel && row.shape == shape);
-        if let Some(launch) = row.and_then(Row::of) {
+        if let Some(launch) = self.found(kernel, shape) {
             return Chosen {
                 launch,
                 why: Why::Tuned,
             };
         }
         let outdated = |(of, at): &(String, String)| of == kernel && at == shape;
-        let why = if row.is_some() || self.outdated.iter().any(outdated) {
+        let made = |row: &Row| row.kernel == kernel && row.shape == shape;
+        let why = if self.rows.iter().any(made) || self.outdated.iter().any(outdated) {
             Why::Outdated
         } else if self.rows.is_empty() && self.outdated.is_empty() {
             Why::UnknownGpu
@@ -448,6 +463,15 @@ $L__BB1_1: // a loop\n\t@%p1 bra \t$L__BB1_1;\n\tret;\n\n}\n";
             Some(known)
         );
         assert_eq!(super::revision(PTX, "gem"), None);
+        // Of all whose names begin so.
+        assert_eq!(super::revision(PTX, "gemv*"), Some(known));
+        assert_eq!(super::revision(PTX, "gemm*"), None);
+        let two = format!("{PTX}{}", PTX.replace("gemv(", "gemv_min("));
+        assert_eq!(super::revision(&two, "gemv"), Some(known));
+        let both = super::revision(&two, "gemv*").expect("two kernels");
+        assert_ne!(both, known);
+        let other = two.replace("gemv_min(", "gemv_other(");
+        assert_ne!(super::revision(&other, "gemv*"), Some(both));
     }
 
     #[test]

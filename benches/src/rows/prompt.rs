@@ -1,11 +1,12 @@
 //! Rows of what a prompt runs: products of many tokens, attention, rope, norm.
 
-use gpu_kernels::launch::{DeviceInfo, DeviceSlice};
+use engine::Error;
+use gpu_kernels::launch::{Call, DeviceInfo, DeviceSlice};
 use gpu_kernels::linear::gemm_int4;
 use gpu_kernels::rope_kv_append::tokens::Strided;
 use gpu_kernels::{attention, kv_values, rmsnorm, rope_kv_append};
 
-use super::{Row, floats, halves, ints, noise, planned, value_bytes, value_cache};
+use super::{Operands, Row, floats, halves, ints, noise, planned, value_bytes, value_cache};
 
 /// Tokens of a product.
 const TOKENS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048];
@@ -71,9 +72,6 @@ fn product(
         tokens,
         ..
     } = *shape;
-    let tiles = rows.div_ceil(16) * cols.div_ceil(128);
-    let groups = tiles * 16 * 128 / group;
-    let values = if mins { 2 * groups } else { groups };
     let shape = *shape;
     Row {
         kernel: gemm_int4::entry(&tiling, mins),
@@ -81,24 +79,9 @@ fn product(
             "{rows} x {cols} group {group}{}, {tokens} tokens",
             if mins { " min" } else { "" }
         ),
-        bytes: (rows * cols / 2 + 2 * values + tokens * (2 * cols + 4 * rows)) as u64,
+        bytes: product_bytes(&shape, mins),
         streams: true,
         make: Box::new(move |device, memory| {
-            let scratch = gemm_int4::most_scratch_bytes(device);
-            let operands = gemm_int4::Operands {
-                quants: noise(memory, tiles * 1024)?,
-                scales: halves(memory, groups)?,
-                mins: if mins {
-                    halves(memory, groups)?
-                } else {
-                    DeviceSlice::NONE
-                },
-                zeros: false,
-                bias: DeviceSlice::NONE,
-                x: halves(memory, tokens * cols)?,
-                y: floats(memory, tokens * rows)?,
-                scratch: memory.activations(&vec![0; scratch as usize])?,
-            };
             let by_warps = DeviceInfo {
                 warpgroup_products: false,
                 ..*device
@@ -108,9 +91,62 @@ fn product(
             } else {
                 gemm_int4::rule(&by_warps, &shape)
             };
+            let operands = operands(&shape, mins, device, memory)?;
             planned(gemm_int4::plan(device, &shape, &operands, Some(tiling)))
         }),
     }
+}
+
+/// The product in each of the tilings, over the same operands.
+///
+/// # Errors
+/// As [`super::Make`].
+pub fn products_in(
+    shape: &gemm_int4::Shape,
+    mins: bool,
+    tilings: &[gemm_int4::Tiling],
+    device: &DeviceInfo,
+    memory: &mut dyn Operands,
+) -> Result<Vec<Call>, Error> {
+    let operands = operands(shape, mins, device, memory)?;
+    let plan = |tiling| planned(gemm_int4::plan(device, shape, &operands, Some(tiling)));
+    tilings.iter().copied().map(plan).collect()
+}
+
+fn operands(
+    shape: &gemm_int4::Shape,
+    mins: bool,
+    device: &DeviceInfo,
+    memory: &mut dyn Operands,
+) -> Result<gemm_int4::Operands, Error> {
+    let &gemm_int4::Shape {
+        rows, cols, tokens, ..
+    } = shape;
+    let groups = shape.tiles() * 16 * 128 / shape.group;
+    let scratch = gemm_int4::most_scratch_bytes(device);
+    Ok(gemm_int4::Operands {
+        quants: noise(memory, shape.tiles() * 1024)?,
+        scales: halves(memory, groups)?,
+        mins: if mins {
+            halves(memory, groups)?
+        } else {
+            DeviceSlice::NONE
+        },
+        zeros: false,
+        bias: DeviceSlice::NONE,
+        x: halves(memory, tokens * cols)?,
+        y: floats(memory, tokens * rows)?,
+        scratch: memory.activations(&vec![0; scratch as usize])?,
+    })
+}
+
+/// Bytes that the product moves.
+pub fn product_bytes(shape: &gemm_int4::Shape, mins: bool) -> u64 {
+    let &gemm_int4::Shape {
+        rows, cols, tokens, ..
+    } = shape;
+    let values = shape.tiles() * 16 * 128 / shape.group * if mins { 2 } else { 1 };
+    (shape.tiles() * 1024 + 2 * values + tokens * (2 * cols + 4 * rows)) as u64
 }
 
 fn attention_prompt(

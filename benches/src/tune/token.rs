@@ -96,10 +96,10 @@ impl<M: Memory> Memory for Again<M> {
 }
 
 /// Whether tokens of the model are made to tune its products: of random weights, where there is a shape
-/// for them whose layers are those of [`Model::products`]. The `tiny` ones say nothing of speed.
+/// for them whose layers are those of [`Model::products`].
 pub fn is_made(name: &str) -> bool {
     let made = ::models::synthetic::shape(name);
-    made.is_ok_and(|shape| !name.starts_with("tiny") && !shape.architecture.starts_with("bitnet"))
+    made.is_ok_and(|shape| !models::is_tiny(name) && !shape.architecture.starts_with("bitnet"))
 }
 
 /// The model of random weights in the format at hand.

@@ -1,6 +1,8 @@
 //! A cache whose values have 8 bits: tiny checkpoints against the logits of `transformers`, and what it
 //! costs the default model, as the divergence from its own distribution with a cache of halves.
 
+use std::collections::BTreeMap;
+
 use engine::backend::{Backend, KvCache, KvForm};
 use engine::quality::{Prediction, Reference, Summary, score};
 use serde::Deserialize;
@@ -27,30 +29,61 @@ mod tiny_checkpoints {
     on_every_device!(super::tiny_logits);
 }
 
-/// One by one, and as prompts that single tokens follow.
 fn tiny_logits(device: Device) {
     let cases: Vec<tiny::Case> = support::json("tiny/index.json");
     assert!(cases.len() >= 6);
     for case in &cases {
         let want = support::floats(&format!("tiny/{}.logits", case.name));
-        let want: Vec<&[f32]> = want.chunks_exact(case.vocab).collect();
-        let loaded = support::load(&support::data_path(&format!("tiny/{}.gguf", case.name)));
-        let mut backend = support::backend(device, &loaded.model, bytes(case.ids.len()));
-        let (mut worst_cosine, mut worst_relative) = (1.0f64, 0.0f64);
-        tiny::feed(&mut *backend, &case.ids, &want, |_, _, cosine, relative| {
-            worst_cosine = worst_cosine.min(cosine);
-            worst_relative = worst_relative.max(relative);
-        });
-        println!(
-            "{}: worst cosine {worst_cosine:.8}, worst relative error {worst_relative:.6}",
-            case.name
-        );
-        assert!(
-            worst_cosine >= MIN_COSINE && worst_relative <= MAX_RELATIVE,
-            "{}",
-            case.name
+        check(
+            device,
+            &format!("tiny/{}.gguf", case.name),
+            &case.ids,
+            &want,
         );
     }
+}
+
+mod windows {
+    use super::*;
+
+    on_every_device!(super::logits_with_a_window);
+}
+
+/// A layer sees a few positions, the other all.
+fn logits_with_a_window(device: Device) {
+    let cases: BTreeMap<String, Folder> = support::json("hf/index.json");
+    let want = support::floats(&format!("hf/{WINDOWED}.logits"));
+    check(
+        device,
+        &format!("hf/{WINDOWED}"),
+        &cases[WINDOWED].ids,
+        &want,
+    );
+}
+
+/// The folder whose model has a window.
+const WINDOWED: &str = "qwen2-window";
+
+#[derive(Deserialize)]
+struct Folder {
+    ids: Vec<u32>,
+}
+
+/// One by one, and as prompts that single tokens follow: `want` is a row of logits a token.
+fn check(device: Device, file: &str, ids: &[u32], want: &[f32]) {
+    let want: Vec<&[f32]> = want.chunks_exact(want.len() / ids.len()).collect();
+    let loaded = support::load(&support::data_path(file));
+    let mut backend = support::backend(device, &loaded.model, bytes(ids.len()));
+    let (mut worst_cosine, mut worst_relative) = (1.0f64, 0.0f64);
+    tiny::feed(&mut *backend, ids, &want, |_, _, cosine, relative| {
+        worst_cosine = worst_cosine.min(cosine);
+        worst_relative = worst_relative.max(relative);
+    });
+    println!("{file}: worst cosine {worst_cosine:.8}, worst relative error {worst_relative:.6}");
+    assert!(
+        worst_cosine >= MIN_COSINE && worst_relative <= MAX_RELATIVE,
+        "{file}"
+    );
 }
 
 #[derive(Deserialize)]

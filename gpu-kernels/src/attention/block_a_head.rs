@@ -14,7 +14,7 @@
 //! written by neighbouring lanes: no bank conflicts.
 //!
 //! Wins nowhere: with few heads most multiprocessors have nothing to do. It is here for head
-//! widths that are even but no multiple of 8, and for windows, whose positions are few.
+//! widths that are even but no multiple of 8.
 
 use cuda_std::shared::Shared;
 use cuda_std::{kernel, shared, thread, warp};

@@ -7,7 +7,7 @@
 //! | kernel | head widths | how |
 //! |---|---|---|
 //! | [`split`] | multiples of 8, to 128 for values of 8 bits | the context split over blocks, K and V read once for all heads of a kv head |
-//! | [`block_a_head`] | even; also with a window | a block a query head |
+//! | [`block_a_head`] | even | a block a query head |
 //!
 //! The position is read from device memory and the grid does not depend on it: a captured launch
 //! serves every position. Everything is added up in a fixed order: two runs give identical bits.

@@ -37,10 +37,13 @@
 //! their index and no split waits for anything, so what a block polls for always comes. Each word
 //! is polled by the one thread that uses it: nothing depends on the order of two words.
 //!
+//! With a window the oldest position that counts is the first of the first tile: nothing else changes,
+//! and what is older is neither read nor split.
+//!
 //! Values of 8 bits have a scale a position and kv head, which goes to the softmax weights: a byte
 //! becomes a half, exactly, on its way into the product.
 //!
-//! Bytes moved: `4 KV Dh (position + 1)`, with values of 8 bits `KV (3 Dh + 2) (position + 1)`, and
+//! Bytes moved: `4 KV Dh` a position that counts, with values of 8 bits `KV (3 Dh + 2)`, and
 //! `4 Dh` a head and split that is written, read back and marked in L2. Shared memory: q in the order
 //! of the product's lanes; each warp's tiles, later its results in rows of 8 words more than a
 //! multiple of 32, 16-byte chunks exchanged pairwise in half of them: no bank conflicts.
@@ -129,6 +132,8 @@ struct Dims {
     heads_per_kv: u32,
     head_dim: u32,
     context: u32,
+    /// Positions that a token sees at most.
+    window: u32,
     min_tiles: u32,
     /// Tiles of a warp under way.
     depth: u32,
@@ -141,10 +146,16 @@ impl Dims {
         self.heads_per_kv.div_ceil(HEADS)
     }
 
-    /// Tiles that `keys` positions are, and those of a split.
+    /// Positions that the token at `position` sees.
     #[inline(always)]
-    fn spread(self, keys: u32, splits: u32) -> (u32, u32) {
-        let tiles = keys.div_ceil(TILE);
+    fn keys(self, position: u32) -> u32 {
+        (position + 1).min(self.window)
+    }
+
+    /// Tiles that the token at `position` sees, and those of a split.
+    #[inline(always)]
+    fn spread(self, position: u32, splits: u32) -> (u32, u32) {
+        let tiles = self.keys(position).div_ceil(TILE);
         let mut per_split = self.min_tiles;
         if tiles <= ALONE_TILES {
             per_split = per_split.max(ALONE_TILES);
@@ -159,6 +170,8 @@ impl Dims {
 /// What a warp works through: the tiles `first, first + 8, ...` below `end`.
 #[derive(Clone, Copy)]
 struct Tiles {
+    /// The first position that counts, position 0 of the first tile, and how many there are.
+    oldest: u32,
     keys: u32,
     first: u32,
     end: u32,
@@ -169,10 +182,12 @@ struct Tiles {
 
 impl Tiles {
     #[inline(always)]
-    fn new(dims: Dims, keys: u32, split: u32, splits: u32, warp: u32) -> Tiles {
-        let (tiles, per_split) = dims.spread(keys, splits);
+    fn new(dims: Dims, position: u32, split: u32, splits: u32, warp: u32) -> Tiles {
+        let (tiles, per_split) = dims.spread(position, splits);
         let first = split * per_split;
+        let keys = dims.keys(position);
         Tiles {
+            oldest: position + 1 - keys,
             keys,
             first: first + warp,
             end: (first + per_split).min(tiles),
@@ -228,7 +243,7 @@ unsafe fn attend<const NK: usize, const NV: usize, V: Values>(
         // SAFETY: a launch argument; all threads of the block get here, and the plan sized buffers
         // and memory.
         unsafe {
-            let (tiles, per_split) = dims.spread(ptx::ld_global_u32(state) + 1, splits);
+            let (tiles, per_split) = dims.spread(ptx::ld_global_u32(state), splits);
             if head < dims.heads && per_split < tiles {
                 let (kv, of_kv) = (head / dims.heads_per_kv, head % dims.heads_per_kv);
                 let group = kv * dims.groups_per_kv() + of_kv / HEADS;
@@ -253,19 +268,20 @@ unsafe fn attend<const NK: usize, const NV: usize, V: Values>(
         t: lane % 4,
     };
     let first_row = kv as usize * dims.context as usize;
-    let elems = first_row * dims.head_dim as usize;
     // SAFETY: the tiles are below those that are filled, copies are made of full ones before the wait
     // and of the others after it; the heads are among those of q.
     unsafe {
         // Another block of the launch before this one may be moving it on, by one.
         let expected = ptx::ld_global_u32(state);
-        let mut tiles = Tiles::new(dims, expected + 1, split, splits, warp_id);
-        let feed = |keys: u32| {
+        let mut tiles = Tiles::new(dims, expected, split, splits, warp_id);
+        let feed = |tiles: Tiles| {
+            let first_row = first_row + tiles.oldest as usize;
+            let elems = first_row * dims.head_dim as usize;
             let rows = Rows {
                 base: caches.keys.wrapping_add(elems),
                 scales: caches.scales.wrapping_add(first_row),
                 head_dim: dims.head_dim,
-                keys,
+                keys: tiles.keys,
             };
             Feed {
                 keys: rows,
@@ -281,7 +297,7 @@ unsafe fn attend<const NK: usize, const NV: usize, V: Values>(
             }
         };
         let copy = |tiles: Tiles, full: bool| {
-            let feed = feed(tiles.keys);
+            let feed = feed(tiles);
             for ahead in 0..dims.depth {
                 let tile = tiles.first + ahead * WARPS;
                 if tile < tiles.end && tiles.is_full(tile) == full {
@@ -298,7 +314,7 @@ unsafe fn attend<const NK: usize, const NV: usize, V: Values>(
         if position != expected {
             ptx::cp_async_commit();
             ptx::cp_async_wait::<0>();
-            tiles = Tiles::new(dims, position + 1, split, splits, warp_id);
+            tiles = Tiles::new(dims, position, split, splits, warp_id);
             copy(tiles, true);
         }
         if !tiles.some {
@@ -313,7 +329,7 @@ unsafe fn attend<const NK: usize, const NV: usize, V: Values>(
             heads,
             partials,
         };
-        let feed = feed(tiles.keys);
+        let feed = feed(tiles);
         attend_tiles::<NK, NV, V>(query, &feed, tiles, dims.depth, scale_log2, layout, &target);
     }
 }
@@ -471,6 +487,7 @@ macro_rules! kernels {
             heads_per_kv: u32,
             head_dim: u32,
             context: u32,
+            window: u32,
             min_tiles: u32,
             depth: u32,
             scale_log2: f32,
@@ -480,6 +497,7 @@ macro_rules! kernels {
                 heads_per_kv,
                 head_dim,
                 context,
+                window,
                 min_tiles,
                 depth,
             };

@@ -28,11 +28,20 @@ const BLOCK_A_HEAD: [Geometry; 8] = [
     (1, 1, 2, 3, 2),
 ];
 
-const WINDOWS: [(Geometry, usize); 4] = [
+const BLOCK_A_HEAD_WINDOWS: [(Geometry, usize); 3] = [
     ((4, 2, 64, 301, 300), 37),
     ((2, 1, 34, 40, 37), 1),
     ((2, 2, 128, 300, 20), 21),
+];
+
+/// Less than a tile, some splits, all there is, more than there is.
+const WINDOWS: [(Geometry, usize); 6] = [
+    ((4, 2, 64, 301, 300), 5),
+    ((9, 3, 64, 301, 77), 1),
+    ((2, 2, 128, 300, 20), 21),
     ((3, 1, 96, 700, 600), 512),
+    ((6, 1, 128, 900, 899), 301),
+    ((10, 2, 80, 290, 140), 300),
 ];
 
 /// With the tuning of the device: one split up to 256 positions.
@@ -108,8 +117,7 @@ const V8_LARGE: [Geometry; 3] = [
 /// How to launch.
 #[derive(Clone, Copy, PartialEq)]
 enum How {
-    /// With a window.
-    BlockAHead(Option<usize>),
+    BlockAHead,
     Split(Option<Tuning>),
     /// Values of 8 bits.
     V8,
@@ -117,35 +125,41 @@ enum How {
 
 pub fn cases() -> Vec<Case> {
     let mut cases: Vec<Case> = BLOCK_A_HEAD
-        .map(|geometry| case(geometry, How::BlockAHead(None)))
+        .map(|geometry| case(geometry, How::BlockAHead, None))
         .into();
-    cases.extend(WINDOWS.map(|(geometry, window)| case(geometry, How::BlockAHead(Some(window)))));
-    cases.extend(SPLIT.map(|geometry| case(geometry, How::Split(None))));
-    cases.extend(V8.map(|geometry| case(geometry, How::V8)));
-    cases.extend(TUNED.map(|(geometry, tuning)| case(geometry, How::Split(Some(tuning)))));
+    for (geometry, window) in BLOCK_A_HEAD_WINDOWS {
+        cases.push(case(geometry, How::BlockAHead, Some(window)));
+    }
+    cases.extend(SPLIT.map(|geometry| case(geometry, How::Split(None), None)));
+    cases.extend(V8.map(|geometry| case(geometry, How::V8, None)));
+    cases.extend(TUNED.map(|(geometry, tuning)| case(geometry, How::Split(Some(tuning)), None)));
+    for (geometry, window) in WINDOWS {
+        cases.push(case(geometry, How::Split(None), Some(window)));
+        cases.push(case(geometry, How::V8, Some(window)));
+    }
+    let (geometry, tuning) = TUNED[0];
+    cases.push(case(geometry, How::Split(Some(tuning)), Some(100)));
     cases
 }
 
 pub fn large() -> Vec<Case> {
     let mut cases: Vec<Case> = LARGE
-        .map(|geometry| case(geometry, How::Split(None)))
+        .map(|geometry| case(geometry, How::Split(None), None))
         .into();
-    cases.extend(V8_LARGE.map(|geometry| case(geometry, How::V8)));
-    cases.push(case((9, 3, 64, 8192, 8000), How::BlockAHead(None)));
+    cases.extend(V8_LARGE.map(|geometry| case(geometry, How::V8, None)));
+    cases.push(case((9, 3, 64, 8192, 8000), How::BlockAHead, None));
+    for how in [How::Split(None), How::V8] {
+        cases.push(case((12, 2, 128, 20_000, 19_990), how, Some(4096)));
+    }
     cases
 }
 
-fn case(geometry: Geometry, how: How) -> Case {
+fn case(geometry: Geometry, how: How, window: Option<usize>) -> Case {
     let (heads, kv_heads, head_dim, context, position) = geometry;
     let mut shape =
         format!("H={heads} KV={kv_heads} Dh={head_dim} S={context} position={position}");
     let kernel = match how {
-        How::BlockAHead(window) => {
-            if let Some(window) = window {
-                shape.push_str(&format!(" window={window}"));
-            }
-            "attention_decode_f16"
-        }
+        How::BlockAHead => "attention_decode_f16",
         How::Split(tuning) => {
             if let Some(Tuning { splits, min_tiles }) = tuning {
                 shape.push_str(&format!(" splits={splits} min_tiles={min_tiles}"));
@@ -154,8 +168,11 @@ fn case(geometry: Geometry, how: How) -> Case {
         }
         How::V8 => split::kernel_v8(head_dim),
     };
+    if let Some(window) = window {
+        shape.push_str(&format!(" window={window}"));
+    }
     Case::new(kernel, shape, move |device| {
-        attention(device, geometry, how)
+        attention(device, geometry, how, window)
     })
 }
 
@@ -163,16 +180,13 @@ fn attention(
     device: &mut dyn Device,
     (heads, kv_heads, head_dim, context, position): Geometry,
     how: How,
+    window: Option<usize>,
 ) -> Result<f64, CaseError> {
     let mut inputs = Inputs::new(10);
     let q = inputs.floats(heads * head_dim, 2.0);
     let elems = kv_heads * context * head_dim;
     let mut k_cache = inputs.halves(elems, 1.0);
     let mut v_cache = inputs.halves(elems, 1.0);
-    let window = match how {
-        How::BlockAHead(window) => window,
-        _ => None,
-    };
     let oldest = (position + 1).saturating_sub(window.unwrap_or(usize::MAX));
     for cache in [&mut k_cache, &mut v_cache] {
         for head in cache.chunks_exact_mut(context * head_dim) {
@@ -182,8 +196,9 @@ fn attention(
     }
     let mut v_levels: Vec<i8> = (0..elems).map(|_| inputs.u64() as i8).collect();
     let mut v_scales = inputs.halves(kv_heads * context, 0.02);
-    // Any byte is a number, so what is past the position has a scale that is none.
+    // Any byte is a number, so what is past the position or the window has a scale that is none.
     for scales in v_scales.chunks_exact_mut(context) {
+        scales[..oldest].fill(f16::NAN);
         scales[position + 1..].fill(f16::NAN);
     }
     for head in v_levels.chunks_exact_mut(context * head_dim) {
@@ -201,7 +216,7 @@ fn attention(
     let info = device.info();
     let got = same_twice(device, |device| {
         let tuning = match how {
-            How::BlockAHead(_) => None,
+            How::BlockAHead => None,
             How::Split(Some(tuning)) => Some(tuning),
             How::Split(None) | How::V8 => Some(Tuning::of(&info, &shape)),
         };
@@ -258,7 +273,7 @@ fn attention(
         cpu_kernels::attention::reference(&q, &k_cache, &v_cache, &mut want, &reference);
     }
     let bound = match how {
-        How::BlockAHead(_) => SOFTMAX,
+        How::BlockAHead => SOFTMAX,
         How::Split(_) | How::V8 => MATRIX_SOFTMAX,
     };
     within(&got, &want, bound)

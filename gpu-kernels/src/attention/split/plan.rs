@@ -23,7 +23,8 @@ impl Tuning {
     /// beside them.
     pub fn of(device: &DeviceInfo, shape: &Shape) -> Tuning {
         let min_tiles = WARPS;
-        let useful = shape.context.div_ceil((min_tiles * TILE) as usize);
+        let seen = shape.context.min(shape.window() as usize);
+        let useful = seen.div_ceil((min_tiles * TILE) as usize);
         let most = useful.clamp(1, MAX_SPLITS as usize) as u32;
         let groups = u32::try_from(head_groups(shape)).unwrap_or(u32::MAX);
         let splits = (device.multiprocessors / groups.max(1)).clamp(1, most);
@@ -93,15 +94,9 @@ fn head_groups(shape: &Shape) -> usize {
         .saturating_mul(per_kv.div_ceil(HEADS as usize))
 }
 
-fn sees_all(shape: &Shape) -> bool {
-    shape.window.is_none_or(|window| window >= shape.context)
-}
-
-/// Whether the kernels here take the head width, and see all that they are to see.
+/// Whether the kernels here take the head width.
 pub fn takes(shape: &Shape) -> bool {
-    sees_all(shape)
-        && shape.head_dim.is_multiple_of(8)
-        && (8..=attention::MAX_HEAD_DIM).contains(&shape.head_dim)
+    shape.head_dim.is_multiple_of(8) && (8..=attention::MAX_HEAD_DIM).contains(&shape.head_dim)
 }
 
 /// The kernel for a head width: the narrowest that takes it.
@@ -126,7 +121,7 @@ pub fn kernel_v8(head_dim: usize) -> &'static str {
 /// The launch of the [`kernel`] or [`kernel_v8`] for the head width.
 ///
 /// # Errors
-/// Heads that kv heads do not divide, a head width that [`takes`] refuses, a tuning out of range,
+/// Heads that kv heads do not divide, a head width that [`takes`] refuses, no window, a tuning out of range,
 /// a short or misaligned buffer.
 pub fn plan(
     device: &DeviceInfo,
@@ -140,18 +135,13 @@ pub fn plan(
         head_dim,
         context,
         scale,
-        window: _,
+        window,
     } = shape;
     let of_8_bits = ops.v_scales != DeviceSlice::NONE;
     let name = if of_8_bits { kernel_v8 } else { kernel };
     let mut call = CallBuilder::new(name(head_dim));
     attention::require_heads(&call, shape)?;
-    call.require(
-        sees_all(shape),
-        "window",
-        shape.window.unwrap_or(0),
-        "it must hide nothing of the context here, so neither where values have 8 bits",
-    )?;
+    call.require(window != Some(0), "window", 0, "it must be above 0")?;
     call.require(
         takes(shape),
         "head_dim",
@@ -194,6 +184,7 @@ pub fn plan(
     call.u32(heads / kv_heads as u32);
     let width = call.dim("head_dim", head_dim)?;
     call.dim("context", context)?;
+    call.u32(shape.window());
     call.dim("min_tiles", tuning.min_tiles as usize)?;
     // The blocks of the heads, where there is anything to combine.
     let head_rows = if splits > 1 {
@@ -316,7 +307,7 @@ mod tests {
         assert_eq!(call.kernel, "attention_split_f16_d128");
         // Two groups, and rows of blocks that hold four parts of 12 heads.
         assert_eq!(call.launch.grid, [32, 4, 1]);
-        assert_eq!(call.args[6..13], [2, 12, 6, 128, 4096, 8, 2]);
+        assert_eq!(call.args[6..14], [2, 12, 6, 128, 4096, 1 << 30, 8, 2]);
         let name = |head_dim| {
             planned(Shape { head_dim, ..SHAPE }, operands())
                 .unwrap()
@@ -345,14 +336,13 @@ mod tests {
             )
             .is_err()
         );
-        let windowed = |window| {
-            let shape = Shape {
-                window: Some(window),
-                ..SHAPE
-            };
-            takes(&shape)
+        let windowed = |window| Shape {
+            window: Some(window),
+            ..SHAPE
         };
-        assert!(windowed(4096) && !windowed(4095));
+        assert!(planned(windowed(0), operands()).is_err());
+        let call = planned(windowed(300), operands()).unwrap();
+        assert_eq!((call.launch.grid[0], call.args[11]), (3, 300));
         let of_8_bits = Operands {
             v_scales: operands().v_cache,
             ..operands()

@@ -47,6 +47,8 @@ mod feed;
 #[cfg(not(target_arch = "nvptx64"))]
 mod plan;
 mod store;
+#[cfg(not(target_arch = "nvptx64"))]
+mod tilings;
 #[cfg(any(not(target_arch = "nvptx64"), target_feature = "sm_90a"))]
 mod warpgroup;
 
@@ -57,6 +59,8 @@ pub use plan::{
     Operands, Shape, Tiling, candidates, entry, most_scratch_bytes, needs_warpgroup_products, plan,
     rule,
 };
+#[cfg(not(target_arch = "nvptx64"))]
+pub use tilings::{FAMILY, TOKENS, Tilings, name};
 
 /// Rows of the matrix a block.
 const BLOCK_ROWS: u32 = 128;

@@ -45,12 +45,6 @@ impl Shape {
         }
     }
 
-    /// The shape as the table of tuned launches names it.
-    pub fn name(&self) -> String {
-        let Shape { rows, cols, .. } = self;
-        format!("{rows}x{cols} {} tokens", self.tokens)
-    }
-
     fn row_tiles(&self) -> usize {
         self.rows.div_ceil(match self.epilogue {
             Epilogue::SwiGlu => TILE_ROWS as usize / 2,
@@ -65,6 +59,11 @@ impl Shape {
 
     fn depth_tiles(&self) -> usize {
         self.cols.div_ceil(TILE_COLS as usize)
+    }
+
+    /// Tiles of the matrix.
+    pub fn tiles(&self) -> usize {
+        self.row_tiles().saturating_mul(self.depth_tiles())
     }
 }
 
@@ -209,8 +208,8 @@ fn forms(device: &DeviceInfo) -> impl Iterator<Item = &'static Form> {
 pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
     let quickest = |form: &Form| {
         let most = shape.depth_tiles().clamp(1, MAX_PARTS as usize) as u32;
-        let few = |tiling: &Tiling| tiling.parts == 1 || is_few(device, tiling, shape);
-        let tilings = (1..=most).map(|parts| form.tiling(parts)).filter(few);
+        let takes = |tiling: &Tiling| tiling.takes(device, shape);
+        let tilings = (1..=most).map(|parts| form.tiling(parts)).filter(takes);
         let of = |tiling: Tiling| (form.cost(device, &tiling, shape), tiling);
         tilings.map(of).min_by_key(|(cost, _)| *cost)
     };
@@ -267,25 +266,48 @@ impl Form {
 /// The rule's tiling, then every other that is worth a try.
 pub fn candidates(device: &DeviceInfo, shape: &Shape) -> Vec<Tiling> {
     let mut found = vec![rule(device, shape)];
-    for form in forms(device) {
-        for parts in 1..=MAX_PARTS.min(shape.depth_tiles().max(1) as u32) {
-            let tiling = form.tiling(parts);
-            let few = parts == 1 || is_few(device, &tiling, shape);
-            let narrow = u64::from(form.tokens) >= 2 * shape.tokens as u64;
-            if few && !narrow && !found.contains(&tiling) {
-                found.push(tiling);
-            }
-        }
+    // Narrower tiles read the weights again and again, wider ones work for tokens that are not there.
+    let suits = |form: &&Form| {
+        let tokens = form.tokens as usize;
+        tokens >= shape.tokens.min(32) && tokens < 2 * shape.tokens.max(8)
+    };
+    for form in forms(device).filter(suits) {
+        let parts = 1..=MAX_PARTS.min(shape.depth_tiles().max(1) as u32);
+        let tilings: Vec<_> = parts
+            .map(|parts| form.tiling(parts))
+            .filter(|tiling| tiling.takes(device, shape))
+            .map(|tiling| (form.cost(device, &tiling, shape), tiling))
+            .collect();
+        let least = tilings.iter().map(|(cost, _)| *cost).min().unwrap_or(0);
+        let near = tilings.iter().filter(|(cost, _)| 2 * cost <= 3 * least);
+        found.extend(near.map(|(_, tiling)| *tiling));
     }
+    let mut seen = Vec::new();
+    found.retain(|tiling| {
+        let new = !seen.contains(tiling);
+        seen.push(*tiling);
+        new
+    });
     found
 }
 
-/// Whether the blocks that share tiles are no more than [`most_scratch_bytes`] has room for.
-fn is_few(device: &DeviceInfo, tiling: &Tiling, shape: &Shape) -> bool {
-    let (_, split) = tiling.whole_and_split(device, shape);
-    let blocks = split.saturating_mul(tiling.parts as usize);
-    let most = 4 * device.multiprocessors as usize;
-    blocks <= most && tiling.scratch_bytes(device, shape) <= most_scratch_bytes(device)
+impl Tiling {
+    /// Whether the device and the shape take it, and the blocks that share tiles are no more than
+    /// [`most_scratch_bytes`] has room for.
+    pub fn takes(&self, device: &DeviceInfo, shape: &Shape) -> bool {
+        let depth = shape.depth_tiles().max(1);
+        let parts = 1..=depth.min(MAX_PARTS as usize);
+        if !self.form().is_some_and(|form| form.runs_on(device))
+            || !parts.contains(&(self.parts as usize))
+        {
+            return false;
+        }
+        let (_, split) = self.whole_and_split(device, shape);
+        let blocks = split.saturating_mul(self.parts as usize);
+        let most = 4 * device.multiprocessors as usize;
+        self.parts == 1
+            || blocks <= most && self.scratch_bytes(device, shape) <= most_scratch_bytes(device)
+    }
 }
 
 /// As many bytes of [`Operands::scratch`] as the rule's tiling of any shape needs: for four blocks of 128
@@ -376,7 +398,7 @@ pub fn plan(
         group,
         "they are in the place of minima, and there are none",
     )?;
-    let tiles = shape.row_tiles().saturating_mul(depth_tiles);
+    let tiles = shape.tiles();
     let per_tile = 2 * (TILE_ROWS * TILE_COLS) as usize / group;
     let scale_bytes = tensor_bytes(&[tiles, per_tile], 1);
     let tile_bytes = (TILE_ROWS * TILE_COLS / 2) as usize;

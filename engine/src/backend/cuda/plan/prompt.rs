@@ -31,7 +31,7 @@ enum Many {
     Embed(embed::Shape, embed::Operands),
     EmbedF16(embed::F16Shape, embed::F16Operands),
     Norm(rmsnorm::Shape, rmsnorm::Operands),
-    Product(gemm_int4::Shape, gemm_int4::Operands),
+    Product(gemm_int4::Shape, gemm_int4::Operands, gemm_int4::Tilings),
     Rope(rope_kv_append::Shape, rope_kv_append::tokens::Operands),
     Values(kv_values::Shape, kv_values::Operands),
     Attention(attention::Shape, attention::prompt::Operands),
@@ -58,9 +58,9 @@ impl Many {
                 let shape = rmsnorm::Shape { tokens, ..*shape };
                 rmsnorm::plan_f16(device, &shape, ops)
             }
-            Many::Product(shape, ops) => {
+            Many::Product(shape, ops, tilings) => {
                 let shape = gemm_int4::Shape { tokens, ..*shape };
-                gemm_int4::plan(device, &shape, ops, None)
+                gemm_int4::plan(device, &shape, ops, tilings.choose(device, &shape))
             }
             Many::Rope(shape, ops) => {
                 let ops = rope_kv_append::tokens::Operands { state, ..*ops };
@@ -482,7 +482,9 @@ impl Builder {
             y,
             scratch: self.scratch,
         };
-        self.calls.push(Many::Product(shape, operands));
+        let mins = tiles.mins != DeviceSlice::NONE;
+        let tilings = gemm_int4::Tilings::of(compiler.tuned, &shape, mins);
+        self.calls.push(Many::Product(shape, operands, tilings));
         if let Then::RopeKvAppend { layer } = product.then {
             let recipe = &compiler.model.recipe;
             let [q, k] = [Buffer::Query, Buffer::Key].map(|buffer| recipe.elems(buffer));
