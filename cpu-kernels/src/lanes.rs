@@ -116,8 +116,9 @@ pub(crate) fn widen(halves: &[f16], out: &mut [f32]) {
     }
 }
 
+/// One value of 16, in halves.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(crate) fn fold<T: Copy>(mut lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
