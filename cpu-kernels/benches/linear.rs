@@ -258,7 +258,7 @@ fn main() {
         drop(weight);
         let size = n * packed.row_bytes();
         let copies = vec![packed; ROTATED_BYTES.div_ceil(size)];
-        for tokens in [1, 48] {
+        for tokens in [1, 64] {
             let x = Activations::new(isa, tokens, k, precision);
             let copies = if tokens == 1 {
                 &copies[..]

@@ -50,7 +50,9 @@ impl Isa {
                 found.push(Isa(Kind::Avx512));
                 if is_x86_feature_detected!("avx512vnni") {
                     found.push(Isa(Kind::Avx512Vnni));
-                    if is_x86_feature_detected!("avx512vbmi") {
+                    if is_x86_feature_detected!("avx512vbmi")
+                        && is_x86_feature_detected!("avx512vbmi2")
+                    {
                         found.push(Isa(Kind::Avx512Vbmi));
                     }
                 }

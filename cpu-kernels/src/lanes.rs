@@ -61,6 +61,23 @@ pub(crate) fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     fold(lanes, |a, b| a + b)
 }
 
+/// Sum of squares, in f64, rounded once.
+#[inline(always)]
+pub(crate) fn sum_of_squares(values: &[f32]) -> f32 {
+    let mut lanes = [0.0f64; LANES];
+    let square = |value: f32| f64::from(value) * f64::from(value);
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane += square(value);
+        }
+    }
+    for (lane, &value) in lanes.iter_mut().zip(rest) {
+        *lane += square(value);
+    }
+    lanes.iter().sum::<f64>() as f32
+}
+
 /// Greatest value that is not NaN; negative infinity if there is none.
 #[inline(always)]
 pub(crate) fn max(values: &[f32]) -> f32 {
@@ -99,8 +116,9 @@ pub(crate) fn widen(halves: &[f16], out: &mut [f32]) {
     }
 }
 
+/// One value of 16, in halves.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(crate) fn fold<T: Copy>(mut lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {

@@ -6,23 +6,41 @@
 //! trained to read them (see [`round_int8`](crate::round_int8)).
 //!
 //! ```text
-//! a token of k columns, 9/4 k bytes:   high (k,) i8 | low (k,) i8 | scales (k/32,) f32 | sums (k/32,)
+//! Word, (k/32, t) records:   high (32,) i8 | low (32,) i8 | scale f32 | centre i32 | total f32
+//! Byte, a token:             high (k,) i8 | (k,) unused | scales (k/32,) f32 | sums (k/32,) i32 | unused
 //! ```
 //!
-//! Sums are those of 32 levels: what a zero of the weights that is not level 0 is multiplied by. Those of 8-bit
-//! levels are i32, so that products of them are exact; those of 16-bit levels are f32, times their scale.
+//! Products take several tokens by a chunk of columns: its records lie side by side, so that one address reaches
+//! all of them and they are read as one stream. A chunk's sum of levels is what a zero of the weights that is not
+//! level 0 is multiplied by: as it is for 8-bit levels, so that products of them are exact; for 16-bit levels
+//! times -8, the zero of most 4-bit weights, and as a float times the scale.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::isa::{Isa, per_isa};
+use crate::lanes;
 use crate::linear::lookup;
 use crate::round_int8::{LEAST_EXTREME, MAX_LEVEL};
 use crate::team::SharedSlice;
 
 /// Columns that share a scale, and a sum.
 pub const CHUNK_COLS: usize = 32;
+/// 16-bit levels of 32 columns of a token, `256 high + low`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Record {
+    pub(crate) high: [i8; CHUNK_COLS],
+    pub(crate) low: [i8; CHUNK_COLS],
+    pub(crate) scale: f32,
+    /// -8 times the sum of the levels.
+    pub(crate) centre: i32,
+    /// The sum of the levels times their scale.
+    pub(crate) total: f32,
+}
+
 /// Words of f32 that hold a chunk of a token.
-const CHUNK_WORDS: usize = CHUNK_COLS / 2 + 2;
+const CHUNK_WORDS: usize = size_of::<Record>() / size_of::<f32>();
 
 /// Greatest level of 16 bits whose high byte, rounded, is no more than 127.
 const MAX_WORD: f32 = 127.0 * 256.0 + 127.0;
@@ -51,20 +69,17 @@ pub struct Levels<'a> {
     words: &'a [f32],
     cols: usize,
     precision: Precision,
+    /// Tokens at the start that are passed over.
+    skipped: usize,
     /// What products look up: see [`lookup`].
     tables: Option<&'a [f32]>,
 }
 
-/// Levels of one token.
+/// 8-bit levels of one token.
 pub(crate) struct Token<'a> {
     pub(crate) high: &'a [i8],
-    #[cfg(test)]
-    pub(crate) low: &'a [i8],
     pub(crate) scales: &'a [f32],
-    /// Of 8-bit levels.
     pub(crate) sums: &'a [i32],
-    /// Of 16-bit levels, times their scale: in the same place.
-    pub(crate) totals: &'a [f32],
 }
 
 impl<'a> Levels<'a> {
@@ -81,6 +96,7 @@ impl<'a> Levels<'a> {
             words,
             cols,
             precision,
+            skipped: 0,
             tables: None,
         }
     }
@@ -106,7 +122,7 @@ impl<'a> Levels<'a> {
 
     /// T.
     pub fn tokens(&self) -> usize {
-        self.words.len() / token_words(self.cols)
+        self.words.len() / token_words(self.cols) - self.skipped
     }
 
     /// K.
@@ -124,47 +140,102 @@ impl<'a> Levels<'a> {
     /// # Panics
     /// If there are fewer.
     pub fn last(&self, tokens: usize) -> Levels<'a> {
-        let skipped = (self.tokens() - tokens) * token_words(self.cols);
-        Levels::new(&self.words[skipped..], self.cols, self.precision)
+        let skipped = self.tokens().checked_sub(tokens);
+        Levels {
+            skipped: self.skipped + skipped.expect("levels: more tokens than there are"),
+            tables: None,
+            ..*self
+        }
     }
 
-    /// Bytes from a token to the next.
+    /// Records of the first chunk from `token` on, and how many records further those of the next chunk are.
+    ///
+    /// # Panics
+    /// If there is no such token, or the levels have 8 bits.
+    pub(crate) fn records(&self, token: usize) -> (&'a [Record], usize) {
+        assert!(
+            self.precision == Precision::Word && token < self.tokens(),
+            "levels: no 16-bit levels of token {token}"
+        );
+        let all = self.words.as_ptr().cast::<Record>();
+        let len = self.words.len() / CHUNK_WORDS;
+        // SAFETY: the words are records, of integers and floats: any bits are good.
+        let all = unsafe { std::slice::from_raw_parts(all, len) };
+        (&all[self.skipped + token..], self.skipped + self.tokens())
+    }
+
+    /// Bytes from a token with 8-bit levels to the next.
     pub(crate) fn token_bytes(&self) -> usize {
         token_words(self.cols) * size_of::<f32>()
     }
 
-    /// The high plane of a token and what comes behind it, the next tokens among it.
+    /// The 8-bit levels of a token and what comes behind them, the next tokens among it.
+    ///
+    /// # Panics
+    /// If there is no such token, or the levels have 16 bits.
     pub(crate) fn bytes(&self, token: usize) -> &'a [i8] {
-        let words = &self.words[token * token_words(self.cols)..];
+        assert!(
+            self.precision == Precision::Byte,
+            "levels: 16 bits where 8 are read"
+        );
+        let words = &self.words[(self.skipped + token) * token_words(self.cols)..];
         // SAFETY: any bits of an f32 are four i8.
         unsafe { std::slice::from_raw_parts(words.as_ptr().cast::<i8>(), size_of_val(words)) }
     }
 
+    /// The 8-bit levels of a token.
+    ///
+    /// # Panics
+    /// As [`Levels::bytes`].
     pub(crate) fn token(&self, token: usize) -> Token<'a> {
-        let stride = token_words(self.cols);
-        let words = &self.words[token * stride..(token + 1) * stride];
-        let (planes, rest) = words.split_at(self.cols / 2);
-        let (scales, totals) = rest.split_at(self.cols / CHUNK_COLS);
-        // SAFETY: any bits of an f32 are four i8, and one i32.
-        let (planes, sums) = unsafe {
-            (
-                std::slice::from_raw_parts(planes.as_ptr().cast::<i8>(), 2 * self.cols),
-                std::slice::from_raw_parts(totals.as_ptr().cast::<i32>(), totals.len()),
-            )
-        };
-        Token {
-            high: &planes[..self.cols],
-            #[cfg(test)]
-            low: &planes[self.cols..],
-            scales,
-            sums,
-            totals,
+        let high = &self.bytes(token)[..self.cols];
+        let chunks = self.cols / CHUNK_COLS;
+        let start = (self.skipped + token) * token_words(self.cols) + self.cols / 2;
+        let (scales, rest) = self.words[start..].split_at(chunks);
+        // SAFETY: any bits of an f32 are one i32.
+        let sums = unsafe { std::slice::from_raw_parts(rest[..chunks].as_ptr().cast(), chunks) };
+        Token { high, scales, sums }
+    }
+
+    /// A level and its scale.
+    #[cfg(test)]
+    pub(crate) fn level(&self, token: usize, col: usize) -> (i32, f32) {
+        let (chunk, i) = (col / CHUNK_COLS, col % CHUNK_COLS);
+        match self.precision {
+            Precision::Byte => {
+                let token = self.token(token);
+                (i32::from(token.high[col]), token.scales[chunk])
+            }
+            Precision::Word => {
+                let (records, stride) = self.records(token);
+                let record = &records[chunk * stride];
+                let level = 256 * i32::from(record.high[i]) + i32::from(record.low[i]);
+                (level, record.scale)
+            }
         }
     }
 }
 
-/// Rounds `x`, the columns `cols` of a token, into its levels, `words` `(token_words(k),)`. Columns are cut at
-/// multiples of 32; with [`Precision::Byte`] they are the whole token.
+/// Every `stride`-th of some records, to write.
+pub(crate) struct Records<'a> {
+    start: *mut Record,
+    stride: usize,
+    len: usize,
+    words: PhantomData<&'a mut [f32]>,
+}
+
+impl Records<'_> {
+    /// Those of a chunk and the ones behind it.
+    fn each(&mut self) -> impl Iterator<Item = &mut Record> {
+        (0..self.len).map(|i| {
+            // SAFETY: what it was made with.
+            unsafe { &mut *self.start.add(i * self.stride) }
+        })
+    }
+}
+
+/// Rounds `x`, the columns `cols` of token `token`, into its levels among those of all tokens, `words`
+/// `(t, token_words(k))`. Columns are cut at multiples of 32; with [`Precision::Byte`] they are the whole token.
 ///
 /// # Panics
 /// If a length does not fit, or the columns are cut otherwise.
@@ -176,44 +247,52 @@ pub unsafe fn part(
     precision: Precision,
     x: &[f32],
     words: SharedSlice<'_, f32>,
+    k: usize,
+    token: usize,
     cols: Range<usize>,
 ) {
-    let k = words.len() / CHUNK_WORDS * CHUNK_COLS;
+    let tokens = words.len() / token_words(k);
     assert!(
-        words.len() == token_words(k)
+        words.len() == tokens * token_words(k)
+            && token < tokens
             && x.len() == cols.len()
             && cols.end <= k
             && cols.start.is_multiple_of(CHUNK_COLS)
             && cols.end.is_multiple_of(CHUNK_COLS)
             && (precision == Precision::Word || cols == (0..k)),
-        "levels: a token of {k} columns"
+        "levels: token {token} of {tokens} of {k} columns"
     );
-    let chunks = cols.start / CHUNK_COLS..cols.end / CHUNK_COLS;
-    let byte_words = |start: usize| (start + cols.start) / 4..(start + cols.end) / 4;
-    let first_scale = k / 2;
-    let first_sum = first_scale + k / CHUNK_COLS;
-    // SAFETY: the caller keeps others away from these columns, and the four ranges are apart; any bits of
-    // an f32 are four i8, and one i32.
-    unsafe {
-        let bytes = |words: &mut [f32]| {
-            std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<i8>(), 4 * words.len())
+    if x.is_empty() {
+        return;
+    }
+    if precision == Precision::Word {
+        let first = (cols.start / CHUNK_COLS * tokens + token) * CHUNK_WORDS;
+        let len = cols.len() / CHUNK_COLS;
+        let end = first + ((len - 1) * tokens + 1) * CHUNK_WORDS;
+        let records = Records {
+            start: words.part(first..end).as_mut_ptr().cast(),
+            stride: tokens,
+            len,
+            words: PhantomData,
         };
-        let high = bytes(words.slice_mut(byte_words(0)));
-        let low = bytes(words.slice_mut(byte_words(k)));
-        let scales = words.slice_mut(first_scale + chunks.start..first_scale + chunks.end);
-        let sums = words.slice_mut(first_sum + chunks.start..first_sum + chunks.end);
-        match precision {
-            Precision::Byte => {
-                let sums =
-                    std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<i32>(), sums.len());
-                to_bytes(isa, x, high, scales, sums);
-            }
-            Precision::Word => to_words(isa, x, high, low, scales, sums),
-        }
+        return to_words(isa, x, records);
+    }
+    let start = token * token_words(k);
+    let first_scale = start + k / 2;
+    let first_sum = first_scale + k / CHUNK_COLS;
+    // SAFETY: the caller keeps others away from this token, and the three ranges are apart; any bits of an f32
+    // are four i8, and one i32.
+    unsafe {
+        let high = words.slice_mut(start..start + k / 4);
+        let high = std::slice::from_raw_parts_mut(high.as_mut_ptr().cast::<i8>(), k);
+        let scales = words.slice_mut(first_scale..first_sum);
+        let sums = words.slice_mut(first_sum..first_sum + k / CHUNK_COLS);
+        let sums = std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<i32>(), sums.len());
+        to_bytes(isa, x, high, scales, sums);
     }
 }
 
-per_isa!(fn to_words(x: &[f32], high: &mut [i8], low: &mut [i8], scales: &mut [f32], sums: &mut [f32]) = to_words_body);
+per_isa!(fn to_words(x: &[f32], records: Records<'_>) = to_words_body);
 per_isa!(fn to_bytes(x: &[f32], high: &mut [i8], scales: &mut [f32], sums: &mut [i32]) = to_bytes_body);
 
 /// Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
@@ -225,6 +304,14 @@ fn nearest(value: f32) -> i32 {
     (value + ROUND).to_bits() as i32 - ROUND.to_bits() as i32
 }
 
+/// Of the levels of a chunk.
+#[inline(always)]
+fn sum(levels: &[i32; CHUNK_COLS]) -> i32 {
+    let halves = levels.as_chunks::<16>().0;
+    let lanes = std::array::from_fn(|i| halves[0][i] + halves[1][i]);
+    lanes::fold(lanes, |a, b| a + b)
+}
+
 #[inline(always)]
 fn extreme(x: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 16];
@@ -234,22 +321,15 @@ fn extreme(x: &[f32]) -> f32 {
             *lane = if x.abs() > *lane { x.abs() } else { *lane };
         }
     }
-    let greater = |m: f32, x: &f32| if x.abs() > m { x.abs() } else { m };
-    rest.iter().fold(lanes.iter().fold(0.0, greater), greater)
+    let greater = |m: f32, x: f32| if x.abs() > m { x.abs() } else { m };
+    rest.iter()
+        .copied()
+        .fold(lanes::fold(lanes, greater), greater)
 }
 
 #[inline(always)]
-fn to_words_body<const FMA: bool>(
-    x: &[f32],
-    high: &mut [i8],
-    low: &mut [i8],
-    scales: &mut [f32],
-    sums: &mut [f32],
-) {
-    let x = x.as_chunks::<CHUNK_COLS>().0;
-    let high = high.as_chunks_mut::<CHUNK_COLS>().0;
-    let low = low.as_chunks_mut::<CHUNK_COLS>().0;
-    for ((((x, high), low), scale), sum) in x.iter().zip(high).zip(low).zip(scales).zip(sums) {
+fn to_words_body<const FMA: bool>(x: &[f32], mut records: Records<'_>) {
+    for (x, record) in x.as_chunks::<CHUNK_COLS>().0.iter().zip(records.each()) {
         let extreme = extreme(x);
         // Below, the factor would overflow; what is lost is below 1e-30.
         let factor = if extreme > 1e-30 {
@@ -261,12 +341,15 @@ fn to_words_body<const FMA: bool>(
         for (level, x) in levels.iter_mut().zip(x) {
             *level = nearest(x * factor);
         }
-        for ((high, low), level) in high.iter_mut().zip(low).zip(levels) {
+        let planes = record.high.iter_mut().zip(&mut record.low);
+        for ((high, low), level) in planes.zip(levels) {
             *high = ((level + 128) >> 8) as i8;
             *low = level as i8;
         }
-        *scale = extreme / MAX_WORD;
-        *sum = *scale * levels.iter().sum::<i32>() as f32;
+        let sum = sum(&levels);
+        record.scale = extreme / MAX_WORD;
+        record.centre = -8 * sum;
+        record.total = record.scale * sum as f32;
     }
 }
 
@@ -295,7 +378,7 @@ fn to_bytes_body<const FMA: bool>(
         for (high, level) in high.iter_mut().zip(levels) {
             *high = level as i8;
         }
-        *sum = levels.iter().sum();
+        *sum = self::sum(&levels);
     }
 }
 
@@ -304,20 +387,15 @@ mod tests {
     use super::*;
     use crate::testing::Random;
 
-    fn levels(isa: Isa, precision: Precision, x: &[f32], cuts: &[usize]) -> Vec<f32> {
-        let mut words = vec![f32::NAN; token_words(x.len())];
+    /// Levels of `x` `(t, k)`.
+    fn levels(isa: Isa, precision: Precision, x: &[f32], k: usize, cuts: &[usize]) -> Vec<f32> {
+        let tokens = x.len() / k;
+        let mut words = vec![f32::NAN; tokens * token_words(k)];
         let shared = SharedSlice::new(&mut words);
-        for pair in cuts.windows(2) {
+        for (token, pair) in (0..tokens).flat_map(|t| cuts.windows(2).map(move |pair| (t, pair))) {
+            let x = &x[token * k..][pair[0]..pair[1]];
             // SAFETY: one thread.
-            unsafe {
-                part(
-                    isa,
-                    precision,
-                    &x[pair[0]..pair[1]],
-                    shared,
-                    pair[0]..pair[1],
-                )
-            };
+            unsafe { part(isa, precision, x, shared, k, token, pair[0]..pair[1]) };
         }
         words
     }
@@ -325,39 +403,43 @@ mod tests {
     #[test]
     fn words_are_close_and_bytes_are_the_rounding_of_ternary_layers() {
         let mut random = Random::new(21);
-        let k = 160;
-        let mut x = random.floats(k, 3.0);
+        let (tokens, k) = (3, 160);
+        let mut x = random.floats(tokens * k, 3.0);
         x[40] = 900.0;
         x[64..96].fill(0.0);
         let mut rounded = x.clone();
         crate::round_int8::reference(&mut rounded, k);
         for isa in Isa::available() {
-            let words = levels(isa, Precision::Word, &x, &[0, 64, 96, k]);
-            let token = Levels::new(&words, k, Precision::Word).token(0);
+            let words = levels(isa, Precision::Word, &x, k, &[0, 64, 96, k]);
+            let all = Levels::new(&words, k, Precision::Word);
             for (i, x) in x.iter().enumerate() {
-                let level = 256 * i32::from(token.high[i]) + i32::from(token.low[i]);
-                let scale = token.scales[i / 32];
-                assert!(
-                    (scale * level as f32 - x).abs() <= 0.501 * scale,
+                let (level, scale) = all.level(i / k, i % k);
+                let error = (scale * level as f32 - x).abs();
+                assert!(error <= 0.501 * scale, "{isa} {i}");
+                assert_eq!(
+                    all.last(1).level(0, i % k),
+                    all.level(2, i % k),
                     "{isa} {i}"
                 );
             }
-            for (chunk, sum) in token.totals.iter().enumerate() {
-                let of = |plane: &[i8]| -> i32 {
-                    plane[32 * chunk..][..32]
-                        .iter()
-                        .map(|&v| i32::from(v))
-                        .sum()
-                };
-                let want = 256 * of(token.high) + of(token.low);
-                assert_eq!(*sum, token.scales[chunk] * want as f32, "{isa} {chunk}");
+            for (token, chunk) in (0..tokens).flat_map(|t| (0..k / 32).map(move |c| (t, c))) {
+                let (records, stride) = all.records(token);
+                let record = records[chunk * stride];
+                let sum: i32 = (0..32).map(|i| all.level(token, 32 * chunk + i).0).sum();
+                assert_eq!(record.centre, -8 * sum, "{isa} {token} {chunk}");
+                assert_eq!(
+                    record.total,
+                    record.scale * sum as f32,
+                    "{isa} {token} {chunk}"
+                );
             }
 
-            let words = levels(isa, Precision::Byte, &x, &[0, k]);
-            let token = Levels::new(&words, k, Precision::Byte).token(0);
+            let words = levels(isa, Precision::Byte, &x, k, &[0, k]);
+            let all = Levels::new(&words, k, Precision::Byte);
             for (i, rounded) in rounded.iter().enumerate() {
-                let value = token.scales[0] * f32::from(token.high[i]);
-                assert!((value - rounded).abs() <= 1e-6 * rounded.abs(), "{isa} {i}");
+                let (level, scale) = all.level(i / k, i % k);
+                let error = (scale * level as f32 - rounded).abs();
+                assert!(error <= 1e-6 * rounded.abs(), "{isa} {i}");
             }
         }
     }
@@ -369,8 +451,8 @@ mod tests {
         for isa in Isa::available() {
             let mut rounded = x.clone();
             crate::round_int8::part(isa, &mut rounded, 320);
-            let words = levels(isa, Precision::Byte, &x, &[0, 320]);
-            let again = levels(isa, Precision::Byte, &rounded, &[0, 320]);
+            let words = levels(isa, Precision::Byte, &x, 320, &[0, 320]);
+            let again = levels(isa, Precision::Byte, &rounded, 320, &[0, 320]);
             let high = |words| Levels::new(words, 320, Precision::Byte).token(0).high;
             assert_eq!(high(&words), high(&again), "{isa}");
         }

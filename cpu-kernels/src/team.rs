@@ -61,6 +61,11 @@ impl<'a, T> SharedSlice<'a, T> {
         }
     }
 
+    /// Where it starts: for elements that are no range.
+    pub fn as_mut_ptr(&self) -> *mut T {
+        self.start
+    }
+
     fn check(&self, range: &Range<usize>) {
         assert!(
             range.start <= range.end && range.end <= self.len,

@@ -58,12 +58,10 @@ impl Activations {
     pub fn new(isa: Isa, tokens: usize, cols: usize, precision: Precision) -> Activations {
         let x: Vec<f32> = (0..tokens * cols).map(|i| 2.0 * float(i)).collect();
         let mut words = vec![0.0; tokens * token_words(cols)];
-        for (x, words) in x
-            .chunks_exact(cols)
-            .zip(words.chunks_exact_mut(token_words(cols)))
-        {
+        for (token, x) in x.chunks_exact(cols).enumerate() {
+            let words = SharedSlice::new(&mut words);
             // SAFETY: one thread.
-            unsafe { levels::part(isa, precision, x, SharedSlice::new(words), 0..cols) };
+            unsafe { levels::part(isa, precision, x, words, cols, token, 0..cols) };
         }
         let tables = (tokens == 1 && precision == Precision::Byte).then(|| {
             let mut tables = vec![0.0; lookup::table_words(cols)];

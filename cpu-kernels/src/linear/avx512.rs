@@ -8,10 +8,11 @@ use super::forms;
 use super::kernel::{Call, Vector, ahead};
 use super::lookup::TABLES_OF_LINE;
 use super::{FIVES_COLS, LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
+use crate::levels::Record;
 use crate::pages::Line;
 
 /// `vpdpbusd`: four products and their sum in one instruction. With VBMI (`vpermi2b`, a table of 128 bytes)
-/// five weights a byte are taken apart.
+/// five weights a byte are taken apart, with VBMI2 (`vpshldd`) sums of two planes shifted and filled up.
 struct Vnni<const VBMI: bool>;
 /// Without it: `vpmaddubsw` adds pairs to 16 bits, in which a chunk of 4-bit levels fits.
 struct Plain;
@@ -26,7 +27,9 @@ pub(super) unsafe fn run_vnni(call: &Call<'_>) {
 
 /// # Safety
 /// As [`Call::run`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c"
+)]
 pub(super) unsafe fn run_vbmi(call: &Call<'_>) {
     // SAFETY: the caller's contract.
     unsafe { call.run::<Vnni<true>>() }
@@ -67,7 +70,7 @@ macro_rules! floats_of_a_register {
     () => {
         type Ints = __m512i;
         type Floats = __m512;
-        const TOKENS: usize = 6;
+        const TOKENS: usize = 8;
 
         #[inline(always)]
         unsafe fn by_row(lines: *const u8) -> [Line; 2] {
@@ -260,6 +263,60 @@ impl<const VBMI: bool> Vector for Vnni<VBMI> {
             }
         }
         sums
+    }
+
+    /// A chunk's weights stay in registers for both planes, so that a token has one sum: of the high plane,
+    /// shifted, then of the low one too.
+    #[inline(always)]
+    unsafe fn words<const BITS: usize, const T: usize, const CENTRED: bool>(
+        lines: *const u8,
+        records: *const Record,
+    ) -> [__m512i; T] {
+        let per_line = STEPS / BITS;
+        // SAFETY: `BITS` lines, `T` records.
+        unsafe {
+            let zero = _mm512_setzero_si512();
+            let (mut weights, mut sums) = ([zero; STEPS], [zero; T]);
+            for line in 0..BITS {
+                let bytes = _mm512_load_si512(lines.add(line * LINE_BYTES).cast());
+                for p in 0..per_line {
+                    weights[line * per_line + p] = match BITS {
+                        8 => bytes,
+                        _ => field(bytes, p * BITS, ((1u32 << BITS) - 1) as i8),
+                    };
+                }
+            }
+            let centre = |t: usize| (&raw const (*records.wrapping_add(t)).centre).cast::<i8>();
+            if CENTRED && VBMI {
+                for (t, sum) in sums.iter_mut().enumerate() {
+                    // Its upper three bytes and one of what follows, which the shift below drops.
+                    *sum = step(centre(t).wrapping_add(1), 0);
+                }
+            }
+            for (i, weights) in weights.iter().enumerate() {
+                for (t, sum) in sums.iter_mut().enumerate() {
+                    let high = (&raw const (*records.wrapping_add(t)).high).cast();
+                    *sum = _mm512_dpbusd_epi32(*sum, *weights, step(high, i));
+                }
+            }
+            for (t, sum) in sums.iter_mut().enumerate() {
+                *sum = match (CENTRED, VBMI) {
+                    // Its lowest byte comes in from above, behind three of what precedes it.
+                    (true, true) => {
+                        _mm512_shldi_epi32::<8>(*sum, step(centre(t).wrapping_sub(3), 0))
+                    }
+                    (true, false) => Self::join(*sum, step(centre(t), 0)),
+                    (false, _) => _mm512_slli_epi32::<8>(*sum),
+                };
+            }
+            for (i, weights) in weights.iter().enumerate() {
+                for (t, sum) in sums.iter_mut().enumerate() {
+                    let low = (&raw const (*records.wrapping_add(t)).low).cast();
+                    *sum = _mm512_dpbusd_epi32(*sum, *weights, step(low, i));
+                }
+            }
+            sums
+        }
     }
 
     #[inline(always)]

@@ -5,11 +5,12 @@ use std::ops::Range;
 use half::f16;
 
 use super::forms;
-use super::ints::Ints;
+use super::ints::Bytes;
 use super::layout::{Bits, Packed};
+use super::words::Words;
 use super::{LINE_BYTES, TILE_ROWS};
 use crate::isa::{Isa, Kind};
-use crate::levels::{Levels, Precision};
+use crate::levels::{Levels, Precision, Record};
 use crate::pages::Line;
 use crate::read;
 use crate::team::SharedSlice;
@@ -23,7 +24,7 @@ pub(super) trait Vector {
     type Ints: Copy;
     /// An f32 a row.
     type Floats: Copy;
-    /// Tokens of a full tile.
+    /// Tokens of a full tile: 8, 6, 2 or 1.
     const TOKENS: usize;
 
     /// `sums[p][t] + Σ u * level` over the 32 columns of the chunk at `lines` (`BITS` lines) for the levels at
@@ -33,6 +34,32 @@ pub(super) trait Vector {
         levels: [[*const i8; T]; P],
         sums: [[Self::Ints; T]; P],
     ) -> [[Self::Ints; T]; P];
+    /// `Σ (u - zero) * level` over the 32 columns of the chunk at `lines` (`BITS` lines) for the 16-bit levels of
+    /// the `T` tokens from `records` on; `zero` is 8 where that is the `CENTRED` level, else 0.
+    #[inline(always)]
+    unsafe fn words<const BITS: usize, const T: usize, const CENTRED: bool>(
+        lines: *const u8,
+        records: *const Record,
+    ) -> [Self::Ints; T] {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let mut planes = [[std::ptr::null(); T]; 2];
+            let mut sums = [[Self::ints(0); T]; 2];
+            for t in 0..T {
+                let record = records.wrapping_add(t);
+                planes[0][t] = (&raw const (*record).high).cast();
+                planes[1][t] = (&raw const (*record).low).cast();
+                if CENTRED {
+                    sums[1][t] = Self::ints((*record).centre);
+                }
+            }
+            let [mut high, low] = Self::dots::<BITS, T, 2>(lines, planes, sums);
+            for (high, low) in high.iter_mut().zip(low) {
+                *high = Self::join(*high, low);
+            }
+            high
+        }
+    }
     /// A chunk of pairs as one of two bits.
     #[inline(always)]
     unsafe fn by_row(lines: *const u8) -> [Line; 2] {
@@ -187,21 +214,21 @@ impl Call<'_> {
             match self.x {
                 Input::Floats(x) => self.tiles::<V>(Floats { call: self, x }),
                 Input::Levels(x) => match (self.w.bits, x.precision()) {
-                    (Bits::Two, Precision::Byte) => self.ints::<V, 2, 1, false>(x),
-                    (Bits::Two, Precision::Word) => self.ints::<V, 2, 2, false>(x),
+                    (Bits::Two, Precision::Byte) => self.bytes::<V, 2, false>(x),
+                    (Bits::Two, Precision::Word) => self.words::<V, 2>(x),
                     (Bits::Pairs, _) => match x.tables() {
                         Some(tables) => self.tiles::<V>(forms::LookUp {
                             call: self,
                             x,
                             tables,
                         }),
-                        None => self.ints::<V, 2, 1, true>(x),
+                        None => self.bytes::<V, 2, true>(x),
                     },
                     (Bits::Fives, _) => self.tiles::<V>(forms::Fives { call: self, x }),
-                    (Bits::Four, Precision::Byte) => self.ints::<V, 4, 1, false>(x),
-                    (Bits::Four, Precision::Word) => self.ints::<V, 4, 2, false>(x),
-                    (Bits::Eight, Precision::Byte) => self.ints::<V, 8, 1, false>(x),
-                    (Bits::Eight, Precision::Word) => self.ints::<V, 8, 2, false>(x),
+                    (Bits::Four, Precision::Byte) => self.bytes::<V, 4, false>(x),
+                    (Bits::Four, Precision::Word) => self.words::<V, 4>(x),
+                    (Bits::Eight, Precision::Byte) => self.bytes::<V, 8, false>(x),
+                    (Bits::Eight, Precision::Word) => self.words::<V, 8>(x),
                     (Bits::F16, _) => unreachable!("F16 weights take floats"),
                 },
             }
@@ -211,12 +238,17 @@ impl Call<'_> {
     /// # Safety
     /// As [`Call::run`].
     #[inline(always)]
-    unsafe fn ints<V: Vector, const BITS: usize, const PLANES: usize, const PAIRS: bool>(
-        &self,
-        x: Levels<'_>,
-    ) {
+    unsafe fn bytes<V: Vector, const BITS: usize, const PAIRS: bool>(&self, x: Levels<'_>) {
         // SAFETY: the caller's contract.
-        unsafe { self.tiles::<V>(Ints::<BITS, PLANES, PAIRS> { call: self, x }) }
+        unsafe { self.tiles::<V>(Bytes::<BITS, PAIRS> { call: self, x }) }
+    }
+
+    /// # Safety
+    /// As [`Call::run`].
+    #[inline(always)]
+    unsafe fn words<V: Vector, const BITS: usize>(&self, x: Levels<'_>) {
+        // SAFETY: the caller's contract.
+        unsafe { self.tiles::<V>(Words::<BITS> { call: self, x }) }
     }
 
     /// # Safety
@@ -228,23 +260,19 @@ impl Call<'_> {
             // SAFETY: the caller's contract; a tile of the matrix, tokens of `x`.
             unsafe {
                 while token < self.tokens {
-                    let left = self.tokens - token;
-                    if V::TOKENS >= MOST_TOKENS && left >= MOST_TOKENS {
-                        self.tile::<V, MOST_TOKENS>(&product, row, token);
-                        token += MOST_TOKENS;
-                    } else if V::TOKENS >= 2 && left >= 2 {
-                        self.tile::<V, 2>(&product, row, token);
-                        token += 2;
-                    } else {
-                        self.tile::<V, 1>(&product, row, token);
-                        token += 1;
-                    }
+                    let most = V::TOKENS.min(self.tokens - token);
+                    token += match most {
+                        8.. if V::TOKENS >= 8 => self.tile::<V, 8>(&product, row, token),
+                        6.. if V::TOKENS >= 6 => self.tile::<V, 6>(&product, row, token),
+                        2.. if V::TOKENS >= 2 => self.tile::<V, 2>(&product, row, token),
+                        _ => self.tile::<V, 1>(&product, row, token),
+                    };
                 }
             }
         }
     }
 
-    /// The tile that begins at `row`, for `T` tokens from `token` on.
+    /// The tile that begins at `row`, for `T` tokens from `token` on; gives `T` back.
     ///
     /// # Safety
     /// As [`Call::run`]; the tokens exist.
@@ -254,7 +282,7 @@ impl Call<'_> {
         product: &impl Product,
         row: usize,
         token: usize,
-    ) {
+    ) -> usize {
         // SAFETY: the caller's contract.
         let sums = unsafe { product.sums::<V, T>(row / TILE_ROWS, token) };
         let end = self.rows.end.min(row + TILE_ROWS);
@@ -274,11 +302,9 @@ impl Call<'_> {
                 None => y.copy_from_slice(&out[..y.len()]),
             }
         }
+        T
     }
 }
-
-/// Tokens of the largest tile of any instruction set.
-pub(super) const MOST_TOKENS: usize = 6;
 
 /// One form of weights and activations.
 pub(super) trait Product {

@@ -93,7 +93,17 @@ mod tests {
         for isa in Isa::available() {
             let mut words = vec![0.0; token_words(k)];
             // SAFETY: one thread.
-            unsafe { levels::part(isa, Precision::Byte, &x, SharedSlice::new(&mut words), 0..k) };
+            unsafe {
+                levels::part(
+                    isa,
+                    Precision::Byte,
+                    &x,
+                    SharedSlice::new(&mut words),
+                    k,
+                    0,
+                    0..k,
+                );
+            }
             let levels = Levels::new(&words, k, Precision::Byte);
             let mut tables = vec![f32::NAN; table_words(k)];
             super::tables(isa, levels, &mut tables);

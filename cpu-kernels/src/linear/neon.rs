@@ -4,7 +4,7 @@ use std::arch::aarch64::*;
 
 use half::f16;
 
-use super::kernel::{Call, MOST_TOKENS, Vector};
+use super::kernel::{Call, Vector};
 use super::lookup::TABLES_OF_LINE;
 use super::{LINE_BYTES, STEP_COLS, STEPS, TILE_ROWS};
 use crate::pages::Line;
@@ -340,8 +340,7 @@ impl Vector for I8mm {
             // SAFETY: the caller's contract.
             return unsafe { Dotprod::dots::<BITS, T, P>(lines, levels, sums) };
         }
-        // Pairs of tokens, of at most `MOST_TOKENS`.
-        const PAIRS: usize = MOST_TOKENS / 2;
+        const PAIRS: usize = I8mm::TOKENS / 2;
         assert!(T.is_multiple_of(2) && T <= 2 * PAIRS, "tokens go in pairs");
         let per_line = STEPS / BITS;
         // SAFETY: `BITS` lines, 32 levels.

@@ -28,12 +28,10 @@ const SHAPES: [(usize, usize, usize, usize); 12] = [
 /// Words of the levels of `x` `(t, k)`.
 fn words(isa: Isa, precision: Precision, x: &[f32], k: usize) -> Vec<f32> {
     let mut words = vec![f32::NAN; x.len() / k * token_words(k)];
-    for (x, words) in x
-        .chunks_exact(k)
-        .zip(words.chunks_exact_mut(token_words(k)))
-    {
+    let shared = SharedSlice::new(&mut words);
+    for (token, x) in x.chunks_exact(k).enumerate() {
         // SAFETY: one thread.
-        unsafe { levels::part(isa, precision, x, SharedSlice::new(words), 0..k) };
+        unsafe { levels::part(isa, precision, x, shared, k, token, 0..k) };
     }
     words
 }
@@ -41,18 +39,11 @@ fn words(isa: Isa, precision: Precision, x: &[f32], k: usize) -> Vec<f32> {
 /// What the levels in `words` stand for, `(t, k)`.
 fn values(words: &[f32], k: usize, precision: Precision) -> Vec<f32> {
     let levels = Levels::new(words, k, precision);
-    let mut values = Vec::new();
-    for token in 0..levels.tokens() {
-        let token = levels.token(token);
-        for i in 0..k {
-            let level = match precision {
-                Precision::Byte => i32::from(token.high[i]),
-                Precision::Word => 256 * i32::from(token.high[i]) + i32::from(token.low[i]),
-            };
-            values.push(token.scales[i / CHUNK_COLS] * level as f32);
-        }
-    }
-    values
+    let of_token = |token| (0..k).map(move |col| levels.level(token, col));
+    (0..levels.tokens())
+        .flat_map(of_token)
+        .map(|(level, scale)| scale * level as f32)
+        .collect()
 }
 
 fn run(
@@ -295,7 +286,10 @@ fn several_tokens_equal_one_by_one() {
     let (n, k, tokens) = (66, 576, 17);
     let x = random.floats(tokens * k, 2.0);
     for w in [
+        Weight::Int4(random.int4(n, k, 32, false)),
         Weight::Int4(random.int4(n, k, 32, true)),
+        Weight::Int4(random.int4_zeros(n, k, 32)),
+        Weight::Int4(random.int4(n, k, 128, false)),
         Weight::Int8(random.int8(n, k, 32)),
         Weight::F16(random.f16(n, k)),
         Weight::Ternary(random.ternary(n, k, 64)),

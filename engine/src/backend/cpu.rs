@@ -36,7 +36,7 @@ use crate::sampler::{self, Sampling};
 /// Tokens of a prompt that go through the list together: enough that reading the weights once for all of them is
 /// lost in the products, few enough that their levels stay in the second-level cache. A multiple of the tokens
 /// that the products take at once.
-pub const CHUNK_TOKENS: usize = 48;
+pub const CHUNK_TOKENS: usize = 64;
 
 /// Runs a model on the CPU.
 pub struct CpuBackend {

@@ -293,14 +293,12 @@ impl Job<'_> {
         let (range, place) = self.program.levels(id, tokens);
         let (src, k) = (self.buffer(src), place.cols);
         let words = self.activations.part(range);
-        let stride = words.len() / tokens;
         let round = |token: usize, cols: std::ops::Range<usize>| {
-            let words = words.part(token * stride..(token + 1) * stride);
             // SAFETY: columns of this share, complete since its last operation.
             unsafe {
                 let start = token * k;
                 let x = src.slice(start + cols.start..start + cols.end);
-                levels::part(self.isa, place.precision, x, words, cols);
+                levels::part(self.isa, place.precision, x, words, k, token, cols);
             }
         };
         match cut {

@@ -266,7 +266,9 @@ fn chunks_equal_token_by_token() {
                 single.decode(token).unwrap();
             }
             let expected = single.logits().unwrap();
-            for (threads, pieces) in [(1, vec![99]), (2, vec![99]), (2, vec![1, 49, 2, 47])] {
+            let whole = vec![tokens.len()];
+            let parts = vec![1, CHUNK_TOKENS + 1, 2, CHUNK_TOKENS - 1];
+            for (threads, pieces) in [(1, whole.clone()), (2, whole), (2, parts)] {
                 let mut chunked = backend(&model, tokens.len(), isa, threads);
                 let mut rest = &tokens[..];
                 for piece in &pieces {
@@ -403,13 +405,13 @@ fn logits_of_every_prompt_token_are_those_of_single_steps() {
     let model = model("tiny", DType::Q4_1, DType::Q8_0);
     // More than one chunk, and a last one that is not full.
     let tokens = tokens(&model, CHUNK_TOKENS + 5);
-    let mut steps = backend(&model, 64, Isa::selected(), 2);
+    let mut steps = backend(&model, tokens.len(), Isa::selected(), 2);
     let mut expected = Vec::new();
     for token in &tokens {
         steps.decode(*token).unwrap();
         expected.extend(steps.logits().unwrap());
     }
-    let mut prompt = backend(&model, 64, Isa::selected(), 2);
+    let mut prompt = backend(&model, tokens.len(), Isa::selected(), 2);
     prompt.prefill(&tokens[..3]).unwrap();
     let have = prompt.prefill_logits(&tokens[3..]).unwrap();
     let vocab = model.recipe.config.vocab;
