@@ -78,8 +78,7 @@ pub struct Operands {
 }
 
 /// How [`split`] is launched for this shape: as the table says, with no more splits than there is work for, or else
-/// its rule. `of_8_bits`: whether
-/// the values are.
+/// its rule. `of_8_bits`: whether the values are.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn choose(
     device: &DeviceInfo,
