@@ -61,6 +61,23 @@ pub(crate) fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     fold(lanes, |a, b| a + b)
 }
 
+/// Sum of squares, in f64, rounded once.
+#[inline(always)]
+pub(crate) fn sum_of_squares(values: &[f32]) -> f32 {
+    let mut lanes = [0.0f64; LANES];
+    let square = |value: f32| f64::from(value) * f64::from(value);
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane += square(value);
+        }
+    }
+    for (lane, &value) in lanes.iter_mut().zip(rest) {
+        *lane += square(value);
+    }
+    lanes.iter().sum::<f64>() as f32
+}
+
 /// Greatest value that is not NaN; negative infinity if there is none.
 #[inline(always)]
 pub(crate) fn max(values: &[f32]) -> f32 {

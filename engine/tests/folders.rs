@@ -153,6 +153,35 @@ fn tensors_that_cannot_be_are_named() {
         "tensor `model.layers.0.input_layernorm.weight`: value 2 is inf",
     );
 
+    // Scales of packed matrices: f16, f16, bf16.
+    for (name, scales, bits, expected) in [
+        (
+            "llama-awq-32",
+            "q_proj.scales",
+            0x7e00u16,
+            "q_proj.scales`: scale 0 is NaN",
+        ),
+        (
+            "llama-gptq-v2",
+            "q_proj.scales",
+            0x7c00,
+            "q_proj.weight`: scale 0 is inf",
+        ),
+        (
+            "bitnet-bitlinear",
+            "q_proj.weight_scale",
+            0x7fc0,
+            "q_proj.weight_scale`: NaN",
+        ),
+    ] {
+        let folder = copy(name);
+        rewrite(&single(&folder), |header, data| {
+            let at = offset(header, &format!("model.layers.0.self_attn.{scales}"));
+            data[at..at + 2].copy_from_slice(&bits.to_le_bytes());
+        });
+        refused(&folder, expected);
+    }
+
     let folder = copy("qwen3-f32");
     rewrite(&single(&folder), |header, _| {
         *header = header.replace("model.layers.1.input_layernorm.weight", norm);

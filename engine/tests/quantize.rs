@@ -158,6 +158,9 @@ fn every_kind_of_source_is_read_and_an_output_table_may_be_int4() {
         assert_success(&quantize(&target, &again, flags));
         let (first, second) = (info(&target, &[]), info(&again, &[]));
         assert_eq!(first["kinds"], second["kinds"]);
+        let before = info(&source, &[]);
+        assert_eq!(before["weights"], first["weights"]);
+        assert!(before["weight_bytes"].as_u64() > Some(0), "{before}");
     }
 
     let untied = tiny("tiny-qwen2");

@@ -589,6 +589,9 @@ arithmetic! {
     /// rounded.
     rsqrt(x: f32, reg32) -> f32, reg32 = "rsqrt.approx.f32 {}, {};", twin::rsqrt(x);
 
+    /// `sqrt.rn.f32`: correctly rounded. Same bits on the host.
+    sqrt(x: f32, reg32) -> f32, reg32 = "sqrt.rn.f32 {}, {};", x.sqrt();
+
     /// `rcp.approx.f32`: 1 / x. A zero gives an infinity of its sign, an infinity a zero of its
     /// sign. The device is at most one unit in the last place off; the host twin is correctly
     /// rounded.

@@ -7,15 +7,20 @@
 //! thread t     -> elements 4t + 4 BLOCK i .. +4, i = 0, 1, ...   (16-byte loads)
 //! ```
 //!
+//! The squares are summed exactly enough that other orders give the same float, and the factor is correctly
+//! rounded: the CPU gets the same bits. It matters where the result is rounded to 8 bits: numbers of few bits, as
+//! embeddings are, make exact ties, and the last bit of the factor would decide them.
+//!
 //! Bytes moved: `8 D` read (x a second time from L1), `4 D` weight, `4 D` or `2 D` written, a token. Shared
-//! memory holds one float a warp: no bank conflicts. A block a token wins nothing
+//! memory holds two floats a warp: no bank conflicts that cost. A block a token wins nothing
 //! on one token beyond being a single launch, and is what batches need.
 
 use cuda_std::{kernel, shared, thread};
 
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::launch::{Call, CallBuilder, DeviceInfo, DeviceSlice, Launch, ShapeError, tensor_bytes};
-use crate::{ptx, reduce};
+use crate::ptx;
+use crate::reduce::{self, Twofold};
 
 /// Dimensions of the normalisation.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -91,7 +96,11 @@ fn plan_of(
     call.f32(eps);
     call.build(
         device,
-        Launch::linear(tokens as u32, block_threads(width), reduce::SCRATCH_BYTES),
+        Launch::linear(
+            tokens as u32,
+            block_threads(width),
+            reduce::TWOFOLD_SCRATCH_BYTES,
+        ),
     )
 }
 
@@ -157,18 +166,18 @@ unsafe fn normalise<const HALVES: bool>(
     // it alone overwrites, so `out` may be `x`.
     unsafe {
         let x = x.wrapping_add(row);
-        let mut squares = 0.0;
+        let mut squares = Twofold::ZERO;
         let mut d = first;
         while d < width {
             let v = ptx::ld_global_v4_f32(x.wrapping_add(d as usize));
-            squares = ptx::fma(v[0], v[0], squares);
-            squares = ptx::fma(v[1], v[1], squares);
-            squares = ptx::fma(v[2], v[2], squares);
-            squares = ptx::fma(v[3], v[3], squares);
+            squares = squares.plus_square(v[0]);
+            squares = squares.plus_square(v[1]);
+            squares = squares.plus_square(v[2]);
+            squares = squares.plus_square(v[3]);
             d += step;
         }
-        let mean = reduce::block_sum_f32(squares, scratch) * inverse_width;
-        let factor = ptx::rsqrt(mean + eps);
+        let mean = reduce::block_sum_twofold(squares, scratch) * inverse_width;
+        let factor = 1.0 / ptx::sqrt(mean + eps);
         let mut d = first;
         while d < width {
             let v = ptx::ld_global_v4_f32(x.wrapping_add(d as usize));

@@ -25,6 +25,14 @@ macro_rules! on_every_device {
         fn cpu() {
             crate::support::on(crate::support::Device::Cpu, $test);
         }
+        crate::support::on_every_tier!($test);
+    };
+}
+pub(crate) use on_every_device;
+
+/// As [`on_every_device`], on GPUs alone.
+macro_rules! on_every_tier {
+    ($test:path) => {
         #[test]
         fn cuda_sm_75() {
             crate::support::on(
@@ -55,7 +63,7 @@ macro_rules! on_every_device {
         }
     };
 }
-pub(crate) use on_every_device;
+pub(crate) use on_every_tier;
 
 /// One test of a backend at a time: each CPU backend has a thread for every core.
 static RUNNING: Mutex<()> = Mutex::new(());

@@ -196,7 +196,7 @@ fn rmsnorm(
     })?;
     let mut want = vec![0.0; x.len()];
     cpu_kernels::rmsnorm::reference(&x, &weight, eps, &mut want);
-    within(&got, &want, ROUNDING)
+    within(&got, &want, EXACT)
 }
 
 fn rope(

@@ -3,9 +3,9 @@
 use super::*;
 use crate::quality::{Prediction, Reference, score};
 
-/// Levels, their sums and the scales of ternary weights are exact on their way through the matrix units. What is
-/// left is the last bit of a norm or an attention, which decides now and then on which side of an edge a value is
-/// rounded: in models of width 64 that alone is a divergence of 5e-4 from then on, so it ends the comparison.
+/// Norms, levels, their sums and the scales of ternary weights have the same bits on both sides. What is left is
+/// the last bit of an attention, which hardly ever decides on which side of an edge a value is rounded: in models
+/// of width 64 a single such value is a mean divergence of 2e-4.
 #[test]
 fn rounded_activations_agree_with_the_cpu() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/hf");
@@ -40,13 +40,8 @@ fn rounded_activations_agree_with_the_cpu() {
             let compared = score(&gpu, 0, Some(Reference::Model(cpu))).compared;
             divergences.push(compared.expect("a reference").kl);
         }
-        let alike = divergences.iter().take_while(|kl| **kl < 1e-8).count();
-        println!("{name}: alike at {alike} of {} positions", ids.len());
-        let wanted = if name == "bitnet-online" {
-            ids.len()
-        } else {
-            8
-        };
-        assert!(alike >= wanted, "{name}: {divergences:?}");
+        let mean = divergences.iter().sum::<f64>() / divergences.len() as f64;
+        println!("{name}: mean KL {mean:.1e}");
+        assert!(mean < 1e-6, "{name}: {divergences:?}");
     }
 }
