@@ -1,29 +1,35 @@
-//! Launches of a model's products, chosen by what a whole token takes: by itself a launch knows nothing
-//! of its neighbours, whose weights are asked for while it ends.
+//! Launches of a model's products and attention, chosen by what a whole token takes: by itself a launch knows
+//! nothing of its neighbours, whose weights are asked for while it ends.
 
 use std::sync::Arc;
 
 use ::models::file::gguf::DType;
 use ::models::quant::{Int4Matrix, Weight};
 use engine::Error;
-use engine::backend::LoadedModel;
 use engine::backend::cuda::device::{DeviceMemory, Gpu};
 use engine::backend::cuda::launch::Graph;
 use engine::backend::cuda::plan::{self, Memory, Plan};
+use engine::backend::{KvCache, KvForm, LoadedModel};
 use engine::synthetic;
-use gpu_kernels::launch::DeviceSlice;
-use gpu_kernels::linear::gemv_int4_mma::{self, Shape, Tiling};
+use gpu_kernels::attention::split;
+use gpu_kernels::launch::{DeviceInfo, DeviceSlice};
+use gpu_kernels::linear::gemv_int4_mma;
 use gpu_kernels::tuned::{self, Launches, Row, Timed, Tuned};
 use half::f16;
 
-use super::{FINALISTS, shown};
+use super::{FINALISTS, mean, shown};
 use crate::models::{self, Model};
 use crate::rows::Tiled;
+use crate::rows::attention::Attended;
 use crate::select::Selection;
 use crate::time;
 
-/// Tokens before the timed ones.
-const POSITION: usize = 512;
+/// Tokens before the timed ones: of products, and of attention, whose launch serves every position. A
+/// token's time is the geometric mean over them.
+const POSITIONS: &[usize] = &[512];
+const POSITIONS_OF_ATTENTION: &[usize] = &[512, 4096, 16_384];
+/// Positions of the cache: as many as leave no launch of attention without work for all of its blocks.
+const CONTEXT: usize = 16_384 + TOKENS;
 /// Tokens of a sample.
 const TOKENS: usize = 6;
 /// Samples of a first look, and of each of the rounds in which the best compete.
@@ -105,7 +111,7 @@ pub fn is_made(name: &str) -> bool {
 /// The model of random weights in the format at hand.
 fn model(name: &str, group: usize, mins: bool) -> Result<LoadedModel, Error> {
     let linear = if mins { DType::Q4_1 } else { DType::Q4_0 };
-    let mut model = synthetic::load(name, POSITION + TOKENS, linear)?;
+    let mut model = synthetic::load(name, CONTEXT, linear)?;
     for weight in &mut model.weights {
         if let Weight::Int4(matrix) = weight {
             regroup(matrix, group);
@@ -127,37 +133,70 @@ fn regroup(matrix: &mut Int4Matrix, group: usize) {
     matrix.group = group;
 }
 
-/// A product of a layer whose launch is looked for.
-struct Product {
+/// A step of a layer whose launch is looked for.
+struct Wanted {
     kernel: &'static str,
     /// Shape, as the table names it.
     name: String,
-    shape: Shape,
+    /// Names and numbers of each launch, the rule's first.
+    launches: Vec<Vec<(String, u32)>>,
+    positions: &'static [usize],
 }
 
 /// The products of a layer, the largest first: they decide most.
-fn products(model: &Model, group: usize, mins: bool) -> Vec<Product> {
+fn products(device: &DeviceInfo, model: &Model, group: usize, mins: bool) -> Vec<Wanted> {
     let [heads, rest @ ..] = model
         .products()
         .map(|product| Tiled::of(&product, group, mins));
-    let mut products = vec![Product {
-        kernel: gemv_int4_mma::entry_heads(group, mins),
-        name: format!("{} heads", heads.shape.name(heads.norm)),
-        shape: heads.shape,
-    }];
-    products.extend(rest.map(|tiled| Product {
-        kernel: tiled.kernel(),
-        name: tiled.shape.name(tiled.norm),
-        shape: tiled.shape,
+    let heads_name = format!("{} heads", heads.shape.name(heads.norm));
+    let mut products = vec![(
+        gemv_int4_mma::entry_heads(group, mins),
+        heads_name,
+        heads.shape,
+    )];
+    products.extend(rest.map(|tiled| {
+        let name = tiled.shape.name(tiled.norm);
+        (tiled.kernel(), name, tiled.shape)
     }));
-    products.sort_by_key(|product| std::cmp::Reverse(product.shape.matrix_elems()));
-    products
+    products.sort_by_key(|(_, _, shape)| std::cmp::Reverse(shape.matrix_elems()));
+    let wanted = products.into_iter().map(|(kernel, name, shape)| Wanted {
+        kernel,
+        name,
+        launches: named(&gemv_int4_mma::candidates(device, &shape)),
+        positions: POSITIONS,
+    });
+    wanted.collect()
+}
+
+/// The attention of a model, in the launches that need as much scratch memory as the rule's: the plans
+/// share it.
+fn attention(device: &DeviceInfo, model: &Model, form: KvForm) -> Wanted {
+    let attended = Attended {
+        dims: [model.heads, model.kv_heads, model.head_dim],
+        tokens: CONTEXT,
+        of_8_bits: form == KvForm::K16V8,
+    };
+    let shape = attended.shape();
+    let mut tunings = split::candidates(device, &shape);
+    let bytes = tunings[0].scratch_bytes(&shape);
+    tunings.retain(|tuning| tuning.scratch_bytes(&shape) == bytes);
+    Wanted {
+        kernel: attended.kernel(),
+        name: split::name(&shape),
+        launches: named(&tunings),
+        positions: POSITIONS_OF_ATTENTION,
+    }
+}
+
+fn named<L: Launches>(launches: &[L]) -> Vec<Vec<(String, u32)>> {
+    launches.iter().map(L::named).collect()
 }
 
 /// The plan of a model on a GPU, compiled again with other launches over the same memory.
 struct Token<'a> {
     gpu: &'a Arc<Gpu>,
     model: &'a LoadedModel,
+    cache: KvCache,
     memory: Again<DeviceMemory>,
 }
 
@@ -169,10 +208,15 @@ struct Recorded {
 }
 
 impl<'a> Token<'a> {
-    fn new(gpu: &'a Arc<Gpu>, model: &'a LoadedModel) -> Result<(Self, Plan), Error> {
+    fn new(gpu: &'a Arc<Gpu>, model: &'a LoadedModel, form: KvForm) -> Result<(Self, Plan), Error> {
+        let cache = KvCache {
+            tokens: CONTEXT,
+            form,
+        };
         let mut token = Token {
             gpu,
             model,
+            cache,
             memory: Again::new(DeviceMemory::new(gpu)),
         };
         let plan = token.plan(gpu.tuned())?;
@@ -189,13 +233,7 @@ impl<'a> Token<'a> {
 
     fn plan(&mut self, tuned: &Tuned) -> Result<Plan, Error> {
         let device = self.gpu.info();
-        let plan = plan::compile(
-            self.model,
-            (POSITION + TOKENS).into(),
-            &device,
-            tuned,
-            &mut self.memory,
-        )?;
+        let plan = plan::compile(self.model, self.cache, &device, tuned, &mut self.memory)?;
         self.memory.given = Some(0);
         Ok(plan)
     }
@@ -211,9 +249,14 @@ impl<'a> Token<'a> {
         })
     }
 
-    /// Microseconds a token: the median of the samples.
-    fn us(&mut self, token: &Recorded) -> Result<f64, Error> {
-        let position = (POSITION as u32).to_le_bytes();
+    /// Microseconds a token at these positions.
+    fn us(&mut self, token: &Recorded, positions: &[usize]) -> Result<f64, Error> {
+        mean(positions.iter().map(|at| self.us_at(token, *at)))
+    }
+
+    /// The median of the samples.
+    fn us_at(&mut self, token: &Recorded, position: usize) -> Result<f64, Error> {
+        let position = (position as u32).to_le_bytes();
         let memory = &mut self.memory.memory;
         let mut samples = (0..SAMPLES)
             .map(|_| {
@@ -232,8 +275,8 @@ fn median(samples: &mut [f64]) -> f64 {
     samples[samples.len() / 2]
 }
 
-/// Finds the launches of the products of the model called `name` that `selection` takes, and passes
-/// each row to `found`.
+/// Finds the launches of the products and of the attention of the model called `name` that `selection`
+/// takes, and passes each row to `found`.
 ///
 /// # Errors
 /// [`Error::Machine`] from the device, and what `found` fails with.
@@ -245,44 +288,55 @@ pub fn tune(
     mut found: impl FnMut(Row) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let (group, mins) = (selection.group, selection.mins);
-    let mut wanted = Vec::new();
+    let device = gpu.info();
+    let [mut f16, mut of_8_bits] = [Vec::new(), Vec::new()];
     for dims in models::named(name)? {
-        wanted.extend(products(&dims, group, mins));
+        f16.extend(products(&device, &dims, group, mins));
+        f16.push(attention(&device, &dims, KvForm::K16V16));
+        of_8_bits.push(attention(&device, &dims, KvForm::K16V8));
     }
-    wanted.retain(|product| selection.takes(product.kernel));
-    if wanted.is_empty() {
-        return Ok(());
-    }
-    println!("{name}, group {group}:");
-    let model = model(name, group, mins)?;
-    let (mut token, plan) = Token::new(gpu, &model)?;
+    let mut made = None;
     let mut tuned = gpu.tuned().clone();
-    for product in wanted {
-        let launched = plan.full.iter().zip(&plan.notes).any(|(call, note)| {
-            call.kernel == product.kernel && note.launch.starts_with(&product.name)
-        });
-        if !launched {
-            return Err(Error::machine(format!(
-                "no token of this model runs {} at {}",
-                product.kernel, product.name
-            )));
+    for (form, mut wanted) in [(KvForm::K16V16, f16), (KvForm::K16V8, of_8_bits)] {
+        wanted.retain(|step| selection.takes(step.kernel) && step.launches.len() > 1);
+        if wanted.is_empty() {
+            continue;
         }
-        let revision = tuned::revision(ptx, product.kernel)
-            .ok_or_else(|| Error::machine(format!("{} is not in the PTX", product.kernel)))?;
-        let row = |tiling: &Tiling| Row {
-            gpu: gpu.name().to_owned(),
-            tier: gpu.tier().capability(),
-            kernel: product.kernel.to_owned(),
-            shape: product.name.clone(),
-            revision,
-            launch: tiling.named(),
-            timed: Timed::Token,
-            us: 0.0,
-            rule_us: 0.0,
+        let model = match &made {
+            Some(model) => model,
+            None => {
+                println!("{name}, group {group}:");
+                made.insert(model(name, group, mins)?)
+            }
         };
-        let row = fastest(&mut token, &tuned, &product, row)?;
-        tuned = tuned.with(row.clone());
-        found(row)?;
+        let (mut token, plan) = Token::new(gpu, model, form)?;
+        for step in wanted {
+            let launched = plan.full.iter().zip(&plan.notes).any(|(call, note)| {
+                call.kernel == step.kernel && note.launch.starts_with(&step.name)
+            });
+            if !launched {
+                return Err(Error::machine(format!(
+                    "no token of this model runs {} at {}",
+                    step.kernel, step.name
+                )));
+            }
+            let revision = tuned::revision(ptx, step.kernel)
+                .ok_or_else(|| Error::machine(format!("{} is not in the PTX", step.kernel)))?;
+            let row = |launch: &[(String, u32)]| Row {
+                gpu: gpu.name().to_owned(),
+                tier: gpu.tier().capability(),
+                kernel: step.kernel.to_owned(),
+                shape: step.name.clone(),
+                revision,
+                launch: launch.to_vec(),
+                timed: Timed::Token,
+                us: 0.0,
+                rule_us: 0.0,
+            };
+            let row = fastest(&mut token, &tuned, &step, row)?;
+            tuned = tuned.with(row.clone());
+            found(row)?;
+        }
     }
     Ok(())
 }
@@ -291,14 +345,14 @@ pub fn tune(
 fn fastest(
     token: &mut Token<'_>,
     tuned: &Tuned,
-    product: &Product,
-    row: impl Fn(&Tiling) -> Row,
+    step: &Wanted,
+    row: impl Fn(&[(String, u32)]) -> Row,
 ) -> Result<Row, Error> {
-    let tilings = gemv_int4_mma::candidates(&token.gpu.info(), &product.shape);
-    let mut first = Vec::with_capacity(tilings.len());
-    for (form, tiling) in tilings.iter().enumerate() {
-        let recorded = token.record(&tuned.with(row(tiling)))?;
-        first.push((token.us(&recorded)?, form));
+    let launches = &step.launches;
+    let mut first = Vec::with_capacity(launches.len());
+    for (form, launch) in launches.iter().enumerate() {
+        let recorded = token.record(&tuned.with(row(launch)))?;
+        first.push((token.us(&recorded, step.positions)?, form));
     }
     let (_, others) = first.split_at_mut(1);
     others.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -308,12 +362,12 @@ fn fastest(
         .collect();
     let recorded = finalists
         .iter()
-        .map(|form| token.record(&tuned.with(row(&tilings[*form]))))
+        .map(|form| token.record(&tuned.with(row(&launches[*form]))))
         .collect::<Result<Vec<_>, Error>>()?;
     let mut us = vec![Vec::with_capacity(ROUNDS); finalists.len()];
     for _ in 0..ROUNDS {
         for (recorded, us) in recorded.iter().zip(&mut us) {
-            us.push(token.us(recorded)?);
+            us.push(token.us(recorded, step.positions)?);
         }
     }
     let us: Vec<f64> = us.iter_mut().map(|us| median(us)).collect();
@@ -322,15 +376,14 @@ fn fastest(
         let enough = if best == 0 { WORTH * rule_us } else { us[best] };
         if us[other] < enough { other } else { best }
     });
-    let rule = row(&tilings[0]);
-    let mut row = row(&tilings[finalists[best]]);
+    let mut row = row(&launches[finalists[best]]);
     (row.us, row.rule_us) = (us[best], rule_us);
     println!(
         "{} {}: a token takes {rule_us:.1} us by the rule ({}), by the best of {} {:.1} us ({})",
-        product.kernel,
-        product.name,
-        shown(&rule.launch),
-        tilings.len(),
+        step.kernel,
+        step.name,
+        shown(&launches[0]),
+        launches.len(),
         row.us,
         shown(&row.launch),
     );
@@ -339,9 +392,8 @@ fn fastest(
 
 #[cfg(test)]
 mod tests {
-    use gpu_kernels::launch::DeviceInfo;
-
     use super::*;
+
     /// Counts as `Counter` does, and says that it keeps what it is given.
     #[derive(Default)]
     struct Kept(u64);
@@ -362,26 +414,27 @@ mod tests {
     fn a_plan_is_compiled_again_over_the_same_buffers() {
         let device = DeviceInfo::T4;
         let dims = models::named("tiny-qwen2").expect("a model")[0];
-        let model = synthetic::load("tiny-qwen2", 32, DType::Q4_0).expect("a model");
+        let model = synthetic::load("tiny-qwen2", CONTEXT, DType::Q4_0).expect("a model");
         let mut memory = Again::new(Kept::default());
         let mut compile = |tuned: &Tuned| {
-            let plan =
-                plan::compile(&model, 32.into(), &device, tuned, &mut memory).expect("a plan");
+            let cache = CONTEXT.into();
+            let plan = plan::compile(&model, cache, &device, tuned, &mut memory).expect("a plan");
             memory.given = Some(0);
             plan
         };
         let rule = compile(&Tuned::none());
-        for product in products(&dims, 32, false) {
-            let tilings = gemv_int4_mma::candidates(&device, &product.shape);
-            let other = tilings.last().expect("a tiling");
-            assert_ne!(*other, tilings[0]);
+        let mut wanted = products(&device, &dims, 32, false);
+        wanted.push(attention(&device, &dims, KvForm::K16V16));
+        for step in wanted {
+            let other = step.launches.last().expect("a launch");
+            assert_ne!(*other, step.launches[0]);
             let tuned = Tuned::none().with(Row {
                 gpu: "T4".into(),
                 tier: 75,
-                kernel: product.kernel.into(),
-                shape: product.name.clone(),
+                kernel: step.kernel.into(),
+                shape: step.name.clone(),
                 revision: 0,
-                launch: other.named(),
+                launch: other.clone(),
                 timed: Timed::Token,
                 us: 1.0,
                 rule_us: 1.0,
@@ -393,10 +446,10 @@ mod tests {
                     continue;
                 }
                 changed += 1;
-                assert_eq!(call.kernel, product.kernel);
-                assert!(note.launch.starts_with(&product.name), "{}", note.launch);
+                assert_eq!(call.kernel, step.kernel);
+                assert!(note.launch.starts_with(&step.name), "{}", note.launch);
             }
-            assert!(changed > 0, "{}", product.name);
+            assert!(changed > 0, "{}", step.name);
         }
     }
 

@@ -260,6 +260,17 @@ pub fn compile(
             let mut launch = String::new();
             let mut row_scales = DeviceSlice::NONE;
             calls.push(match op {
+                &Op::Step(&Step::Attention {
+                    layer,
+                    query,
+                    dst,
+                    scale,
+                    window,
+                }) => {
+                    let (call, chosen) = compiler.attention(layer, [query, dst], scale, window)?;
+                    launch = chosen;
+                    call
+                }
                 Op::Step(step) => compiler.step(step)?,
                 Op::Levels(buffer) => compiler.round(*buffer, true)?,
                 Op::Product(product) => {

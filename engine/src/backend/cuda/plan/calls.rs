@@ -151,25 +151,8 @@ impl Compiler<'_> {
                 scale,
                 window,
             } => {
-                let Cache {
-                    keys: k_cache,
-                    values: v_cache,
-                    scales: v_scales,
-                } = self.cache(layer)?;
-                let shape = attention_shape(self.model, context, scale, window);
-                let (q, out) = (self.buffer(query), self.buffer(dst));
-                let operands = attention::Operands {
-                    q,
-                    k_cache,
-                    v_cache,
-                    v_scales,
-                    state,
-                    out,
-                    partials: self.partials,
-                };
-                let chosen =
-                    attention::choose(device, self.tuned, &shape, self.form == KvForm::K16V8);
-                attention::plan(device, &shape, &operands, chosen.launch)
+                let (call, _) = self.attention(layer, [query, dst], scale, window)?;
+                return Ok(call);
             }
             Step::SwiGlu { gate, up, dst } => {
                 let shape = swiglu::Shape {
@@ -494,6 +477,40 @@ impl Compiler<'_> {
         let call = gemv_int4_mma::plan(self.device, &shape, &operands, Some(chosen.launch))
             .map_err(unsupported)?;
         Ok((call, format!("{name}: {chosen}")))
+    }
+
+    /// The call of [`Step::Attention`], and its launch.
+    pub(super) fn attention(
+        &mut self,
+        layer: usize,
+        [query, dst]: [Buffer; 2],
+        scale: f32,
+        window: Option<usize>,
+    ) -> Result<(Call, String), Error> {
+        let Cache {
+            keys: k_cache,
+            values: v_cache,
+            scales: v_scales,
+        } = self.cache(layer)?;
+        let shape = attention_shape(self.model, self.context, scale, window);
+        let operands = attention::Operands {
+            q: self.buffer(query),
+            k_cache,
+            v_cache,
+            v_scales,
+            state: self.state,
+            out: self.buffer(dst),
+            partials: self.partials,
+        };
+        let of_8_bits = self.form == KvForm::K16V8;
+        let chosen = attention::choose(self.device, self.tuned, &shape, of_8_bits);
+        let call =
+            attention::plan(self.device, &shape, &operands, chosen.launch).map_err(unsupported)?;
+        let launch = match attention::split::takes(&shape) {
+            true => format!("{}: {chosen}", attention::split::name(&shape)),
+            false => String::new(),
+        };
+        Ok((call, launch))
     }
 
     /// The call of [`Op::RopeKvAppend`].
