@@ -23,14 +23,9 @@ struct Case {
 }
 
 /// Where activations are rounded, a last bit decides now and then on which side of an edge one falls, and the
-/// tokens after it see that: up to half of what leaving the rounding out would do. Norms are exact enough that it
-/// does not happen to these models on any instruction set of a CPU; on a GPU attention's last bit may still do it.
-fn most_of_rounding(device: Device) -> f64 {
-    match device {
-        Device::Cpu => 0.01,
-        Device::Cuda(_) => 0.7,
-    }
-}
+/// tokens after it see that: up to half of what leaving the rounding out would do. Norms have the same bits
+/// everywhere, which decides the exact ties; in these models nothing else comes that near to an edge.
+const MAX_OF_ROUNDING: f64 = 0.01;
 
 /// The packed matrix whose numbers are in the golden data.
 const PACKED: &str = "model.layers.1.mlp.down_proj.weight";
@@ -54,23 +49,29 @@ fn logits_are_those_of_transformers(device: Device) {
         let mut backend = support::backend(device, &loaded.model, case.ids.len());
         match case.rounding {
             None => check(&mut *backend, name, &case.ids, &want),
-            Some(rounding) => {
-                let most = most_of_rounding(device) * rounding;
-                check_rounded(&mut *backend, name, case, &want, most);
-            }
+            Some(rounding) => check_rounded(&mut *backend, name, case, &want, rounding),
         }
     }
 }
 
-fn check_rounded(backend: &mut dyn Backend, name: &str, case: &Case, want: &[&[f32]], most: f64) {
+fn check_rounded(
+    backend: &mut dyn Backend,
+    name: &str,
+    case: &Case,
+    want: &[&[f32]],
+    rounding: f64,
+) {
     let (mut sum, mut count) = (0.0, 0);
     feed(backend, &case.ids, want, |_, _, cosine, _| {
         sum += 1.0 - cosine;
         count += 1;
     });
     let mean = sum / f64::from(count);
-    println!("{name}: mean error {mean:.8}, {most:.8} allowed");
-    assert!(mean <= most, "{name}: mean error {mean}, {most} allowed");
+    println!("{name}: mean error {mean:.8}, rounding {rounding:.8}");
+    assert!(
+        mean <= MAX_OF_ROUNDING * rounding,
+        "{name}: mean error {mean}, rounding itself moves {rounding}"
+    );
 }
 
 #[test]
