@@ -78,7 +78,7 @@ fn product(isa: Isa, w: &Packed, x: &Activations) -> Vec<f32> {
 /// must equal the multiplied one to the bit.
 fn check(isa: Isa, name: &str, weight: &Weight, packed: &Packed) {
     let (n, k) = weight.shape();
-    let plain = Packed::new(weight).expect("a matrix");
+    let plain = Packed::new(weight.clone()).expect("a matrix");
     if packed.form() != plain.form() {
         let x = Activations::new(isa, 1, k, Precision::Byte);
         if product(isa, packed, &x) != product(isa, &plain, &x) {
@@ -116,7 +116,7 @@ fn peak(isa: Isa) -> f64 {
         int4(rows, cols, 32, false),
         Weight::Ternary(ternary(rows, cols)),
     ] {
-        let w = Packed::new(&w).expect("a matrix");
+        let w = Packed::new(w).expect("a matrix");
         for _ in 0..ROUNDS {
             let start = Instant::now();
             for _ in 0..CALLS {
@@ -251,8 +251,11 @@ fn main() {
         }
         let weight = make(n, k);
         let (packed, precision) = match &weight {
-            Weight::Ternary(w) => (Packed::ternary_as(w, form), Precision::Byte),
-            _ => (Packed::new(&weight).expect("a matrix"), Precision::Word),
+            Weight::Ternary(w) => (Packed::ternary_as(w.clone(), form), Precision::Byte),
+            _ => (
+                Packed::new(weight.clone()).expect("a matrix"),
+                Precision::Word,
+            ),
         };
         check(isa, name, &weight, &packed);
         drop(weight);

@@ -74,7 +74,7 @@ fn medians(isa: Isa, (n, k): (usize, usize), forms: &[Form], threads: usize) -> 
     let copies: Vec<Vec<Packed>> = forms
         .iter()
         .map(|form| {
-            let packed = Packed::ternary_as(&weight, *form);
+            let packed = Packed::ternary_as(weight.clone(), *form);
             let count = ROTATED_BYTES.div_ceil(n * packed.row_bytes());
             vec![packed; count]
         })

@@ -66,14 +66,14 @@ mod tests {
             let mut expected = vec![0.0; 3 * cols];
             reference(&table, &tokens, &mut expected);
             let mut out = vec![f32::NAN; 3 * cols];
-            part(&Packed::int8(&table), &tokens, &mut out);
+            part(&Packed::int8(table.clone()), &tokens, &mut out);
             assert_eq!(out, expected);
         }
         let table = random.f16(7, 96);
         let mut expected = vec![0.0; 2 * 96];
         reference_f16(&table, &[6, 0], &mut expected);
         let mut out = vec![f32::NAN; 2 * 96];
-        part(&Packed::f16(&table), &[6, 0], &mut out);
+        part(&Packed::f16(table.clone()), &[6, 0], &mut out);
         assert_eq!(out, expected);
     }
 
@@ -81,6 +81,6 @@ mod tests {
     #[should_panic(expected = "row 7")]
     fn a_token_outside_the_table_panics() {
         let table = Random::new(6).int8(7, 32, 32);
-        part(&Packed::int8(&table), &[7], &mut [0.0; 32]);
+        part(&Packed::int8(table.clone()), &[7], &mut [0.0; 32]);
     }
 }

@@ -5,7 +5,7 @@
 //!
 //! Matrices lie one behind the other in slabs, so that no page is left half empty for each of them.
 
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::alloc::{Layout, handle_alloc_error};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 pub const LINE_BYTES: usize = 64;
 /// Bytes of a large page.
 const PAGE_BYTES: usize = 2 << 20;
-/// Bytes of a slab; more, if one matrix takes more.
-const SLAB_BYTES: usize = 16 * PAGE_BYTES;
+/// Bytes of a slab; more, if one matrix takes more. At its end a page may be left half empty: few of them.
+const SLAB_BYTES: usize = 64 * PAGE_BYTES;
 
 /// 64 bytes, where vector loads want them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,13 +37,12 @@ unsafe impl Send for Slab {}
 unsafe impl Sync for Slab {}
 
 impl Slab {
+    /// Zeros; memory that the system has not given out yet where it can be asked for that.
     fn new(bytes: usize) -> Slab {
         let bytes = bytes.next_multiple_of(PAGE_BYTES);
         let layout =
             Layout::from_size_align(bytes, PAGE_BYTES).expect("weights fit the address space");
-        // SAFETY: not of size 0.
-        let start = unsafe { alloc(layout) };
-        let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
+        let start = zeros(layout).unwrap_or_else(|| handle_alloc_error(layout));
         ask_for_large_pages(start, bytes);
         Slab {
             start,
@@ -67,9 +66,59 @@ impl Slab {
 
 impl Drop for Slab {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout, and nobody holds a part of it.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) };
+        // SAFETY: made by `zeros` with this layout, and nobody holds a part of it.
+        unsafe { give_back(self.start, self.layout) };
     }
+}
+
+/// Zeros that take memory where they are written: a page that holds weights at last is touched once. None if
+/// there is no memory.
+#[cfg(target_os = "linux")]
+fn zeros(layout: Layout) -> Option<NonNull<u8>> {
+    use std::ptr::null_mut;
+    let (len, align) = (layout.size(), layout.align());
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let all = len.checked_add(align)?;
+    // SAFETY: a new map; what lies in front of and behind the aligned part is given back, nothing else has it.
+    unsafe {
+        let map = libc::mmap(null_mut(), all, protection, flags, -1, 0);
+        if map == libc::MAP_FAILED {
+            return None;
+        }
+        let map = map.cast::<u8>();
+        let before = map.align_offset(align);
+        if before > 0 {
+            libc::munmap(map.cast(), before);
+        }
+        let start = map.add(before);
+        if align > before {
+            libc::munmap(start.add(len).cast(), align - before);
+        }
+        NonNull::new(start)
+    }
+}
+
+/// # Safety
+/// What [`zeros`] gave for this layout, and nobody uses any more.
+#[cfg(target_os = "linux")]
+unsafe fn give_back(start: NonNull<u8>, layout: Layout) {
+    // SAFETY: the caller's contract.
+    unsafe { libc::munmap(start.as_ptr().cast(), layout.size()) };
+}
+
+#[cfg(not(target_os = "linux"))]
+fn zeros(layout: Layout) -> Option<NonNull<u8>> {
+    // SAFETY: not of size 0.
+    NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })
+}
+
+/// # Safety
+/// What [`zeros`] gave for this layout, and nobody uses any more.
+#[cfg(not(target_os = "linux"))]
+unsafe fn give_back(start: NonNull<u8>, layout: Layout) {
+    // SAFETY: the caller's contract.
+    unsafe { std::alloc::dealloc(start.as_ptr(), layout) };
 }
 
 #[cfg(target_os = "linux")]
@@ -123,8 +172,6 @@ impl Lines {
                 }
             }
         };
-        // SAFETY: a part of the slab that is nobody else's.
-        unsafe { start.as_ptr().write_bytes(0, bytes) };
         Lines {
             start: start.cast(),
             len,
@@ -137,7 +184,7 @@ impl Deref for Lines {
     type Target = [Line];
 
     fn deref(&self) -> &[Line] {
-        // SAFETY: its part of the slab, which is written and starts at a multiple of 64 bytes.
+        // SAFETY: its part of the slab, which begins as zeros and starts at a multiple of 64 bytes.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }

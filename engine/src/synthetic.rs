@@ -36,5 +36,5 @@ pub fn load(name: &str, context: usize, linear: DType) -> Result<LoadedModel, Er
         .par_iter()
         .map(|weight| models::weights::decode(&file, weight))
         .collect::<Result<_, _>>()?;
-    Ok(LoadedModel { recipe, weights })
+    Ok(LoadedModel::new(recipe, weights))
 }

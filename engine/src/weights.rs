@@ -35,7 +35,21 @@ pub struct ModelFile {
 
 /// A map that its users hold together.
 #[derive(Debug, Clone)]
-struct Pages(Arc<Mmap>);
+pub struct Pages(Arc<Mmap>);
+
+impl Pages {
+    /// As [`ModelFile::release`].
+    pub fn release(&self) {
+        release(&self.0);
+    }
+}
+
+/// Lets go of the memory of a map's pages.
+fn release(map: &Mmap) {
+    // SAFETY: the map is read-only and of a file, so dropped pages come back as they were.
+    // That this is only advice makes its failure harmless.
+    let _ = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
+}
 
 impl AsRef<[u8]> for Pages {
     fn as_ref(&self) -> &[u8] {
@@ -195,9 +209,7 @@ impl ModelFile {
     /// Lets go of the memory of pages that were read; they are read again where they are used again.
     pub fn release(&self) {
         for map in self.maps() {
-            // SAFETY: the map is read-only and of a file, so dropped pages come back as they were.
-            // That this is only advice makes its failure harmless.
-            let _ = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
+            release(map);
         }
     }
 
@@ -238,7 +250,15 @@ impl ModelFile {
             })
             .collect::<Result<_, _>>()
             .map_err(|e: models::Error| self.fault(e))?;
-        Ok(LoadedModel { recipe, weights })
+        let file = match &self.content {
+            Content::Container(_, pages) => Some(pages.clone()),
+            Content::Gguf(_) | Content::Folder(_) => None,
+        };
+        Ok(LoadedModel {
+            recipe,
+            weights,
+            file,
+        })
     }
 
     /// An error of this model's content.

@@ -51,10 +51,10 @@ fn decode_steps_allocate_nothing() {
     let recipe = models::arch::recipe(&file).unwrap();
     let weights = recipe.weights.iter();
     let weights = weights.map(|w| models::weights::decode(&file, w).unwrap());
-    let model = Arc::new(LoadedModel {
-        weights: weights.collect(),
-        recipe,
-    });
+    let model = {
+        let weights = weights.collect();
+        Arc::new(LoadedModel::new(recipe, weights))
+    };
     let mut backend = CpuBackend::new(model, 64).unwrap();
     backend.prefill(&[1, 2, 3]).unwrap();
     let before = ALLOCATIONS.load(Ordering::Relaxed);

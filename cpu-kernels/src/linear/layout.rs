@@ -1,5 +1,7 @@
 //! The layout: from the matrices of a file, and back.
 
+use std::ops::Range;
+
 use crate::pages::{Line, Lines};
 use half::f16;
 use models::quant::int4::{CELL_BYTES, CELL_WEIGHTS};
@@ -127,11 +129,11 @@ impl Packed {
         }
     }
 
-    /// Lays out a matrix; `None` for a vector.
-    pub fn new(weight: &Weight) -> Option<Packed> {
+    /// Lays out a matrix, whose memory is given back meanwhile; `None` for a vector.
+    pub fn new(weight: Weight) -> Option<Packed> {
         Some(match weight {
             Weight::Int4(w) => Packed::int4(w),
-            Weight::Int4Tiled(part) => Packed::int4(&part.in_rows()),
+            Weight::Int4Tiled(part) => Packed::int4(part.in_rows()),
             Weight::Int8(w) => Packed::int8(w),
             Weight::Ternary(w) => Packed::ternary(w),
             Weight::F16(w) => Packed::f16(w),
@@ -140,16 +142,20 @@ impl Packed {
     }
 
     /// Lays out F16 weights.
-    pub fn f16(w: &F16Matrix) -> Packed {
+    pub fn f16(mut w: F16Matrix) -> Packed {
         let chunks = w.cols / CHUNK_COLS * Bits::F16.lines();
         let mut quants = zeros(w.rows, w.cols, Bits::F16);
-        for (row, values) in w.values.chunks_exact(w.cols).enumerate() {
-            let lines = &mut quants[row / TILE_ROWS * chunks..][..chunks];
-            for (pair, line) in values.as_chunks::<2>().0.iter().zip(lines) {
-                for (value, half) in pair.iter().zip(line.0.chunks_exact_mut(2 * TILE_ROWS)) {
-                    half[row % TILE_ROWS * 2..][..2].copy_from_slice(&value.to_le_bytes());
+        for rows in pieces(w.rows, w.cols) {
+            for row in rows.clone() {
+                let values = &w.values[row * w.cols..][..w.cols];
+                let lines = &mut quants[row / TILE_ROWS * chunks..][..chunks];
+                for (pair, line) in values.as_chunks::<2>().0.iter().zip(lines) {
+                    for (value, half) in pair.iter().zip(line.0.chunks_exact_mut(2 * TILE_ROWS)) {
+                        half[row % TILE_ROWS * 2..][..2].copy_from_slice(&value.to_le_bytes());
+                    }
                 }
             }
+            w.values.truncate(rows.start * w.cols);
         }
         Packed {
             rows: w.rows,
@@ -163,58 +169,69 @@ impl Packed {
     }
 
     /// Lays out INT4 weights.
-    pub fn int4(w: &Int4Matrix) -> Packed {
+    pub fn int4(mut w: Int4Matrix) -> Packed {
         let groups = w.cols.div_ceil(w.group);
         let zero = match &w.mins {
             Some(zeros) if w.zeros => Zero::Levels(by_tile(zeros, w.rows, groups)),
             Some(mins) => Zero::Mins(by_tile(mins, w.rows, groups)),
             None => Zero::Level(8),
         };
-        let level = |row: usize, col: usize| {
-            let (cell, j) = (col / CELL_WEIGHTS, col % CELL_WEIGHTS);
-            let byte = w.quants[row * w.cols / 2 + cell * CELL_BYTES + j % CELL_BYTES];
-            if j < CELL_BYTES { byte & 15 } else { byte >> 4 }
-        };
+        let scales = Scales::F16(by_tile(&w.scales, w.rows, groups));
+        let mut quants = zeros(w.rows, w.cols, Bits::Four);
+        for rows in pieces(w.rows, w.cols) {
+            fill(&mut quants, Bits::Four, rows.clone(), w.cols, |row, col| {
+                let (cell, j) = (col / CELL_WEIGHTS, col % CELL_WEIGHTS);
+                let byte = w.quants[row * w.cols / 2 + cell * CELL_BYTES + j % CELL_BYTES];
+                if j < CELL_BYTES { byte & 15 } else { byte >> 4 }
+            });
+            w.quants.truncate(rows.start * w.cols / 2);
+        }
         Packed {
             rows: w.rows,
             cols: w.cols,
             group: w.group,
             bits: Bits::Four,
-            quants: lines(Bits::Four, w.rows, w.cols, level),
-            scales: Scales::F16(by_tile(&w.scales, w.rows, groups)),
+            quants,
+            scales,
             zero,
         }
     }
 
     /// Lays out INT8 weights; level 128 is 0.
-    pub fn int8(w: &Int8Matrix) -> Packed {
+    pub fn int8(mut w: Int8Matrix) -> Packed {
         let groups = w.cols.div_ceil(w.group);
-        let level = |row: usize, col: usize| (w.quants[row * w.cols + col] as u8) ^ 0x80;
+        let scales = Scales::F16(by_tile(&w.scales, w.rows, groups));
+        let mut quants = zeros(w.rows, w.cols, Bits::Eight);
+        for rows in pieces(w.rows, w.cols) {
+            fill(
+                &mut quants,
+                Bits::Eight,
+                rows.clone(),
+                w.cols,
+                |row, col| (w.quants[row * w.cols + col] as u8) ^ 0x80,
+            );
+            w.quants.truncate(rows.start * w.cols);
+        }
         Packed {
             rows: w.rows,
             cols: w.cols,
             group: w.group,
             bits: Bits::Eight,
-            quants: lines(Bits::Eight, w.rows, w.cols, level),
-            scales: Scales::F16(by_tile(&w.scales, w.rows, groups)),
+            quants,
+            scales,
             zero: Zero::Level(128),
         }
     }
 
     /// Lays out ternary weights for products by multiplication.
-    pub fn ternary(w: &TernaryMatrix) -> Packed {
+    pub fn ternary(w: TernaryMatrix) -> Packed {
         Packed::ternary_as(w, Form::Multiply)
     }
 
     /// Lays out ternary weights in a form. Only [`Form::Multiply`] has a code for the weight 2, which files may
     /// hold, and five weights a byte know no groups within a row: what a form cannot hold is laid out for
     /// multiplication.
-    pub fn ternary_as(w: &TernaryMatrix, form: Form) -> Packed {
-        let level = |row: usize, col: usize| {
-            let cell = row * w.cols / 4 + col / ternary::CELL_WEIGHTS * ternary::CELL_BYTES;
-            let j = col % ternary::CELL_WEIGHTS;
-            w.quants[cell + j % ternary::CELL_BYTES] >> (2 * (j / ternary::CELL_BYTES)) & 3
-        };
+    pub fn ternary_as(mut w: TernaryMatrix, form: Form) -> Packed {
         let groups = w.groups_per_row();
         // Blocks of a file may all say what holds for the whole row.
         let is_by_row = (0..w.rows).all(|row| {
@@ -235,17 +252,24 @@ impl Packed {
             Form::Fives if is_by_row => Bits::Fives,
             Form::Multiply | Form::Fives => Bits::Two,
         };
-        let quants = match bits {
-            Bits::Fives => fives(w.rows, w.cols, level),
-            Bits::Pairs => {
-                let mut quants = lines(Bits::Two, w.rows, w.cols, level);
-                for line in quants.iter_mut() {
-                    *line = by_column(line);
-                }
-                quants
+        let mut quants = zeros(w.rows, w.cols, bits);
+        for rows in pieces(w.rows, w.cols) {
+            let level = |row: usize, col: usize| {
+                let cell = row * w.cols / 4 + col / ternary::CELL_WEIGHTS * ternary::CELL_BYTES;
+                let j = col % ternary::CELL_WEIGHTS;
+                w.quants[cell + j % ternary::CELL_BYTES] >> (2 * (j / ternary::CELL_BYTES)) & 3
+            };
+            match bits {
+                Bits::Fives => fill_fives(&mut quants, rows.clone(), w.cols, level),
+                _ => fill(&mut quants, Bits::Two, rows.clone(), w.cols, level),
             }
-            _ => lines(Bits::Two, w.rows, w.cols, level),
-        };
+            w.quants.truncate(rows.start * w.cols / 4);
+        }
+        if bits == Bits::Pairs {
+            for line in quants.iter_mut() {
+                *line = by_column(line);
+            }
+        }
         Packed {
             rows: w.rows,
             cols: w.cols,
@@ -345,20 +369,34 @@ fn by_column(line: &Line) -> Line {
     }))
 }
 
-/// Ternary levels, five a byte. Columns beyond the matrix have level 0, so that whatever they meet adds nothing.
-fn fives(rows: usize, cols: usize, level: impl Fn(usize, usize) -> u8) -> Lines {
+/// Weights of a piece.
+const PIECE_WEIGHTS: usize = 4 << 20;
+
+/// Whole tiles of a matrix, the last ones first: what was laid out can be cut off.
+fn pieces(rows: usize, cols: usize) -> impl Iterator<Item = Range<usize>> {
+    let piece = (PIECE_WEIGHTS / cols).max(1).next_multiple_of(TILE_ROWS);
+    (0..rows.div_ceil(piece))
+        .rev()
+        .map(move |i| i * piece..rows.min((i + 1) * piece))
+}
+
+/// Lays out rows of ternary levels, five a byte. Columns beyond the matrix have level 0, so that whatever they
+/// meet adds nothing.
+fn fill_fives(
+    quants: &mut Lines,
+    rows: Range<usize>,
+    cols: usize,
+    level: impl Fn(usize, usize) -> u8,
+) {
     let per_tile = Bits::Fives.tile_lines(cols);
-    let mut quants = Lines::zeroed(rows.div_ceil(TILE_ROWS) * per_tile);
-    for (tile, quants) in quants.chunks_exact_mut(per_tile).enumerate() {
-        for row in 0..TILE_ROWS.min(rows - tile * TILE_ROWS) {
-            for col in 0..cols {
-                let step = col / STEP_COLS;
-                let byte = &mut quants[step / FIVES].0[row * STEP_COLS + col % STEP_COLS];
-                *byte += level(tile * TILE_ROWS + row, col) * POWERS[step % FIVES];
-            }
+    for row in rows {
+        let quants = &mut quants[row / TILE_ROWS * per_tile..][..per_tile];
+        for col in 0..cols {
+            let step = col / STEP_COLS;
+            let at = row % TILE_ROWS * STEP_COLS + col % STEP_COLS;
+            quants[step / FIVES].0[at] += level(row, col) * POWERS[step % FIVES];
         }
     }
-    quants
 }
 
 /// Lines of a matrix, empty.
@@ -370,19 +408,22 @@ fn zeros(rows: usize, cols: usize, bits: Bits) -> Lines {
     Lines::zeroed(rows.div_ceil(TILE_ROWS) * bits.tile_lines(cols))
 }
 
-/// Levels as lines.
-fn lines(bits: Bits, rows: usize, cols: usize, level: impl Fn(usize, usize) -> u8) -> Lines {
-    let (chunks, lines) = (cols / CHUNK_COLS, bits.lines());
-    let mut quants = zeros(rows, cols, bits);
+/// Lays out rows of levels.
+fn fill(
+    quants: &mut Lines,
+    bits: Bits,
+    rows: Range<usize>,
+    cols: usize,
+    level: impl Fn(usize, usize) -> u8,
+) {
+    let (per_tile, lines) = (bits.tile_lines(cols), bits.lines());
     let per_line = STEPS / lines;
-    for (tile, quants) in quants.chunks_exact_mut(chunks * lines).enumerate() {
-        for row in 0..TILE_ROWS.min(rows - tile * TILE_ROWS) {
-            for col in 0..cols {
-                let step = col / STEP_COLS;
-                let byte = &mut quants[step / per_line].0[row * STEP_COLS + col % STEP_COLS];
-                *byte |= level(tile * TILE_ROWS + row, col) << (step % per_line * lines);
-            }
+    for row in rows {
+        let quants = &mut quants[row / TILE_ROWS * per_tile..][..per_tile];
+        for col in 0..cols {
+            let step = col / STEP_COLS;
+            let at = row % TILE_ROWS * STEP_COLS + col % STEP_COLS;
+            quants[step / per_line].0[at] |= level(row, col) << (step % per_line * lines);
         }
     }
-    quants
 }

@@ -78,7 +78,7 @@ fn reference(w: &Weight, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
 /// Compares with the reference over the activations that the levels stand for.
 fn compare(w: &Weight, tokens: usize, random: &mut Random, what: &str) {
     let (n, k) = w.shape();
-    let packed = Packed::new(w).unwrap();
+    let packed = Packed::new(w.clone()).unwrap();
     let x = random.floats(tokens * k, 2.0);
     let bias = random.floats(n, 3.0);
     let mut weights = vec![0.0; k];
@@ -171,7 +171,7 @@ fn f16_and_ternary_are_close_to_the_reference() {
 
 /// The product of a ternary matrix in a form, tables and all.
 fn run_form(isa: Isa, w: &TernaryMatrix, form: Form, x: &[f32], parts: usize) -> Vec<f32> {
-    let (packed, k) = (Packed::ternary_as(w, form), w.cols);
+    let (packed, k) = (Packed::ternary_as(w.clone(), form), w.cols);
     let words = words(isa, Precision::Byte, x, k);
     let levels = Levels::new(&words, k, Precision::Byte);
     let mut tables = vec![f32::NAN; lookup::table_words(k)];
@@ -264,7 +264,7 @@ fn groups_of_ternary_weights_are_looked_up_as_they_are_multiplied() {
 fn what_a_form_cannot_hold_is_multiplied() {
     let mut random = Random::new(19);
     let mut w = random.ternary(3, 64, 32);
-    let form = |w: &TernaryMatrix, form| Packed::ternary_as(w, form).form().unwrap();
+    let form = |w: &TernaryMatrix, form| Packed::ternary_as(w.clone(), form).form().unwrap();
     assert_eq!(form(&w, Form::LookUp), Form::LookUp);
     assert_eq!(form(&w, Form::Fives), Form::Multiply, "groups differ");
     let row = [0.5f32, 0.5, 2.0, 2.0, 0.1, 0.1];
@@ -294,7 +294,7 @@ fn several_tokens_equal_one_by_one() {
         Weight::F16(random.f16(n, k)),
         Weight::Ternary(random.ternary(n, k, 64)),
     ] {
-        let packed = Packed::new(&w).unwrap();
+        let packed = Packed::new(w.clone()).unwrap();
         for isa in Isa::available() {
             for precision in [Precision::Word, Precision::Byte] {
                 let run = |x: &[f32]| {
@@ -324,7 +324,7 @@ fn rows_of_the_layout_are_the_weights_bit_for_bit() {
         Weight::F16(random.f16(18, 160)),
     ] {
         let (rows, cols) = w.shape();
-        let packed = Packed::new(&w).unwrap();
+        let packed = Packed::new(w.clone()).unwrap();
         let (mut got, mut expected) = (vec![f32::NAN; cols], vec![0.0; cols]);
         for row in 0..rows {
             w.dequantize_row(row, &mut expected);
@@ -334,7 +334,7 @@ fn rows_of_the_layout_are_the_weights_bit_for_bit() {
     }
     let w = random.ternary(18, 160, 160);
     for form in Form::ALL {
-        let packed = Packed::ternary_as(&w, form);
+        let packed = Packed::ternary_as(w.clone(), form);
         assert_eq!(packed.form(), Some(form));
         let (mut got, mut expected) = (vec![f32::NAN; 160], vec![0.0; 160]);
         for row in 0..18 {
@@ -350,5 +350,5 @@ fn rows_of_the_layout_are_the_weights_bit_for_bit() {
 fn a_matrix_with_missing_scales_is_refused() {
     let mut w = Random::new(14).int4(4, 64, 32, true);
     w.scales.to_mut().pop();
-    Packed::int4(&w);
+    Packed::int4(w);
 }

@@ -13,6 +13,7 @@ use models::recipe::Recipe;
 
 use crate::Error;
 use crate::sampler::Sampling;
+use crate::weights::Pages;
 
 pub use cache::{KvCache, KvForm};
 pub use select::{Choice, Selected, select};
@@ -25,9 +26,20 @@ pub struct LoadedModel {
     pub recipe: Recipe,
     /// Decoded tensors, indexed by [`WeightId`](models::recipe::WeightId).
     pub weights: Vec<Weight>,
+    /// The file that weights lie in, where they are used in place.
+    pub file: Option<Pages>,
 }
 
 impl LoadedModel {
+    /// A model whose weights lie in no file.
+    pub fn new(recipe: Recipe, weights: Vec<Weight>) -> LoadedModel {
+        LoadedModel {
+            recipe,
+            weights,
+            file: None,
+        }
+    }
+
     /// Weight bytes that one decoded token reads: every matrix and vector once, of a table that
     /// is only looked up one row. `bytes_of` says what a weight takes.
     pub fn bytes_per_token(&self, bytes_of: impl Fn(&Weight) -> u64) -> u64 {

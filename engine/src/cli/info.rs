@@ -216,7 +216,7 @@ fn inspect(
     };
     let cache_bytes = cache.bytes(config).unwrap_or(u64::MAX);
     let bits_per_weight = 8.0 * sum(|kind| kind.file_bytes) as f64 / all.max(1) as f64;
-    let model = LoadedModel { recipe, weights };
+    let model = LoadedModel::new(recipe, weights);
     let besides = weight_bytes.saturating_add(cache_bytes);
     let device_bytes = device_bytes(&model, cache).unwrap_or_else(|| {
         let buffers = Buffer::ALL.iter().map(|b| model.recipe.elems(*b) as u64);

@@ -162,7 +162,7 @@ impl Walk<'_> {
             .iter_mut()
             .map(|w| w.take().unwrap_or_else(absent))
             .collect();
-        let model = Arc::new(LoadedModel { recipe, weights });
+        let model = Arc::new(LoadedModel::new(recipe, weights));
         let longest = self.sequences.iter().map(Vec::len).max().unwrap_or(0);
         let mut backend = CpuBackend::new(Arc::clone(&model), longest)?;
         let mut spool = Spool::new()?;

@@ -46,7 +46,7 @@ fn model() -> Arc<LoadedModel> {
     let weights = weights
         .map(|weight| models::weights::decode(&file, weight).expect("a known type"))
         .collect();
-    Arc::new(LoadedModel { recipe, weights })
+    Arc::new(LoadedModel::new(recipe, weights))
 }
 
 /// Generates after the prompt; `between` has the backend once each token is chosen, before it is

@@ -25,6 +25,17 @@ impl<T: Pod> Shared<T> {
         Some(Shared(Place::InFile(bytes)))
     }
 
+    /// Cuts off what lies behind the first `len` values; the memory of owned ones is given back.
+    pub fn truncate(&mut self, len: usize) {
+        match &mut self.0 {
+            Place::Owned(values) => {
+                values.truncate(len);
+                values.shrink_to_fit();
+            }
+            Place::InFile(bytes) => bytes.truncate(len * size_of::<T>()),
+        }
+    }
+
     /// The values as a vector; copies them once if they lie in a file.
     pub fn to_mut(&mut self) -> &mut Vec<T> {
         if let Place::InFile(bytes) = &self.0 {
@@ -101,6 +112,12 @@ mod tests {
         shared[1] = 7;
         assert_eq!(shared, Shared::from(vec![1, 7, 3]));
         assert_eq!(values[4], 2);
+        let mut in_file = Shared::<u32>::from_bytes(values.clone()).expect("aligned");
+        for shared in [&mut shared, &mut in_file] {
+            shared.truncate(2);
+            assert_eq!(shared.len(), 2);
+        }
+        assert_eq!(in_file, Shared::from(vec![1, 2]));
     }
 
     #[test]

@@ -346,10 +346,7 @@ mod tests {
             weights: Vec::new(),
             steps: layer(),
         };
-        let model = LoadedModel {
-            recipe,
-            weights: Vec::new(),
-        };
+        let model = LoadedModel::new(recipe, Vec::new());
         let ops = model
             .recipe
             .steps

@@ -29,10 +29,10 @@ fn model_of(shape: &Shape, linear: DType, embedding: DType) -> Arc<LoadedModel> 
         .weights
         .iter()
         .map(|w| models::weights::decode(&file, w).unwrap());
-    Arc::new(LoadedModel {
-        weights: weights.collect(),
-        recipe,
-    })
+    {
+        let weights = weights.collect();
+        Arc::new(LoadedModel::new(recipe, weights))
+    }
 }
 
 fn backend(model: &Arc<LoadedModel>, context: usize, isa: Isa, threads: usize) -> CpuBackend {
@@ -350,10 +350,7 @@ fn weights_that_do_not_fit_the_recipe_are_refused() {
     for id in 0..model.weights.len() {
         let mut weights = model.weights.clone();
         weights[id] = Weight::Vector(vec![0.0; 3]);
-        let broken = Arc::new(LoadedModel {
-            recipe: model.recipe.clone(),
-            weights,
-        });
+        let broken = Arc::new(LoadedModel::new(model.recipe.clone(), weights));
         let tuned = Tuned::forced(Form::Multiply);
         let error =
             CpuBackend::with(broken, 8.into(), Isa::selected(), 1, &tuned, "test".into()).err();

@@ -33,7 +33,7 @@ fn model(shape: &str, linear: DType) -> LoadedModel {
         .iter()
         .map(|weight| models::weights::decode(&gguf, weight).expect("a known type"))
         .collect();
-    LoadedModel { recipe, weights }
+    LoadedModel::new(recipe, weights)
 }
 
 /// Device memory of the emulator, which reports every access outside of it and every read of what
