@@ -212,8 +212,7 @@ pub fn rule(device: &DeviceInfo, shape: &Shape) -> Tiling {
         let of = |tiling: Tiling| (form.cost(device, &tiling, shape), tiling);
         tilings.map(of).min_by_key(|(cost, _)| *cost)
     };
-    // Few weights for few tokens: the sums of parts take longer than what they save.
-    let many = shape.tokens > 128 || shape.tokens > 64 && shape.rows * shape.cols >= 8 << 20;
+    let many = shape.tokens > 64;
     let by_warpgroups = forms(device).filter(|form| many && form.warpgroups);
     if let Some((_, tiling)) = by_warpgroups
         .filter_map(quickest)
@@ -244,11 +243,11 @@ impl Form {
         if self.warpgroups {
             // Hundredths of a microsecond on an H100 (2026-11-24): a stage, the start and the end of a block,
             // and the sums of its parts.
-            let [stage, ends, sums] = match self.rows {
-                128 => [93, 300, 220],
-                _ => [158, 450, 400],
+            let [stage, ends, sums, part] = match self.rows {
+                128 => [93, 325, 100, 50],
+                _ => [158, 345, 600, 0],
             };
-            let shared = stage * depth.div_ceil(parts) + ends + sums;
+            let shared = stage * depth.div_ceil(parts) + ends + sums + part * parts;
             let blocks = waves(split as u64 * parts);
             return waves(whole as u64) * (stage * depth + ends) + blocks * shared;
         }
@@ -505,7 +504,7 @@ mod tests {
             [tiling.rows, tiling.tokens, tiling.parts]
         };
         assert_eq!(of(4096, 4096, 64), [128, 32, 4]);
-        assert_eq!(of(2048, 1536, 128), [128, 64, 4]);
+        assert_eq!(of(2048, 1536, 128), [128, 128, 4]);
         assert_eq!(of(4096, 4096, 128), [128, 128, 4]);
         assert_eq!(of(4096, 4096, 512), [128, 128, 1]);
         assert_eq!(of(2048, 1536, 512), [128, 128, 2]);
