@@ -22,10 +22,10 @@ struct Case {
     rounding: Option<f64>,
 }
 
-/// Where activations are rounded, a last bit of a sum, or of a value on its way into the f16 cache, decides
-/// now and then on which side of an edge one falls, and the tokens after it see that: up to half of what
-/// leaving the rounding out would do. The seeds are of models where that hardly happens on a CPU.
-const MAX_OF_ROUNDING: f64 = 0.7;
+/// Where activations are rounded, a last bit decides now and then on which side of an edge one falls, and the
+/// tokens after it see that: up to half of what leaving the rounding out would do. Norms have the same bits
+/// everywhere, which decides the exact ties; in these models nothing else comes that near to an edge.
+const MAX_OF_ROUNDING: f64 = 0.01;
 
 /// The packed matrix whose numbers are in the golden data.
 const PACKED: &str = "model.layers.1.mlp.down_proj.weight";

@@ -77,8 +77,8 @@ pub struct Operands {
     pub partials: DeviceSlice,
 }
 
-/// How [`split`] is launched for this shape: as the table says, or else its rule. `of_8_bits`: whether
-/// the values are.
+/// How [`split`] is launched for this shape: as the table says, with no more splits than there is work for, or else
+/// its rule. `of_8_bits`: whether the values are.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn choose(
     device: &DeviceInfo,
@@ -91,9 +91,13 @@ pub fn choose(
     } else {
         split::kernel
     };
-    tuned.choose(kernel(shape.head_dim), &split::name(shape), || {
+    let chosen = tuned.choose(kernel(shape.head_dim), &split::name(shape), || {
         split::Tuning::of(device, shape)
-    })
+    });
+    Chosen {
+        launch: chosen.launch.within(shape),
+        ..chosen
+    }
 }
 
 /// Bytes of [`Operands::partials`] that [`plan`] needs for this launch: launches that do not overlap

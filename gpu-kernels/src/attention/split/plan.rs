@@ -22,13 +22,23 @@ impl Tuning {
     /// A block a multiprocessor once the context is long, with a tile a warp; those of the heads wait
     /// beside them.
     pub fn of(device: &DeviceInfo, shape: &Shape) -> Tuning {
-        let min_tiles = WARPS;
-        let seen = shape.context.min(shape.window() as usize);
-        let useful = seen.div_ceil((min_tiles * TILE) as usize);
-        let most = useful.clamp(1, MAX_SPLITS as usize) as u32;
         let groups = u32::try_from(head_groups(shape)).unwrap_or(u32::MAX);
-        let splits = (device.multiprocessors / groups.max(1)).clamp(1, most);
-        Tuning { splits, min_tiles }
+        let tuning = Tuning {
+            splits: (device.multiprocessors / groups.max(1)).max(1),
+            min_tiles: WARPS,
+        };
+        tuning.within(shape)
+    }
+
+    /// No more splits than the cache has work for, whatever cache they were found with.
+    pub fn within(self, shape: &Shape) -> Tuning {
+        let least = self.min_tiles.max(1).saturating_mul(TILE);
+        let seen = shape.context.min(shape.window() as usize);
+        let most = seen.div_ceil(least as usize).clamp(1, MAX_SPLITS as usize);
+        Tuning {
+            splits: self.splits.min(most as u32),
+            ..self
+        }
     }
 
     /// Bytes of [`Operands::partials`] that a launch needs.
@@ -284,6 +294,12 @@ mod tests {
             }),
             1
         );
+        let found = Tuning {
+            splits: 66,
+            min_tiles: 2,
+        };
+        let at = |context| found.within(&Shape { context, ..SHAPE }).splits;
+        assert_eq!([at(1), at(640), at(131_072)], [1, 20, 66]);
         let llama = Shape {
             heads: 32,
             kv_heads: 8,
